@@ -17,7 +17,7 @@ _BATCH = 256  # documents
 def compare(paths: Sequence[str], texts: Sequence[str], field: str) -> str:
     """Return a table with a row for each tokenizer and a column for each file or folder of text.
 
-    A last line names the tokenizers that do not give the texts back, whose numbers are too good. Raises UserError.
+    A line below it names each tokenizer that does not give the texts back, because its numbers are too good. Raises UserError.
     """
     tokenizers = [Tokenizer.load(path) for path in paths]
     counts = [count(tokenizers, TextFiles(text, field, path_key="--text", field_key="--field")) for text in texts]
@@ -31,7 +31,7 @@ def compare(paths: Sequence[str], texts: Sequence[str], field: str) -> str:
 
 
 def count(tokenizers: Sequence[Tokenizer], documents: TextFiles) -> tuple[int, list[int], set[int]]:
-    """Return the bytes in documents, each tokenizer's tokens for them, and which tokenizers do not give them back."""
+    """Return the bytes in documents, each tokenizer's tokens for them, and which tokenizers do not give the texts back."""
     size, tokens, changed = 0, [0] * len(tokenizers), set()
     remaining = (document.text for document in documents)
     while batch := list(itertools.islice(remaining, _BATCH)):

@@ -22,7 +22,7 @@ ITEMS_SHOWN = 10  # of the exam items that were found
 
 
 def data_card(manifest: Mapping[str, Any], journals: Sequence[Path]) -> str:
-    """Return the card of a finished folder; `journals` are those of its sources, in their order."""
+    """Return the card of a finished folder; `journals` belong to its sources, in the same order."""
     sources: dict[str, dict[str, Any]] = manifest["sources"]
     found = {name: _read(journal) for name, journal in zip(sources, journals, strict=True)}
     splits = [split for source in sources.values() for split in source["splits"].values()]

@@ -1,7 +1,7 @@
-"""What a document must be like to be learned from. Worker processes look at each; what is left out is counted by reason.
+"""What a document must be like to be learned from. Worker processes judge each; those left out are counted by reason.
 
-The limits of length, symbols and repetition (after Gopher's, Rae et al. 2021) are of texts. Languages, copies and exam questions
-are looked for in questions with answers as well.
+The limits of length, symbols and repetition (after Gopher's, Rae et al. 2021) apply to texts only. Languages, copies and exam
+questions are looked for in questions with answers as well.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from osler.tasks.config import ExamFile
 from osler.tasks.exam_files import read_exam
 from osler.tasks.item import ExamItem
 
-RULES = 2  # of cleaning; another number, for rules that judge otherwise, makes other data
+RULES = 2  # version of the rules; rules that judge otherwise get another number, which makes other data
 LANGUAGE_CHARACTERS = 400  # from the start of a document, by which its language is told
-LANGUAGE_WORDS = 20  # the language of fewer is a guess
+LANGUAGE_WORDS = 20  # with fewer words the language would be a guess
 EXAM = "exam question"  # the reason why a document that contains one is dropped
 
 
 class Look(NamedTuple):
     """What was found of a document: why it is left out ("" keeps it), and the ids of the exam items in it.
 
-    `signature` is what near copies of it are found by, None where they are not looked for.
+    Near copies are found by its `signature`, which is None where they are not looked for.
     """
 
     reason: str = ""
@@ -63,7 +63,7 @@ class Exam:
 class Cleaner:
     """Looks at documents as a config says.
 
-    Exams and models are read when they are first needed; what was made of exams goes along to other processes.
+    Exams and models are read when they are first needed; the index of exams goes along to other processes.
     """
 
     config: CleanConfig
@@ -113,7 +113,7 @@ class Cleaner:
         ]
 
     def _quality(self, text: str, count: int, letters: int, shingles: Hashes) -> str:
-        """Return why a text of so many words, with so many letters in them, is left out, "" when it is not."""
+        """Return why a text with `count` words, and `letters` letters in them, is left out; "" when it is kept."""
         config = self.config
         if count < config.min_words:
             return "too short"
@@ -131,9 +131,9 @@ class Cleaner:
 
 
 def check_clean(config: CleanConfig, key: str) -> None:
-    """Raise UserError when a package that cleaning needs is missing, or a language is none that can be told.
+    """Raise UserError when a package that cleaning needs is missing, or a language cannot be told.
 
-    ``key`` is where the config has it.
+    ``key`` is the section's place in the config.
     """
     if config.duplicates == "near":
         signatures([np.zeros(1, np.uint64)])

@@ -23,9 +23,9 @@ from osler.config.schema import (
 from osler.data.mixture import Mixture
 from osler.tasks.config import ExamInFile
 
-FIRST_SHARD_TOKENS = 1 << 17  # each of the next shards may be twice as large, so that a run on data to come begins soon
-VALIDATION_TOKENS = 1 << 20  # of a validation set are kept, and one more document at most: no evaluation reads more
-HUB = "the hub"  # where a source lies that has no local files
+FIRST_SHARD_TOKENS = 1 << 17  # each next shard may be twice as large as the one before, so that a run on data to come begins soon
+VALIDATION_TOKENS = 1 << 20  # a validation set keeps this many, and one more document at most: no evaluation reads more
+HUB = "the hub"  # the place of a source without local files
 HoldoutFraction = Annotated[float, Ge(0), Lt(1)]
 
 
@@ -95,7 +95,7 @@ class Source(Preparation):
 
     @property
     def place(self) -> str:
-        """Return the folder or file that the source is read from; the clinic's are in no file."""
+        """Return the folder or file that the source is read from; the clinic is in no file."""
         return str(getattr(self, "path", "clinic"))
 
 
@@ -252,7 +252,7 @@ def check_validation(sets: Sources, data: TextData) -> None:
 
 
 def _texts(source: AnySource) -> tuple[str, str]:
-    """Return what sources that read the same texts have in common."""
+    """Return a value that is equal for sources that read the same texts."""
     return source.place, source.title if isinstance(source, HubData) else ""
 
 
@@ -270,7 +270,7 @@ def sources_of(data: TextData) -> dict[str, AnySource]:
 
 
 def sets_of(sources: Sources, data: TextData) -> dict[str, AnySource]:
-    """Return validation sets (or sources) by their titles; those of the hub are where those of the data are."""
+    """Return validation sets (or sources) by their titles; those of the hub without a `root` get the data's."""
     root = getattr(data, "root", "")
     return {
         source.title: replace(source, root=root) if isinstance(source, HubData) and not source.root else source

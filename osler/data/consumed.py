@@ -1,7 +1,7 @@
 """What a run has consumed of its data, as pure functions of the step.
 
 The order of the data is computed, so nothing is counted while training: every rank gets the same numbers, and a resumed run
-goes on with them. Data that a rollback passed over count as consumed.
+continues them. Data that a rollback passed over count as consumed.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from osler.data.loader import Loader
 
 
 class ConsumedData:
-    """The data of a run's first steps, those of all ranks together; steps count from 1."""
+    """The data of a run's first steps, of all ranks together; steps count from 1."""
 
     def __init__(self, loader: Loader) -> None:
         self.timeline: Timeline = loader.timeline
@@ -23,7 +23,7 @@ class ConsumedData:
         return self.loader.packing(step - 1).bytes_per_token(stop)
 
     def planned_tokens(self, total_tokens: int) -> dict[str, float]:
-        """Return how many tokens of each source a run of so many tokens reads, if padding were data."""
+        """Return how many tokens of each source a run of `total_tokens` reads, with padding counted as data."""
         found: dict[str, float] = {}
         for span, tokens in self.timeline.shares(total_tokens):
             packing = self.loader.packings[span.number - 1]
@@ -32,7 +32,7 @@ class ConsumedData:
         return found
 
     def metrics(self, step: int, steps: int, *, skipped_tokens: int = 0) -> dict[str, float]:
-        """Return the metrics after ``step`` steps: padding of the last ``steps``, the epoch of the source that is read most."""
+        """Return the metrics after ``step`` steps: padding of the last ``steps``, the largest epoch of a source, and more."""
         span, stop = self.timeline.at_step(step - 1), self.timeline.rows_at(step - 1).stop
         packing = self.loader.packing(step - 1, skipped_tokens)
         tokens, of_epoch = packing.tokens(stop), packing.epoch_tokens
@@ -55,8 +55,8 @@ def source_metrics(
     """Return the metrics of each source.
 
     ``consumed`` and ``of_epoch`` are in one unit (tokens, or questions); ``target`` holds weights relative to one another. A
-    source without anything in an epoch, because all its documents are too long, is left out. Of one that is still being
-    prepared (None) nobody knows the epoch.
+    source without anything in an epoch, because all its documents are too long, is left out. While a source is still
+    being prepared (None), its epoch is not known.
     """
     metrics: dict[str, float] = {}
     for name, size in of_epoch.items():

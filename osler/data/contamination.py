@@ -5,8 +5,8 @@ with. Sequences that several items have are the exam's own phrases ("Which of th
 count. One shared sequence would be too little: by that rule a quarter of MedQA's test items are in its own training items.
 
 A question of fewer than 13 words is found where all of it stands and at least half of its options follow within 100 words, or its
-answer where it has no options: a sentence of a textbook that begins like a question is no leak. Questions of fewer than 4 words
-say too little to be looked for.
+answer where it has no options. A sentence of a textbook that begins like a question is no leak. Questions of fewer than 4
+words say too little to be looked for.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LEAST_WORDS = 4  # of a question that is looked for
 COVERAGE = 0.6  # share of its sequences by which an item is found
 MOST_ITEMS = 3  # a sequence that more items have is a phrase of the exam
 OPTIONS_WITHIN = 100  # words after a short question
-FILTER_BITS = 24  # most sequences of a text are in no exam, as a table of so many bits says at once
+FILTER_BITS = 24  # first bits of a hash: they tell at once that most sequences of a text are in no exam
 
 
 class _Short(NamedTuple):
@@ -45,7 +45,7 @@ class ExamIndex:
     def __init__(self, items: Iterable[ExamItem]) -> None:
         given = list(items)
         self.ids = [item.id for item in given]
-        self.too_short: list[str] = []  # those that are not looked for
+        self.too_short: list[str] = []  # ids of items whose questions are not looked for
         long: dict[bytes, list[int]] = {}  # questions and passages, by their sequences, with the items that have them
         short: dict[int, list[tuple[Hashes, _Short]]] = {}  # by the number of words
         words = Words([text for item in given for text in (item.question, item.context)])
@@ -114,7 +114,7 @@ class _Table:
 
     @functools.cached_property
     def _filter(self) -> npt.NDArray[np.bool_]:
-        """Return which first bits the hashes have: large, so only tables that are asked what passes have it, in each process."""
+        """Return which first bits the hashes have. It is large, so each process makes it only for a table that needs it."""
         found = np.zeros(1 << (64 - int(self._shift)), bool)
         found[self._hashes >> self._shift] = True
         return found

@@ -82,7 +82,7 @@ def targets_of(
 
 
 def check_unchanged(out: Path, corpora: Sequence[Corpus | None], sets: Sequence[Corpus | None], consent: str) -> None:
-    """Raise UserError when sources or validation sets differ from those of a folder; None is one whose files are gone."""
+    """Raise UserError when sources or validation sets differ from those of a folder; None stands for one whose files are gone."""
     manifest, difference, known = read_data_manifest(out), "", []
     for kind, given, prefix, splits in (
         ("sources", corpora, "", SPLITS[:1]), ("validation", sets, VALIDATION_PREFIX, SPLITS[1:])
@@ -112,7 +112,7 @@ def other_data(out: Path, what: str, difference: str, consent: str | None, *, is
 
 
 def difference_of(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[str, str]:
-    """Return what of two manifests differs and how, "" when at most weights, and names and times of change, do."""
+    """Return what differs between two manifests and how; "" when at most weights, names and times of change differ."""
     for kind, title in (("sources", "source"), ("validation", "validation set")):
         if len(found[kind]) != len(wanted[kind]):
             return "content", f"it has {len(found[kind])} {title}s, now there are {len(wanted[kind])}"
@@ -139,7 +139,7 @@ def _other_content(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None)
 
 
 def _change(name: str, old: object, new: object) -> str:
-    """Say how an option differs; of a section, its first field that does."""
+    """Say how an option differs, or the first field that differs in a section."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         field = next(key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key))
         return _change(f"{name}.{field}", old.get(field), new.get(field))
@@ -147,9 +147,9 @@ def _change(name: str, old: object, new: object) -> str:
 
 
 def first_change(targets: Sequence[Target]) -> str:
-    """Return which file with another time of change has another content than a folder was made of; "" if none has.
+    """Return which file has changed since a folder was made of it; "" if none has.
 
-    Reads the parts of such files that the journals name.
+    Reads only files with another time of change, and of these the parts that the journals name.
     """
     touched = []
     for target in targets:

@@ -109,7 +109,7 @@ def lay_out(curriculum: Sequence[CurriculumStage], *, seq_len: int, batch_tokens
 
 
 def rows_per_micro_batch(rows: int, seq_len: int, micro_batch_tokens: int | None) -> int:
-    """Return the rows of one forward pass: as many as fit in its tokens (None: all) and divide the batch into equal parts.
+    """Return the rows of one forward pass: as many as its tokens (None: no limit) have room for and as divide the batch equally.
 
     A smaller last part would be one more shape to compile.
     """

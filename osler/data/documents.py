@@ -1,4 +1,4 @@
-"""Documents, the units that are read, tokenised, held out and shuffled; a corpus of them, and permutations."""
+"""Documents, corpora and permutations. A document is the unit that is read, tokenised, held out and shuffled."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ LOOK_CHARACTERS = 1 << 17  # of the documents that are judged at a time
 
 @dataclass(frozen=True)
 class Document:
-    """A text, or (with `turn`) a question and its answer whose prompt is not learned.
+    """A text or, with `turn`, a question with its answer; the question is a prompt, which is not learned.
 
-    `where` ("notes.jsonl:12") is for messages. Documents with the same `group` are learned or held out together. `signature` is
-    what near copies of it are found by.
+    `where` ("notes.jsonl:12") is for messages. Documents with the same `group` are learned or held out together. Near copies
+    are found by its `signature`.
     """
 
     text: str = ""
@@ -60,7 +60,7 @@ class Document:
             raise UserError(f"{where} holds half a character (a lone surrogate) at position {error.start}.") from None
 
     def split_key(self) -> int:
-        """Return 64 bits by which it is held out or not: of its group, or of its content but for case and spacing."""
+        """Return 64 bits that decide whether it is held out: a hash of its group, or else its content key."""
         return _plain_digest((self.group,)) if self.group else self.content_key()
 
     def content_key(self) -> int:
@@ -70,10 +70,10 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents in parts: `read` gives those of a part, always the same, in any process (it can be pickled).
+    """Documents in parts. `read` gives the documents of a part, the same ones in any process; it can be pickled.
 
-    `options` are what decides the documents besides the files: the column that is read, and so on. The files of `parts` are
-    what tells whether data have changed. Documents whose hash is below `holdout_fraction` are held out, unless there are
+    `options` decide the documents together with the files: they name the column that is read, and so on. The files of `parts`
+    tell whether data have changed. Documents whose hash is below `holdout_fraction` are held out, unless there are
     `validation` documents; `seed` decides the order in which parts and documents are taken. `clean` leaves documents out.
     `about` is what the data card says of the source, such as its licence.
     """
@@ -120,7 +120,7 @@ class Corpus:
 
 @dataclass(frozen=True)
 class _Memory:
-    """What stands for a file where documents are in memory."""
+    """Stands for a file where documents are in memory."""
 
     name: str
     size: int
@@ -148,7 +148,7 @@ def _documents(part: Part) -> Iterable[Document]:
 def in_memory(
     documents: Iterable[Document], validation: Corpus | None = None, holdout_fraction: float = 0.0, seed: int = 0
 ) -> Corpus:
-    """Return a corpus of documents that are in memory, well mixed, because neighbours are often alike."""
+    """Return a corpus of documents in memory. It mixes them well, because neighbours are often alike."""
     given = list(documents)
     digest = hashlib.sha256()
     for document in given:
@@ -167,7 +167,7 @@ def in_memory(
 
 
 def batches(documents: Iterable[Document], characters: int) -> Iterator[list[Document]]:
-    """Yield documents in lists of at least so many characters; the last one has fewer."""
+    """Yield documents in lists of at least this many characters; the last one has fewer."""
     batch: list[Document] = []
     size = 0
     for document in documents:
@@ -184,7 +184,7 @@ def permutation(count: int, seed: int, *purpose: object) -> npt.NDArray[np.int64
     """Return a permutation of `range(count)`; those of different seeds and purposes are independent.
 
     It is the order of the raw words of a Philox counter generator (Salmon et al. 2011) keyed by a hash. numpy guarantees this
-    raw stream in every version, which it does not for `Generator.permutation`.
+    raw stream in every version, but not the results of `Generator.permutation`.
     """
     name = ":".join(map(str, (seed, *purpose)))
     key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "big")

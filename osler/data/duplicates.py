@@ -1,12 +1,12 @@
 """Find documents that are copies or near copies of earlier ones of the same source; memory does not grow with their number.
 
-A document is known by a row of bytes: a key, which is the same for documents that differ in case and spacing alone, and a MinHash
-signature of its sequences of 5 words where near copies are looked for (Broder 1997; one byte of each of 128 minima, Li and
-König 2010). Locality-sensitive hashing finds candidates: earlier documents that share the key or one of 16 bands of 8 bytes. They
-are near copies when enough of the signature's bytes agree. This share estimates how many sequences the two have in common.
+A row of bytes stands for a document. It begins with a key, which ignores case and spacing. Where near copies are looked for, a
+MinHash signature of the document's sequences of 5 words follows (Broder 1997; one byte of each of 128 minima, Li and König 2010).
+Locality-sensitive hashing finds candidates: earlier documents that share the key or one of 16 bands of 8 bytes. A candidate is a
+near copy when enough bytes of the signatures agree. Their share estimates how many sequences the two documents have in common.
 
-Copies are not looked for across the sources of a mixture. These are written side by side, and after a kill each goes on from its
-own last part, so the kill would decide which of two copies stays. Copies of held-out documents are dropped from all (`holdout`).
+Copies are not looked for across the sources of a mixture. Sources are written side by side, and after a kill each resumes at its
+own last part, so the kill would decide which of two copies stays. All sources drop copies of held-out documents (`holdout`).
 
 A ring holds the rows of the latest documents, as many as fit into memory. For each hash of a band, a chain links the documents
 that share it. All rows are in a file too, so a killed preparation resumes from the same state without reading a document again.
@@ -29,7 +29,7 @@ EXACT, NEAR = "copy", "near copy"  # the reasons why a document is dropped
 KEY_BYTES, BAND_BYTES = 8, 8
 SIGNATURE_BYTES = 128
 SHINGLE_WORDS = 5
-MOST_CANDIDATES = 16  # latest documents of a band that are compared: a band that very many share says little
+MOST_CANDIDATES = 16  # only the latest documents of a band are compared; a band that very many share says little
 MINHASH_SEED = 1
 _ROWS_AT_ONCE = 1 << 16
 _MIXER = np.uint64(0xD6E8FEB86659FD93)
@@ -38,7 +38,7 @@ Rows = npt.NDArray[np.uint8]
 
 
 def signatures(shingles: Sequence[Hashes]) -> Rows:
-    """Return the MinHash signatures of documents from their sequences of words, one a row."""
+    """Return the MinHash signatures of documents from their sequences of words, one in each row."""
     try:
         from rensa import RMinHash
     except ImportError:
@@ -59,7 +59,7 @@ def rows_of(keys: Sequence[int], signatures: Sequence[Rows | None]) -> Rows:
 
 
 class Seen:
-    """The documents of a corpus so far; `width` is that of a row, `similarity` the share of bytes that makes a near copy."""
+    """The documents of a corpus so far; a row has `width` bytes, and a near copy has this `similarity` at least."""
 
     def __init__(self, path: Path, *, near: bool, similarity: float, memory_bytes: int) -> None:
         self.width = KEY_BYTES + SIGNATURE_BYTES * near
@@ -67,10 +67,10 @@ class Seen:
         self._path = path
         self._enough = similarity * SIGNATURE_BYTES
         self._capacity = max(1, memory_bytes // (self.width + 8 * bands))
-        # A document is numbered from 1 on; 0: none. Untouched pages of the arrays take no memory.
+        # Documents are numbered from 1 on, and 0 means none. Untouched pages of the arrays take no memory.
         self._rows = np.zeros((self._capacity, self.width), np.uint8)
-        self._latest = np.zeros((bands, self._capacity), np.uint32)  # document of each hash of a band
-        self._previous = np.zeros((self._capacity, bands), np.uint32)  # the one before it with the same hash
+        self._latest = np.zeros((bands, self._capacity), np.uint32)  # the latest document with each hash
+        self._previous = np.zeros((self._capacity, bands), np.uint32)  # for each document, the one before it with the same hash
         self._bands = np.arange(bands)
         self._new: list[bytes] = []
         self.count = 0
@@ -81,7 +81,7 @@ class Seen:
         return self._path.stat().st_size // self.width if self._path.exists() else 0
 
     def restore(self, count: int) -> None:
-        """Go back to the state after so many documents, and drop later ones from the file."""
+        """Return to the state after `count` documents, and drop later ones from the file."""
         if not self._path.exists():
             return
         os.truncate(self._path, count * self.width)
@@ -94,7 +94,7 @@ class Seen:
                     self._insert(row, slots)
 
     def add(self, rows: Rows) -> Iterator[str]:
-        """Yield for each document why it is a copy, "" if it is none; documents that are none are remembered."""
+        """Yield for each document why it is a copy, "" if it is none; remember the documents that are none."""
         for row, slots in zip(rows, self._slots(rows), strict=True):
             reason = self._reason(row, slots)
             if not reason:
@@ -103,7 +103,7 @@ class Seen:
             yield reason
 
     def write(self) -> None:
-        """Write what is new since the last time to the file."""
+        """Append to the file the rows that are new since the last call."""
         if self._new:
             with open_durable(self._path, "ab") as file:
                 file.write(b"".join(self._new))

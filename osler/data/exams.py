@@ -1,6 +1,6 @@
-"""Which exam items were looked for in data, and which were found; this is kept beside the shards and in checkpoints.
+"""Which exam items were looked for in data, and which were found. Both lists lie beside the shards and in checkpoints.
 
-From it an evaluation knows on which items a model cannot have seen the answer.
+From them an evaluation knows the items whose answers a model cannot have seen.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ EXAMS_FILE = "exams.json"  # beside the shards, and in checkpoints
 
 @dataclass(frozen=True)
 class ExamsInData:
-    """The ids of the items that were looked for in all of the data, and of those found anywhere, in what was dropped too."""
+    """The ids of the items that were looked for in all of the data, and of those found anywhere, even in dropped documents."""
 
     checked: frozenset[str] = frozenset()
     found: frozenset[str] = frozenset()
@@ -36,7 +36,7 @@ class ExamsInData:
         return self.checked - self.found
 
     def as_files(self) -> dict[str, bytes]:
-        """Return the file that a checkpoint has of it; it has none while nothing is known."""
+        """Return the file in which a checkpoint keeps it."""
         return {EXAMS_FILE: self.to_bytes()}
 
     @classmethod

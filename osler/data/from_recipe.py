@@ -49,7 +49,7 @@ class Sections:
 def read_sections(recipe: str | None, overrides: Sequence[str], tokenizer_type: str | None = None) -> Sections:
     """Read the sections about text from a recipe; ``recipe`` may also be a named source, or a file or folder of text.
 
-    A ``tokenizer_type`` takes the place of the recipe's alone: the size of the vocabulary stays.
+    A ``tokenizer_type`` replaces only the type in the recipe; the size of the vocabulary stays.
     """
     whole: Mapping[str, Any] = {}
     if recipe in SOURCES:
@@ -72,7 +72,7 @@ def read_sections(recipe: str | None, overrides: Sequence[str], tokenizer_type: 
         )
     data = given.get("data")
     if "data" not in sections and isinstance(data, dict) and "path" in data:
-        data.setdefault("type", "files")  # of the types that need no other field, only text has a path
+        data.setdefault("type", "files")  # a path without a type is that of text files
     return decode(Sections, given, source=recipe or "")
 
 
@@ -132,7 +132,7 @@ def data_prepare(recipe: str | None, overrides: Sequence[str], out: str | None, 
 
 
 def _tokenizer_of_model(model: str) -> Tokenizer:
-    """Return the tokenizer of a run or checkpoint, with which a run that starts from it must be fed."""
+    """Return the tokenizer of a run or checkpoint; a run that starts from it must be fed with the same."""
     from osler.checkpoint import store  # loads torch, which nothing else here needs
 
     checkpoint = store.load(store.resolve(model), names=[])
@@ -188,7 +188,7 @@ def data_inspect(folder: str, tokenizer_path: str | None) -> int:
 
 
 def _splits(folder: str) -> Iterator[tuple[str, ShardSet]]:
-    """Yield the splits of every source and the validation sets, with their names: `train` alone where there is one source."""
+    """Yield the splits of every source and the validation sets, with titles. The title of an only source is the split alone."""
     sources = list(read_data_manifest(folder)["sources"])
     opened = [(name, split, shards) for split in SPLITS for name, shards in open_split(folder, split).items()]
     for name, split, shards in sorted(opened, key=lambda one: sources.index(one[0]) if one[0] in sources else len(sources)):

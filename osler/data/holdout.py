@@ -3,9 +3,9 @@
 So the choice needs no list of documents and is the same in every source, process and order. A document that one source would hold
 out is left out of the training data of all of them. Explicit validation corpora have their own keys, which are left out as well.
 
-A source that holds out a larger share than another would cost that one documents of which it has no copy. If its files are small,
-they are read beforehand, so that only copies of what it really holds out are left out. One process reads them: for a tokenizer
-that is trained, and each time that a preparation begins or resumes.
+Where one source holds out a larger share, the others would also lose documents of which it has no copy. If its files are small,
+they are read beforehand, so the others lose only copies of what it really holds out. One process reads these files whenever a
+tokenizer is trained and whenever a preparation begins or resumes.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from osler.runtime.errors import UserError
 logger = logging.getLogger(__name__)
 
 HELD_OUT = "copies of held-out documents"  # the reason why they are left out
-LISTED_BYTES = 1 << 27  # of text in the files of a source that are read to list what it holds out: a few seconds
-PACKED_TIMES = 4  # as much text is in a compressed or parquet file, about: three times in one of snappy or gzip, more in zstd
-MANY = 10_000  # documents that are left out from the first on are told at once
+LISTED_BYTES = 1 << 27  # a source with no more text is read to list what it holds out, which takes a few seconds
+PACKED_TIMES = 4  # bytes of text in a byte of a compressed or parquet file, about: snappy and gzip have three, zstd has more
+MANY = 10_000  # a warning says when this many documents from the first on are left out
 
 Keys = npt.NDArray[np.uint64]
 
@@ -48,7 +48,7 @@ class Limit(NamedTuple):
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What is held out of all training data: below the limits of sources, and the sorted keys of documents that are known."""
+    """What is held out of all training data: documents within the limits of sources, and those whose key is in sorted `keys`."""
 
     limits: Sequence[Limit]
     keys: Keys
@@ -93,7 +93,7 @@ def _text_bytes(file: File) -> int:
 
 
 def find_limits(corpora: Mapping[str, Corpus]) -> list[Limit]:
-    """Return what each source holds out: at least one document and not all, if there are two that differ.
+    """Return what each source holds out. If it holds out any and two documents differ, it is at least one and not all.
 
     Reads each until a document to hold out and one to learn from are found. Raises UserError when all documents are left out.
     """
@@ -115,12 +115,12 @@ def _limit(name: str, corpus: Corpus) -> Limit:
 
 
 def check_rest(name: str, corpus: Corpus, held: HeldOut) -> None:
-    """Raise UserError when everything that is not left out of a source is held out; reads up to the first that is not."""
+    """Raise UserError when all documents that a source keeps are held out; reads up to the first to learn from."""
     next(_kept(name, corpus, held))
 
 
 def _kept(name: str, corpus: Corpus, held: HeldOut | None = None) -> Iterator[Document]:
-    """Yield the documents of a source that are not left out, and not held out; raises UserError when there are none."""
+    """Yield the documents of a source that are neither left out nor in `held`; raises UserError when there are none."""
     has_any, dropped = False, Counter[str]()
     for number in corpus.order().tolist():
         for document, _, look in corpus.judged(corpus.parts[number]):

@@ -1,4 +1,4 @@
-"""In which language texts are, told by py3langid. Its automaton walks through many texts at once, in a fifth of the time."""
+"""The languages of texts, told by py3langid. Here its automaton walks through many texts at once, in a fifth of the time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def languages_of(texts: Sequence[str]) -> list[str]:
 
 
 def check_languages(names: Sequence[str], key: str) -> None:
-    """Raise UserError when a language is none that can be told, or the library is missing; ``key`` is where they are named."""
+    """Raise UserError when a language cannot be told, or the library is missing; ``key`` is the field that names them."""
     known = sorted(code for code, _ in _langid().rank(""))
     for name in names:
         if name not in known:
@@ -65,7 +65,7 @@ class _Automaton:
             states = self._next[self._rows[states] + column].astype(np.int64)
             found[place] = self._feature[states]
         size = len(self._weights)
-        keys = found + np.arange(len(texts)) * size  # of a text and a feature
+        keys = found + np.arange(len(texts)) * size  # one number for each text and feature
         inside = np.arange(longest)[:, None] < np.array([len(text) for text in encoded], np.int64)
         pairs, counts = np.unique(keys[(found >= 0) & inside], return_counts=True)
         weights, ends = np.log1p(counts.astype(np.float32)), np.searchsorted(pairs, np.arange(len(texts) + 1) * size).tolist()

@@ -81,8 +81,8 @@ class Loader:
     def packing(self, step: int, skipped_tokens: int = 0) -> MixedPacking:
         """Return the packing of the stage of a step, in which each source begins later by its share of the skipped tokens.
 
-        The share is the largest of all stages, so that no stage repeats data of the one before, and less than a row more
-        is left out where the rows of the stage do not divide it.
+        A source's share is its largest in any stage, so no stage repeats data of the stage before. The skipped tokens are
+        rounded up to whole rows of the stage.
         """
         span = self.timeline.at_step(step)
         shares = map(max, zip(*(packing.mixture.fractions for packing in self.packings), strict=True))
@@ -90,17 +90,17 @@ class Loader:
         return self.packings[span.number - 1].skipping(skipped)
 
     def tokens_before(self, step: int, skipped_tokens: int = 0) -> dict[str, int]:
-        """Return how many tokens of each source are consumed before a step, those that are skipped among them."""
+        """Return how many tokens of each source are consumed before a step, skipped ones included."""
         last = max(0, step - 1)
         return self.packing(last, skipped_tokens).tokens(self.timeline.rows_at(last).stop if step else 0)
 
     def check_prepared(self, step: int, skipped_tokens: int = 0) -> None:
-        """Raise NotPreparedYet while data of a step are not prepared, whatever rank needs them."""
+        """Raise NotPreparedYet while some rank's data of a step are not prepared."""
         self.packing(step, skipped_tokens).check_prepared(self.timeline.rows_at(step).stop)
 
 
 class WorkAhead:
-    """An endless iterator over the batches of the steps from one on, which threads prepare ahead.
+    """An endless iterator over the batches from a step on, which threads prepare ahead.
 
     `next` raises NotPreparedYet while the data of a stream are not there; it may then be called again.
     """
@@ -121,7 +121,7 @@ class WorkAhead:
                 self._ahead.append(self._executor.submit(self._batch, self._step + len(self._ahead)))
             try:
                 batch = self._ahead.popleft().result()
-            except NotPreparedYet:  # when it was begun; what comes later was not prepared either
+            except NotPreparedYet:  # its thread began too early, and so did those of later batches
                 self._ahead.clear()
                 batch = self._batch(self._step)
         self._step += 1

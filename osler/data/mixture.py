@@ -1,7 +1,7 @@
 """Which source each row of a run comes from: weights that are honoured in every stretch of a run and not only on average.
 
-Weights are rounded to thousandths, and the assignment of rows repeats after at most a thousand of them: so any thousand rows that
-follow one another hold every source within 0.1 % of its weight, and any row is found at once. Within the period, rows are
+Weights are rounded to thousandths, and the assignment of rows repeats after a period of at most a thousand rows. So any thousand
+consecutive rows hold every source within 0.1 % of its weight, and any row is found at once. Within the period, rows are
 dealt out by Tijdeman's algorithm for the chairman assignment problem (Discrete Mathematics 32, 1980), which keeps every count
 within one row of its share. Rows of a stage are equally long, so shares of rows are shares of tokens, but for padding.
 """
@@ -17,8 +17,8 @@ PERIOD = 1000
 class Mixture:
     """The source of each row, for weights relative to one another.
 
-    Raises ValueError when all weights are 0, or one is so small that its source would not get a row of `PERIOD`; the message
-    has its name.
+    Raises ValueError when all weights are 0, or when one is so small that its source would get no row of `PERIOD`; the
+    message names that source.
     """
 
     def __init__(self, weights: Sequence[float], names: Sequence[str] = ()) -> None:
@@ -63,7 +63,7 @@ def _assign(shares: Sequence[int]) -> list[int]:
     slack = max(1, 2 * len(shares) - 2)
     sources: list[int] = []
     for row in range(period):
-        # A source may come when its count would not be ahead by more than the bound; of these the one that is due first comes.
+        # A source may come when its count is then ahead by the bound at most. Of the sources that may, the first one due comes.
         due = [
             ((counts[source] + 1) * period * slack - period, share, source)
             for source, share in enumerate(shares)

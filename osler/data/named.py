@@ -1,7 +1,7 @@
 """The sources that Osler knows by name: where each lies on the hub, its licence, and how a row becomes a document.
 
-Any of them can also be read from local files of the same schema. What is said of the datasets is from their cards on the hub;
-sizes are approximate. A row that lacks a field is refused by file, row and field, so that no source is empty in silence.
+Any of them can also be read from local files of the same schema. The facts about datasets come from their cards on the hub;
+sizes are approximate. The error for a row that lacks a field names file, row and field, so no source is silently empty.
 """
 
 import logging
@@ -93,7 +93,7 @@ def articles(rows: Iterable[Row], data: HubData) -> Iterator[Document]:
 
 
 def synth(rows: Iterable[Row], data: HubData) -> Iterator[Document]:
-    """Yield SYNTH's questions with reasoning and answer; those made from one page share a side of the split."""
+    """Yield SYNTH's questions with reasoning and answer; questions made from one page share a side of the split."""
     for row in rows:
         thinking = _text(row, "synthetic_reasoning") or None
         turn = Turn(_text(row, "query"), thinking if data.reasoning else None, _text(row, "synthetic_answer"))
@@ -122,7 +122,7 @@ def conversations(rows: Iterable[Row], data: HubData) -> Iterator[Document]:
 
 
 def exam(rows: Iterable[Row], data: HubData, *, task: type[ExamFile]) -> Iterator[Document]:
-    """Yield the items of an exam as it is shown to a model; items without a known answer are none."""
+    """Yield the items of an exam as models are shown them; MedMCQA's without a known answer are left out."""
     config, read_item = task(type=data.name, path=data.path or data.name), SCHEMAS[task].read
     if data.subset == "pqa_unlabeled":
         yield from questions(rows, data, answer="long_answer")
@@ -279,7 +279,7 @@ def examined(name: str) -> tuple[type[ExamFile], str, str]:
 
 
 def open_exam(exam: ExamInFile | HubExam, root: str, key: str) -> Exam:
-    """Find the files of an exam that data are checked for; `root` is where the data's are."""
+    """Find the files of an exam that data are checked for; `root` is the data's folder of sources."""
     if not isinstance(exam, HubExam):
         said = _splits_in(Path(exam.path).name)
         if exam.split and said and _SPLITS.get(exam.split, exam.split) not in said:
@@ -289,7 +289,7 @@ def open_exam(exam: ExamInFile | HubExam, root: str, key: str) -> Exam:
 
 
 def commit_of(exam: HubExam, root: str, key: str) -> str:
-    """Return the commit of the hub at which an exam is now; where it is read from local files, its revision."""
+    """Return the commit at which the hub has an exam now, or its revision where it is read from local files."""
     return _named_exam(exam, root, key)[0] or exam.revision
 
 
@@ -314,12 +314,12 @@ def _files(data: HubData, source: NamedSource, subset: str, split: str, key: str
 
 
 def _splits_in(name: str) -> set[str]:
-    """Return which splits the name of a file tells."""
+    """Return which splits the name of a file says."""
     return {_SPLITS[word] for word in re.findall("[a-z]+", name.lower()) if word in _SPLITS}
 
 
 def _local_files(data: HubData, source: NamedSource, patterns: Sequence[str], split: str, key: str) -> list[File]:
-    """Return the local files of a split: those named as on the hub, else those whose name has the split's, else all.
+    """Return the local files of a split: those named as on the hub, else those whose names say the split, or else none.
 
     Files that are named as those of another subset or split are left out. A file that the config itself names may have the
     name of a split that the source has not.

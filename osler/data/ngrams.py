@@ -25,7 +25,7 @@ _INVERSE = pow(_BASE, -1, 1 << 64)
 
 
 class Words:
-    """The words of some texts; those of text k are the ones from `firsts[k]` up to `firsts[k + 1]`."""
+    """The words of some texts; text k has those from `firsts[k]` up to but without `firsts[k + 1]`."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         self._text = "".join(_plain(text) + _END for text in texts)
@@ -33,7 +33,7 @@ class Words:
         start = count = 0
         while start < len(self._text):
             stop = start + PIECE
-            if stop < len(self._text):  # a word of so many characters is cut
+            if stop < len(self._text):  # a word longer than a piece is cut
                 stop = max(self._text.rfind(" ", start, stop), self._text.rfind(_END, start, stop)) + 1 or stop
             own_ends_of_texts, own_starts, own_ends, own_hashes = _split(self._text[start:stop])
             firsts.append(np.searchsorted(own_starts, own_ends_of_texts) + count)
@@ -60,16 +60,16 @@ class Words:
         return np.diff(sums[self.firsts])
 
     def between(self, first: int, last: int) -> list[str]:
-        """Return some words, without case."""
+        """Return the words from `first` up to but without `last`, without case."""
         places = zip(self._starts[first:last].tolist(), self._ends[first:last].tolist(), strict=True)
         return [self._text[start:end] for start, end in places]
 
     def sequences(self, length: int) -> Hashes:
-        """Return the numbers of all sequences of `length` words, also of those that cross the end of a text."""
+        """Return the numbers of all sequences of `length` words, also of sequences that cross the end of a text."""
         return self.sequences_at(slice(0, max(0, len(self) + 1 - length)), length)
 
     def sequences_of(self, text: int, length: int) -> Hashes:
-        """Return the numbers of the sequences of `length` words in a text, or that of all its words where it has fewer."""
+        """Return the numbers of the sequences of `length` words in a text; if it has fewer words, the number of all of them."""
         first, last = int(self.firsts[text]), int(self.firsts[text + 1])
         length = min(length, last - first)
         return self.sequences_at(slice(first, last + 1 - length if length else first), length)
@@ -101,7 +101,7 @@ def _split(text: str) -> tuple[Places, Places, Places, Hashes]:
     starts, ends = edges[::2], edges[1::2]
     sums = _prefix_sums(characters)
     hashes = (sums[ends] - sums[starts]) * _powers(_INVERSE, len(text))[starts]
-    hashes ^= hashes >> np.uint64(32)  # mixed, or the letters of neighbouring words could change places
+    hashes ^= hashes >> np.uint64(32)  # mixed; else letters of neighbouring words could change places unnoticed
     hashes *= np.uint64(0xD6E8FEB86659FD93)
     return np.flatnonzero(characters == ord(_END)), starts, ends, hashes ^ (hashes >> np.uint64(32))
 

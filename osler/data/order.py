@@ -70,7 +70,7 @@ class Order:
         return number < len(self.epoch(epoch).ends)
 
     def locate(self, token: int) -> tuple[int, int]:
-        """Return the epoch of a token of the endless sequence of epochs, and its place in it."""
+        """Return the epoch of a token of the endless sequence of epochs, and its place in that epoch."""
         ends = self.epoch(0).ends
         if len(ends) and token < ends[-1]:
             return 0, token

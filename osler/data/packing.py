@@ -1,11 +1,11 @@
 """Rows of equal length made of documents of any length, in two ways; a row is a pure function of its number.
 
 `StreamPacking` (pretraining) joins the documents of an epoch, epoch after epoch, and cuts rows of seq_len + 1 tokens with stride
-seq_len, so every token is predicted once and nothing is padding. Its position in the data is an offset in tokens, so a curriculum
-goes on with longer rows where the shorter ones ended.
-`WholePacking` (fine-tuning) keeps documents whole. Best-fit decreasing combines those of a window in rows of seq_len + 1 tokens;
-what does not fill a row is carried into the next window, and the rest of a row is padding. A longer document is cut into
-consecutive pieces that share one token, so all of it is learned.
+seq_len, so every token is predicted once and nothing is padding. Its position in the data is an offset in tokens, so the
+longer rows of a curriculum begin where the shorter ones ended.
+`WholePacking` (fine-tuning) keeps documents whole. Best-fit decreasing combines those of a window in rows of seq_len + 1 tokens.
+The documents of the emptiest rows are carried into the next window, and the rest of a row is padding. A document longer than a
+row is cut into consecutive pieces that share one token, so all of it is learned.
 `MixedPacking` deals the rows of a run out to sources.
 
 There is no state, so resume is exact at any row.
@@ -32,8 +32,8 @@ from osler.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-CARRIED_ROWS = 4096  # at most, and half of a window's: rows that are not full, whose documents go on to the next window
-FULL = 0.99  # of a row: from this share on it is not carried
+CARRIED_ROWS = 4096  # at most this many rows, or half of a window's, are carried: their documents go to the next window
+FULL = 0.99  # a row that is filled to this share is not carried
 
 
 class PackedRow(NamedTuple):
@@ -75,7 +75,7 @@ class StreamPacking:
         return _packed(parts, size, shards.eos_id, across_documents=True, prompt_loss=self.prompt_loss)
 
     def tokens(self, rows: int) -> int:
-        """Return how many tokens of the stream the first rows consume; those before row 0 count too."""
+        """Return how many tokens of the stream the first rows consume; tokens before row 0 count too."""
         return self.first_token + rows * self.seq_len
 
     @property
@@ -104,7 +104,7 @@ _NOTHING = _Pieces(*(np.zeros(0, np.int64) for _ in range(3)))
 
 
 class _Plan(NamedTuple):
-    """The rows of a window one after another, where each ends in pieces, its tokens, and the pieces that the next window gets."""
+    """The pieces of a window's rows, where each row ends in them, the tokens of each row, and pieces for the next window."""
 
     pieces: _Pieces
     row_ends: Int64Array
@@ -115,8 +115,9 @@ class _Plan(NamedTuple):
 class WholePacking:
     """Whole documents and padding; with `drop_torn` a document whose answer would be cut from its question is in no row.
 
-    The first token of a document is never a label, because nothing before it could predict it; padding is none either. A window
-    is planned, from lengths alone, when one of its rows is first asked for, and so are those before it.
+    The first token of a document is never a label, because nothing before it could predict it. Padding is never a label either. A
+    window and all before it are planned when one of its rows is first asked for. A plan needs lengths only, and with `drop_torn`
+    the loss masks of long documents.
     """
 
     def __init__(self, order: Order, seq_len: int, *, prompt_loss: bool = False, drop_torn: bool = False) -> None:
@@ -126,7 +127,7 @@ class WholePacking:
         self.drop_torn = drop_torn
         self._lock = threading.RLock()  # the threads of a loader share the plans
         self._first_rows, self._first_tokens = [0], [0]  # of every window that has been planned, and of the one after
-        self._carried = [_NOTHING]  # what each of these windows gets from the one before
+        self._carried = [_NOTHING]  # what each of these windows gets from the window before
         self._plan = functools.lru_cache(CACHED_WINDOWS)(self._plan_window)
 
     def row(self, index: int) -> PackedRow:
@@ -147,7 +148,7 @@ class WholePacking:
 
     @property
     def epoch_tokens(self) -> int | None:
-        """Return the tokens in the rows of an epoch; with several windows those of the documents, which are nearly as many.
+        """Return the tokens in the rows of an epoch; with several windows those of its documents, nearly as many.
 
         None while they are being prepared.
         """
@@ -169,7 +170,7 @@ class WholePacking:
         return tokens + int(self._plan(window).row_tokens[: rows - first_row].sum())
 
     def _find(self, row: int) -> tuple[int, int, int]:
-        """Return the window that a row is in, its first row, and the tokens before it; windows count on over the epochs."""
+        """Return the window that a row is in, its first row, and the tokens before it; window numbers run through all epochs."""
         with self._lock:
             while self._first_rows[-1] <= row:
                 planned = len(self._first_rows) - 1
@@ -177,7 +178,7 @@ class WholePacking:
                     raise UserError(f"No document in {self.order.shards.folder} fits into a row of seq_len {self.seq_len}.")
                 if self.order.shards.is_complete and len(self.order.epoch(1).ends) == 1:
                     second = len(self.order.epoch(0).ends)  # the number of the second epoch's first window
-                    if planned > second:  # later epochs have one window each, and as many rows as one another
+                    if planned > second:  # later epochs have one window each, and equally many rows
                         (start, tokens), (end, tokens_at_end) = self._before(second), self._before(second + 1)
                         epochs = (row - start) // (end - start)
                         return second + epochs, start + epochs * (end - start), tokens + epochs * (tokens_at_end - tokens)
@@ -196,7 +197,7 @@ class WholePacking:
             return self._first_rows[window], self._first_tokens[window]
 
     def _place(self, window: int) -> tuple[int, int, bool]:
-        """Return the epoch of a window, its number in it, and whether it is the epoch's last."""
+        """Return the epoch of a window, its number in that epoch, and whether it is the last one there."""
         epoch, number = 0, window
         if not self.order.has_window(0, window):
             first, others = len(self.order.epoch(0).ends), len(self.order.epoch(1).ends)
@@ -231,7 +232,7 @@ class WholePacking:
         if self.drop_torn:
             pairs = zip(documents.tolist(), lengths.tolist(), strict=True)
             kept = np.array([not is_torn(self.order.shards, *pair, self.seq_len) for pair in pairs], bool)
-            if self.order.shards.is_streamed and not kept.all():  # of others they are counted at the start
+            if self.order.shards.is_streamed and not kept.all():  # without a stream they are counted at the start
                 what = f"{np.count_nonzero(~kept):,} of the next {len(kept):,} documents of {self.order.shards.folder}"
                 logger.warning(f"{what} are examples longer than a row of seq_len {self.seq_len}; they are left out.")
             documents, lengths = documents[kept], lengths[kept]
@@ -254,7 +255,7 @@ class MixedPacking:
         self._skipped = skipped or [0] * len(packings)  # rows of each source that are passed over
 
     def skipping(self, rows: Sequence[int]) -> MixedPacking:
-        """Return the same mixture over sources of which the first rows are passed over."""
+        """Return the same mixture with the first rows of each source passed over."""
         return MixedPacking(self.packings, self.mixture, rows)
 
     def row(self, index: int) -> PackedRow:
@@ -348,9 +349,9 @@ def best_fit(lengths: Int64Array, capacity: int) -> Int64Array:
 def _packed(
     parts: Sequence[tuple[TokenArray, MaskArray | None]], size: int, eos_id: int, *, across_documents: bool, prompt_loss: bool
 ) -> PackedRow:
-    """Return the row of tokens of one document after another, each with its loss mask (None: all are learned).
+    """Return the row that joins pieces of documents, each with its loss mask (None: all its tokens are learned).
 
-    With `across_documents` the first token of a document is learned from the end of the one before. A row in the middle of a
+    With `across_documents` the first token of a document is learned from the end of the document before. A row in the middle of a
     long question has no token to learn. It is learned as text: a batch of such rows alone would have no loss.
     """
     lengths = [len(tokens) for tokens, _ in parts]

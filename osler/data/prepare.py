@@ -1,4 +1,4 @@
-"""From sources to a folder of shards: one pass over parts of files, in processes, that a kill only interrupts.
+"""From sources to a folder of shards, in one pass over parts of files. A kill only interrupts this pass.
 
 Each part is read and tokenised by whatever process is free (`workers`, `tokenise`). The results are taken in a fixed order and
 written by one process (`writing`), so the shards do not depend on the number of processes. Explicit validation documents come
@@ -6,9 +6,9 @@ first, because their copies are left out of all training data; then the sources 
 out is decided by hash (`holdout`).
 
 The folder is written in place. Its manifest says from the start what is being prepared, and in the end that it is complete. The
-same command goes on with an unfinished folder. It reuses a finished one without reading the sources while sizes and times of
-change of their files are the same; where only times differ, the content is compared. A folder of other data is refused, finished
-or not; one without training data makes way for them.
+same command continues an unfinished folder. It reuses a finished one without reading the sources while sizes and times of change
+of their files are the same. Where only times differ, it compares the content. A folder of other data is refused, finished or not.
+An unfinished folder of other data is cleared if it has no training data yet.
 """
 
 from __future__ import annotations
@@ -58,15 +58,15 @@ def prepare(
     processes: int | None = None,
     before_shard: Callable[[int], None] = no_pause,
 ) -> Prepared:
-    """Tokenise the corpora of sources into the folder `out`, go on with it, or reuse it when it was made from the same.
+    """Tokenise the corpora of sources into the folder `out`, or continue or reuse it when it was made from the same corpora.
 
     `validation` are further sets by name; copies of any validation document are dropped from the training data of all
     sources. Of the distinct documents of a source, at least one is held out if there are two and `holdout_fraction` is not 0.
-    Empty documents are skipped and counted. `weights` are kept beside the shards for runs that name none. `processes` None is
-    as many as are worth while, 0 this one alone.
+    Empty documents are skipped and counted. `weights` are kept beside the shards for runs that name none. With `processes`
+    None as many work as are worth while, with 0 this process alone.
 
-    Raises UserError when nothing is left to learn from, when another process writes the folder, or when it holds other data,
-    finished or not; the message names `consent`, the setting that allows that, and with None other data are set aside.
+    Raises UserError when nothing is left to learn from, when another process writes the folder, or when the folder holds other
+    data, finished or not. The message names `consent`, the setting that allows this. With None other data are set aside.
     """
     out, validation = Path(out), validation or {}
     wanted = manifest_of(corpora, validation, weights or [1.0] * len(corpora), tokenizer)
@@ -101,9 +101,9 @@ def prepare(
 def _begun(
     out: Path, wanted: dict[str, Any], corpora: Mapping[str, Corpus], validation: Mapping[str, Corpus], consent: str | None
 ) -> dict[str, Any]:
-    """Return the manifest of `out` where it holds these data, or some of them; or `wanted`, and then it holds nothing.
+    """Return the manifest of `out` if it holds these data or some of them; else `wanted`, and the folder is empty.
 
-    Names stay as they are there, because folders have them; weights, places and times of files become those of `wanted`.
+    The names of sources stay, because folders have them; weights, places and times of files become those of `wanted`.
     """
     if not (out / DATA_MANIFEST).is_file():
         if any(not entry.name.startswith(f".{DATA_MANIFEST}.") for entry in out.iterdir()):
@@ -143,7 +143,7 @@ def _clear(out: Path) -> None:
 
 
 def _set_aside(out: Path, found: Mapping[str, Any]) -> None:
-    """Move data into a folder beside theirs that is named after their fingerprint; the manifest goes last."""
+    """Move data into a folder beside `out`, named after their fingerprint if they are complete; the manifest goes last."""
     names = [found["content_fingerprint"]] if found["complete"] else (f"unfinished-{number}" for number in itertools.count(1))
     places = (out.with_name(f"{out.name}-{name}") for name in names)
     aside = next((place for place in places if not (place / DATA_MANIFEST).is_file()), None)
@@ -222,7 +222,7 @@ class _Work:
     def run(self, targets: Sequence[Target], chosen_by: Sequence[Callable[[Keys], Choice]]) -> None:
         """Write all parts of these targets that are not written yet, and complete their entries.
 
-        `chosen_by` says of the documents of each target to which split they belong.
+        `chosen_by` has for each target the function that says which split a document belongs to.
         """
         writers = [
             CorpusWriter(
@@ -260,7 +260,7 @@ class _Work:
     def _close(self, target: Target, writer: CorpusWriter) -> None:
         """Write the last shards of a corpus as soon as it has no more parts, and describe it in the manifest.
 
-        Raises UserError when there is none. What is written of it and of others stays.
+        Raises UserError when it has no documents to use. What is written of this corpus and of others stays.
         """
         found, entry, name = writer.close(), target.entry, target.folder.name
         documents = {split: counts["documents"] for split, counts in found["splits"].items()}
@@ -276,11 +276,11 @@ class _Work:
             entry[kind] = {**entry.get(kind, {}), **found.pop(kind)}
         for kind, count in found.items():
             entry[kind] = entry.get(kind, 0) + count
-        self.write_manifest()  # a run that reads along may go round again, or evaluate
+        self.write_manifest()  # a run that reads along may begin another epoch, or evaluate
 
 
 def _in_turns(targets: Sequence[Target], writers: Sequence[CorpusWriter]) -> Iterator[Task]:
-    """Yield the parts of targets that are not finished; each has its share of the bytes, by weight, at any time."""
+    """Yield the unfinished parts of targets. At any time each target has its share of the bytes, by weight."""
     orders = [target.corpus.order() for target in targets]
     turns = [(writer.counts["bytes"] / targets[number].weight, number, writer.num_parts) for number, writer in enumerate(writers)]
     heapq.heapify(turns)

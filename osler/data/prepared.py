@@ -28,7 +28,7 @@ class PreparedSource:
 
 @dataclass(frozen=True)
 class Prepared:
-    """An open folder of shards; `fingerprint` is that of all training data, `reused` says that it existed already."""
+    """An open folder of shards; `fingerprint` is that of all training data, `reused` says that the folder existed already."""
 
     folder: Path
     sources: Sequence[PreparedSource]
@@ -63,13 +63,13 @@ class Prepared:
 
     @property
     def validation_sets(self) -> Mapping[str, ShardSet]:
-        """Return the explicit validation sets, or where there are none what is held out of sources, by name."""
+        """Return the validation sets by name: the explicit ones, or else what is held out of each source."""
         held_out = {source.name: source.validation for source in self.sources if source.validation is not None}
         return self.named_validation or held_out
 
 
 def open_folder(out: Path, *, reused: bool = True, growing: bool = False) -> Prepared:
-    """Open a folder of shards and log what is in it, or with `growing` one that is being prepared.
+    """Open a folder of shards and log what is in it. With `growing` it may be one that is being prepared.
 
     Raises UserError when something is missing or torn.
     """
@@ -106,7 +106,7 @@ def _holds_out(entry: Mapping[str, Any], is_whole: bool) -> bool:
 
 
 def open_prepared(folder: str | Path, tokenizer: Tokenizer, whose: str = "of the run", *, growing: bool = False) -> Prepared:
-    """Open a folder that `prepare` made; raises UserError when it is missing, torn, or of another tokenizer.
+    """Open a folder that `prepare` made; raises UserError when it is missing, torn, or made with another tokenizer.
 
     The message says ``whose`` the given tokenizer is. With ``growing`` the folder may be one that is being prepared.
     """

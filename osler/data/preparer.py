@@ -5,7 +5,7 @@ is there. It ignores Ctrl-C. It ends when its standard input closes, that is, wh
 reason. Its output goes to a log beside the folder; when it fails, the error quotes the last line of this log.
 
 With a disk budget it pauses while the folder has no room for another shard. The file `paused` in the folder asks the run to
-delete shards that it has done with (`stream.py`) and then this file.
+delete first the shards that the run has finished with and then this file (`stream.py`).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Preparer:
         self.folder = folder
         self.log = folder.with_name(f"{folder.name}.log")
         before = identity_of(folder / DATA_MANIFEST)
-        (folder / PAUSED).unlink(missing_ok=True)  # of a process that ended while it waited: this one may have more room
+        (folder / PAUSED).unlink(missing_ok=True)  # left by a process that ended while it waited; this one may have more room
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "osler.data.preparer"],
@@ -63,7 +63,7 @@ class Preparer:
         try:
             self.pipe.write(pickle.dumps((data, validation, tokenizer.to_bytes(), folder, consent)))
             self.pipe.flush()
-            # It writes a new manifest as soon as it knows that the folder is empty or holds a part of these data.
+            # The process writes a new manifest as soon as it knows that the folder is empty or holds a part of these data.
             while identity_of(folder / DATA_MANIFEST) in (None, before) and self.process.poll() is None:
                 time.sleep(POLL_SECONDS)
             self.tend(0.0)
@@ -74,7 +74,7 @@ class Preparer:
             raise
 
     def tend(self, waited: float) -> None:
-        """Raise UserError when the process ended before everything was prepared; a `tend` of `stream.wait_together`."""
+        """Raise UserError when the process ended before everything was prepared; `stream.wait_together` takes it as `tend`."""
         code = self.process.poll()
         if code is None or (code == 0 and is_finished(self.folder)):
             return
@@ -97,7 +97,7 @@ class Preparer:
 
 
 def disk_bytes(folder: Path) -> int:
-    """Return what a folder takes on the disk, as `du` counts it: whole blocks, and those of the folders in it."""
+    """Return what a folder takes on the disk, as `du` counts it: whole blocks, folders included."""
     size = 0
     for place, _, names in os.walk(folder):
         for path in (place, *(os.path.join(place, name) for name in names)):
@@ -108,7 +108,7 @@ def disk_bytes(folder: Path) -> int:
 
 
 def wait_for_room(folder: Path, budget_bytes: float, num_bytes: int) -> None:
-    """Wait until a folder has room in the budget for a shard of so many bytes; meanwhile the file `PAUSED` asks for it."""
+    """Wait until a folder has room in the budget for a shard of `num_bytes`; meanwhile the file `PAUSED` asks for room."""
     while disk_bytes(folder) + num_bytes + BLOCK_BYTES > SHARDS_SHARE * budget_bytes:
         (folder / PAUSED).touch()
         while (folder / PAUSED).exists():
