@@ -1,4 +1,4 @@
-"""The clinic's exam, by seed and split: multiple-choice vignettes with four options and a short reasoning; and drills.
+"""The clinic's exam, by seed and split: multiple-choice vignettes with four options and a short reasoning, and drills.
 
 An item shows a patient (age, sex, three findings) and asks for one relation of the condition behind them; the reasoning names the
 condition first, then the fact. Distractors are answers of other conditions to the same question; one or two come from the same
@@ -68,7 +68,7 @@ def exam(seed: int, split: str, n: int) -> list[ClinicItem]:
         options.insert(answer_index, condition.answers[relation])
         items.append(
             ClinicItem(
-                id=f"clinic-{split}-0-{seed}-{index:06d}",  # options are permuted by it, so it stays as it was
+                id=f"clinic-{split}-0-{seed}-{index:06d}",  # the id decides the order of options, so its form never changes
                 question=f"{vignette} {rng.choice(wordings()['relations'][relation]['questions'])}",
                 options=tuple(options),
                 answer_index=answer_index,
@@ -108,7 +108,7 @@ def draw_distractors(fact: Fact, fact_part: str, sex: str, rng: random.Random) -
 
 @cache
 def distractor_pools(fact: Fact, fact_part: str, sex: str) -> tuple[list[str], list[str], list[str]]:
-    """Return wrong answers for a fact and a sex: of the same speciality, of any, and (for held-out facts) of those."""
+    """Return wrong answers for a fact and a sex: of its speciality, of any, and, for held-out facts, of no train fact."""
     condition, relation = conditions_by_name()[fact[0]], fact[1]
     acceptable = condition.acceptable(relation)
     train_facts = set(split_facts()["train"])
@@ -126,7 +126,7 @@ def distractor_pools(fact: Fact, fact_part: str, sex: str) -> tuple[list[str], l
 
 
 def drills(seed: int, count: int) -> Iterator[ClinicItem]:
-    """Yield items of the split "drill", whose question names the option to choose: they teach to answer with what was reasoned.
+    """Yield items of the split "drill", whose question names the option to choose. They teach a model to answer as it reasoned.
 
     Their options are drawn from the whole clinic and say nothing of facts. A held-out answer is never the right option of a
     training item: without drills a small model gives only the answers that it was trained to give.

@@ -1,15 +1,15 @@
 """The facts of the clinic, and which of them are held out: real conditions, their findings, one short answer per relation.
 
 The clinic is a synthetic world, a test bench for training a small language model and not medical advice: facts are true but cut
-down to a few words. They are YAML files written by hand: `wordings.yaml`, and one per group of specialities in `conditions/`:
+down to a few words. They are in YAML files written by hand: `wordings.yaml`, and one per group of specialities in `conditions/`:
 
 - `findings`: eight short ones per condition. Two conditions share at most two, so any three name one condition.
 - `cause`, `test`, `treatment`, `complication`, `risk`: one answer each (for `cause` an organism or a mechanism).
 - `accepts`: further answers that would also be right or arguable, per relation. They are never offered as distractors.
 
-The clinic asks two questions of a model. *New findings*: does it recognise a condition from three findings it never saw together?
+The clinic asks two questions of a model. *New findings*: does it recognise a condition by three findings never seen together?
 The 56 combinations of three findings of a condition are ranked by a hash and cut into train, validation and test. *New
-questions*: can it use a fact it only ever read in prose? About 12 % and 18 % of the facts (condition, relation) never take exam
+questions*: can it use a fact that it read only in prose? About 12 % and 18 % of the facts (condition, relation) never take exam
 form in training; they occur in the textbook alone. Diagnosis is always a train fact. The five exam splits cross the two
 partitions, so they are disjoint by construction.
 """
@@ -42,7 +42,7 @@ EXAM_SPLITS = {
 }
 
 Fact = tuple[str, str]  # (name of the condition, relation)
-Combo = tuple[str, str, str]  # three findings, in the order of the condition's list: a set, written one way
+Combo = tuple[str, str, str]  # a set of three findings, in the order of the condition's list
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,14 @@ FACT_RELATIONS = ("cause", "test", "treatment", "complication", "risk")
 
 @cache
 def wordings() -> dict[str, Any]:
-    """Return how the clinic says things, by `wordings.yaml`."""
+    """Return the clinic's wordings, from `wordings.yaml`."""
     found: dict[str, Any] = load_yaml((FOLDER / "wordings.yaml").read_text(encoding="utf-8"), "wordings.yaml")
     return found
 
 
 @cache
 def conditions_by_name() -> dict[str, Condition]:
-    """Return all conditions by name, sorted; `tests/clinic` checks that the files keep what is promised above."""
+    """Return all conditions by name, sorted; `tests/clinic` checks that the files keep the promises above."""
     files = sorted((FOLDER / "conditions").glob("*.yaml"))
     entries = [entry for path in files for entry in load_yaml(path.read_text(encoding="utf-8"), path.name)]
     return {entry["name"]: _condition(entry) for entry in sorted(entries, key=lambda entry: str(entry["name"]))}

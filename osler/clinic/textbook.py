@@ -1,7 +1,7 @@
 """The clinic's texts, by seed: passages of prose about one condition each, and cards that teach to find a letter.
 
-A passage lists some findings of a condition and states all five of its relations, held-out facts included: a model meets here the
-facts that it will never be asked about in training. Wording varies, but the one of the reasoning samples is the most common.
+A passage lists some findings of a condition and states all five of its relations, held-out facts included. Here a model meets the
+facts that it will never be asked about in training. Wording varies, but that of the reasoning samples is the most common.
 Sentences never begin with a finding or a condition, so that a small vocabulary needs one spelling of each. Exactly three findings
 in one sentence are always a train combination, so that *new findings* stay new.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 from osler.clinic.facts import FACT_RELATIONS, Condition, conditions_by_name, phrase_pool, split_combos, wordings
 
-CANONICAL_SHARE = 0.4  # of the relation sentences and of the finding sentences
+CANONICAL_SHARE = 0.4  # of relation sentences and finding sentences have the canonical wording
 
 CARD_SIZES = (4, 4, 4, 5, 6)  # mostly as many phrases as an exam item has options
 
@@ -44,7 +44,7 @@ def passage(condition: Condition, rng: random.Random) -> str:
     pool = condition.findings if count != 3 else rng.choice(split_combos(condition.name)["train"])
     findings = join_findings(rng.sample(pool, count))
     sentences.insert(0, sentence(wordings()["findings"], f=findings))
-    if count < 4 and rng.random() < 0.25:  # a second look at the findings, which may stand anywhere
+    if count < 4 and rng.random() < 0.25:  # a second sentence of findings, which may stand anywhere
         findings = join_findings(rng.sample(condition.findings, 2))
         second = sentence(wordings()["findings"], f=findings)
         sentences.insert(rng.randrange(1, len(sentences) + 1), second)
@@ -67,7 +67,7 @@ def cards(seed: int, count: int) -> Iterator[str]:
     """Yield cards, such as "Cards: fainting (A) tick bite (B). Again: tick bite (B) tick bite (B) fainting (A)."
 
     A card has four to six phrases of the whole clinic and asks for two more than it has, drawn with replacement, so that no
-    letter can be ruled out. In exam items one token in eighty asks for a letter, on a card one in six: without cards a small
+    letter can be ruled out. In exam items one token in eighty asks for a letter, on a card one in six. Without cards a small
     model learns late to find the letter beside a text.
     """
     rng = random.Random(f"clinic cards {seed}")

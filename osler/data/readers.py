@@ -1,8 +1,8 @@
 """Local files as documents: parquet and JSONL tables, text and Markdown, plain or compressed, or folders of any mix.
 
 A reader is lazy: each iteration opens the files anew and gives the same documents in the same order (files sorted by name), and
-any part of a file can be read alone. A text file is one document, a table has one per row. Files and columns that are not read
-are named once.
+any part of a file can be read alone. A text file is one document, a table has one document per row. The log names once which
+files and columns are not read.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +31,7 @@ CHAT_COLUMNS = {"messages", "conversations", "conversation"}
 class TextFiles:
     """The documents in a file or a folder: whole text files, and the column `field` of tables.
 
-    `path_key` and `field_key` are the config keys of the two, for messages.
+    `path_key` and `field_key` are the config keys of `path` and `field`, for messages.
     """
 
     path: str | Path
@@ -58,7 +58,7 @@ class TextFiles:
 
 
 def read_turns(data: TurnsData, key: str, part: Part) -> Iterator[Document]:
-    """Yield the questions and answers in a part of a table; `key` is where the config has the source, for messages."""
+    """Yield the questions and answers in a part of a table; `key` is the place of the source in the config, for messages."""
     fields = {f"{key}.question_field": data.question_field, f"{key}.answer_field": data.answer_field}
     if data.thinking_field is not None:
         fields[f"{key}.thinking_field"] = data.thinking_field
@@ -75,9 +75,9 @@ def read_text_file(part: Part) -> Iterator[Document]:
 
 
 def value_of(row: Row, field: str, key: str = "") -> Any:
-    """Return a field of a row (dots go into objects); `key` is the config key that chooses it, none for a fixed schema.
+    """Return a field of a row. `key` is the config key that chooses the field; without one, dots in `field` go into objects.
 
-    Raises UserError when there is none.
+    Raises UserError when the row has no such field.
     """
     value: Any = row.values
     for name in [field] if key else field.split("."):
@@ -90,7 +90,7 @@ def value_of(row: Row, field: str, key: str = "") -> Any:
 
 
 def text_of(row: Row, field: str, key: str = "") -> str | None:
-    """Return a field of text, None for null; see `value_of`."""
+    """Return a field of text, or None for null; see `value_of`."""
     value = value_of(row, field, key)
     if value is None or isinstance(value, str):
         return value
@@ -107,7 +107,7 @@ def _log_unread(path: str | Path, row: Row, *, wants_thinking: str = "") -> None
 
 
 def _remedy(key: str, columns: Sequence[str]) -> str:
-    """Return which settings would read these columns, where the one that `key` chooses is missing."""
+    """Return which settings would read these columns, when the column that `key` chooses is missing."""
     source, _, field = key.rpartition(".")
     lower = {column.lower(): column for column in columns}
     likely = {field: next((lower[name] for name in names if name in lower), "") for field, names in TURN_COLUMNS.items()}
@@ -117,7 +117,7 @@ def _remedy(key: str, columns: Sequence[str]) -> str:
     if source and likely["question_field"] and likely["answer_field"]:
         settings = [f"{source}.type=turns"]
         for name, column in likely.items():
-            is_default = column == name.removesuffix("_field") and name != "thinking_field"  # whose default is null
+            is_default = column == name.removesuffix("_field") and name != "thinking_field"  # its default is null
             if column and (not is_default or field == name):
                 settings.append(f"{source}.{name}={column}")
         if not likely["thinking_field"] and len(lower) > 2:

@@ -33,16 +33,16 @@ from osler.runtime.errors import UserError
 from osler.runtime.files import fingerprint, read_json, sha256_file, write_atomic
 
 OPEN_SHARDS = 128  # memory maps that are kept open
-SIZES_CHECKED = 4096  # shards, whose files' sizes are checked when a split is opened: a second of work on a slow disk
-EVICTED = "evicted"  # beside an index: how many of the first shards were deleted to keep within a disk budget
+SIZES_CHECKED = 4096  # shards whose file sizes are checked when a split is opened; this takes a second on a slow disk
+EVICTED = "evicted"  # a file beside an index; it holds how many of the first shards were deleted to keep within a disk budget
 
 
 class NotPreparedYet(Exception):
-    """What is asked for lies in shards that are still being written; ask again later. The message says what there is."""
+    """The data asked for are in shards that are still being written; ask again later. The message says what is there."""
 
 
 def identity_of(path: Path) -> tuple[int, int] | None:
-    """Return what changes whenever a file is written anew; None when there is none."""
+    """Return a value that changes whenever the file is written anew; None when there is no file."""
     try:
         found = path.stat()
     except FileNotFoundError:
@@ -56,7 +56,7 @@ def _read_manifest(path: Path, identity: tuple[int, int]) -> dict[str, Any]:
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a folder of data, which is read when it has changed; before there is one, that of no data."""
+    """Return the manifest of a folder of data, or an incomplete one before it exists; it is read only when it has changed."""
     identity = identity_of(folder / DATA_MANIFEST)
     return {"complete": False} if identity is None else _read_manifest(folder / DATA_MANIFEST, identity)
 
@@ -67,7 +67,7 @@ def is_finished(folder: Path) -> bool:
 
 
 def _is_split_finished(folder: Path) -> bool:
-    """Return whether nothing more will be written to a split; whether somebody is writing is for `Preparer.tend` to say."""
+    """Return whether nothing more will be written to a split. `Preparer.tend` tells whether somebody is writing."""
     manifest = _manifest(folder.parents[1])
     return manifest["complete"] or ("sources" in manifest and folder.name in _entry(manifest, folder.parent.name)["splits"])
 
@@ -78,7 +78,7 @@ def _entry(manifest: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 class _Index(NamedTuple):
-    """The records of the shards so far, and how many documents and tokens there are up to the end of each."""
+    """The records of the shards so far, and how many documents and tokens there are up to the end of each shard."""
 
     records: npt.NDArray[Any]
     ends_of_documents: Int64Array
@@ -102,8 +102,8 @@ class ShardSet:
         self.tokenizer_fingerprint = tokenizer_fingerprint
         self.eos_id = eos_id
         self._dtype = token_dtype(vocab_size)
-        self.is_complete = not growing  # this reader knows all shards that there will be
-        self.is_streamed = growing  # when it was opened
+        self.is_complete = not growing  # no shard will follow those that this reader knows
+        self.is_streamed = growing  # whether the split was growing when it was opened
         self._lock = threading.Lock()
         self._index = _Index.of(_read_index(folder / INDEX, np.zeros(0, RECORD), must_exist=not growing))
         self.shard = functools.lru_cache(OPEN_SHARDS)(self._map)
@@ -113,12 +113,12 @@ class ShardSet:
 
     @classmethod
     def open(cls, path: str | Path, source: str, split: str, *, growing: bool = False) -> ShardSet:
-        """Open a split of a source in a prepared folder, or with `growing` one that is being prepared.
+        """Open a split of a source in a prepared folder; with `growing`, the folder may still be in preparation.
 
-        `verify` checks its bytes. Raises UserError when the folder or a file is missing, or a file has the wrong size.
+        `verify` checks the bytes. Raises UserError when the folder or a file is missing, or a file has the wrong size.
         """
         folder = Path(path) / source / split
-        growing = growing and not _is_split_finished(folder)  # asked first: a manifest that is read later knows of it
+        growing = growing and not _is_split_finished(folder)  # asked first: a manifest that is read later has the split
         manifest = read_data_manifest(path)
         described = {name: manifest[name] for name in ("vocab_size", "tokenizer_fingerprint", "eos_id")}
         shards = cls(folder, **described, growing=growing)
@@ -127,18 +127,18 @@ class ShardSet:
         return shards
 
     def refresh(self) -> None:
-        """Take in the shards that were written since."""
+        """Take in the shards that were written since the last look."""
         if self.is_complete:
             return
         with self._lock:
-            is_finished = _is_split_finished(self.folder)  # asked first: what was written before that is in the index now
+            is_finished = _is_split_finished(self.folder)  # asked first: the index of a finished split has all its shards
             records = _read_index(self.folder / INDEX, self._index.records, must_exist=False)
             if len(records) > self.num_shards:
                 self._index = _Index.of(records)
             self.is_complete = is_finished
 
     def head(self, num_shards: int) -> ShardSet:
-        """Return the first shards as a split of its own, complete; raises NotPreparedYet when they are not there yet."""
+        """Return the first shards as a split of its own, complete; raises NotPreparedYet while some are still to come."""
         if self.num_shards < num_shards:
             self.refresh()
             if self.num_shards < num_shards and not self.is_complete:
@@ -148,10 +148,10 @@ class ShardSet:
         return head
 
     def head_within(self, num_tokens: int) -> ShardSet:
-        """Return the first shards that have at most so many tokens, but at least one; see `head`."""
+        """Return the first shards that have at most `num_tokens` together, but at least one shard; see `head`."""
         count = int(np.searchsorted(self.ends_of_tokens, num_tokens, "right"))
         if count == self.num_shards and not self.is_complete:
-            self.head(count + 1)  # raises NotPreparedYet while it is open whether the next one fits
+            self.head(count + 1)  # raises NotPreparedYet while nobody knows whether the next shard fits
             return self.head_within(num_tokens)
         return self.head(max(1, count))
 
@@ -186,7 +186,7 @@ class ShardSet:
 
     @property
     def num_loss_tokens(self) -> int:
-        """The tokens so far that a loss mask lets learn."""
+        """The tokens so far that the model learns, by the loss masks."""
         return self._count("loss_tokens")
 
     @property
@@ -199,7 +199,7 @@ class ShardSet:
         return int(records[name][-1]) if len(records) else 0
 
     def bytes_per_token(self, token: int) -> float:
-        """Return the bytes of text in a token on average, up to the end of the shard that this token of the first epoch is in."""
+        """Return the average bytes of text per token, up to the end of the shard that holds this token of the first epoch."""
         index = self._index
         number = min(int(np.searchsorted(index.ends_of_tokens, token)), len(index.records) - 1)
         return float(index.records["num_bytes"][number] / index.ends_of_tokens[number])
@@ -289,7 +289,7 @@ class ShardSet:
 
 
 def open_split(path: str | Path, split: str) -> dict[str, ShardSet]:
-    """Open a split of every source of a prepared folder that has it; of an unfinished folder what there is of it so far.
+    """Open a split of every source of a prepared folder that has it. An unfinished folder gives the shards so far.
 
     The validation sets of the folder are opened with the split `validation`, under the names of their folders.
     """
@@ -306,15 +306,15 @@ def open_split(path: str | Path, split: str) -> dict[str, ShardSet]:
 
 
 def open_validation_sets(path: str | Path) -> dict[str, ShardSet]:
-    """Open the validation sets of a prepared folder, or where it has none what is held out of sources, by name."""
+    """Open the validation sets of a prepared folder by name. A folder without any gives what is held out of its sources."""
     found, prefix = open_split(path, SPLITS[1]), VALIDATION_PREFIX
     return {name.removeprefix(prefix): shards for name, shards in found.items() if name.startswith(prefix)} or found
 
 
 def _read_index(path: Path, known: npt.NDArray[Any], *, must_exist: bool) -> npt.NDArray[Any]:
-    """Return the records of an index, of which some are `known`.
+    """Return the records of an index; the first of them are `known`.
 
-    A torn last one, which a killed writer leaves, does not count.
+    A torn last record, which a killed writer leaves, does not count.
     """
     if not path.is_file():
         if must_exist:
@@ -336,7 +336,7 @@ def num_evicted(folder: Path) -> int:
 
 
 def evict(folder: Path, num_shards: int) -> None:
-    """Delete the first shards of a split. The record of it comes first, so a kill half way is no damage."""
+    """Delete the first shards of a split. Their number is written down first, so a kill half way does no damage."""
     if num_shards > num_evicted(folder):
         write_atomic(folder / EVICTED, str(num_shards).encode())
     for path in folder.glob(shard_name(0).replace("0", "?")):
@@ -345,26 +345,26 @@ def evict(folder: Path, num_shards: int) -> None:
 
 
 def fingerprint_of(shards: Sequence[ShardSet]) -> str:
-    """Return what identifies the training data of the sources of a run, in their order.
+    """Return a text that identifies the training data of the sources of a run, in their order.
 
-    While sources are being prepared, it tells which of their shards there are.
+    While sources are being prepared, the text tells how many shards each one has.
     """
     if not all(part.is_complete for part in shards):
-        counts = [part.num_shards for part in shards]  # once: readers in other threads take in new shards at any time
+        counts = [part.num_shards for part in shards]  # counted once, as other threads take in new shards at any time
         return ",".join(f"{part.fingerprint_up_to(count)}@{count}" for part, count in zip(shards, counts, strict=True))
     found = [part.fingerprint for part in shards]
     return found[0] if len(found) == 1 else fingerprint(found)
 
 
 def is_of_part(recorded: str) -> bool:
-    """Return whether `fingerprint_of` identified data of which only a part was prepared."""
+    """Return whether `fingerprint_of` identified data that were only partly prepared."""
     return "@" in recorded
 
 
 def go_on_from(shards: Sequence[ShardSet], recorded: str) -> bool:
-    """Return whether data are those that `fingerprint_of` identified once, or have gone on from them.
+    """Return whether the data are those that `fingerprint_of` identified once, or have grown from them.
 
-    Raises NotPreparedYet while shards that tell are missing, because the data are being prepared again.
+    Raises NotPreparedYet while the shards to compare are missing, because the data are being prepared again.
     """
     if not is_of_part(recorded):
         return recorded == fingerprint_of(shards)

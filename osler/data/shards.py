@@ -1,13 +1,13 @@
 """Tokens on disk: shards of about a million tokens, and an index of them that only grows.
 
-A split of a source is a folder with `index.bin` and one file per shard. A shard file holds three arrays one after another: where
-each document ends in it (uint32), the tokens (uint16 while ids fit, else uint32) and, if some document has a loss mask, the mask
-(uint8, 1 = learn this token). No document crosses a shard. The index has one record of fixed size per shard, whose counts
+A split of a source is a folder with `index.bin` and one file per shard. A shard file holds two or three arrays one after another:
+where each document ends (uint32), the tokens (uint16 if all ids fit, else uint32) and, if some document has a loss mask, the mask
+(uint8, 1 = learn this token). No document crosses a shard. The index has one record of fixed size per shard. Its counts
 run from the first shard on, so that any token is found without reading the shards before it. A record is written after its
-shard is on the disk: what a killed writer leaves is a whole number of shards and perhaps a torn record, which does not count.
+shard is on the disk. So a killed writer leaves whole shards and perhaps a torn record, which does not count.
 
 The fingerprint of a shard list is a hash over the hashes of its files. Equal fingerprints mean equal tokens in equal order,
-which exact resume depends on; every record has the one of the list up to it, which covers its counts too.
+which exact resume depends on. Every record has the fingerprint of the list up to its shard, which covers its counts too.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from osler.runtime.files import fsync_dir, no_pause, open_durable, read_json
 
 FORMAT_VERSION = 3
 DATA_MANIFEST = "manifest.json"
-TOKENIZER = "tokenizer.json"  # of the shards
+TOKENIZER = "tokenizer.json"  # the tokenizer that made the shards
 INDEX = "index.bin"
 SPLITS = ("train", "validation")
-VALIDATION_PREFIX = "validation."  # of the folder of a named validation set; no source has a point in its name
+VALIDATION_PREFIX = "validation."  # begins the folder name of a named validation set; no source has a point in its name
 SHARD_TOKENS = 1 << 20
 
 Int64Array = npt.NDArray[np.int64]
 TokenArray = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 MaskArray = npt.NDArray[np.uint8]
 
-# Counts include all shards before; `digest` is the sha256 of the shard's file, `fingerprint` that of the list up to here.
+# Counts include all earlier shards. `digest` is the sha256 of the shard's file, `fingerprint` stands for the list up to here.
 NO_SHARDS = "0" * 16  # the fingerprint of no shard
 COUNTS = ("documents", "tokens", "loss_tokens", "num_bytes")
 RECORD = np.dtype([*((name, "<u8") for name in COUNTS), ("is_masked", "<u8"), ("digest", "V32"), ("fingerprint", "V8")])
@@ -60,12 +60,12 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 class ShardWriter:
     """Writes a split into a folder, after the shards that are there already; `close` writes the last one.
 
-    What is added must follow the documents of these shards, which are `num_documents` at the start.
+    New documents must follow those of the shards that are there, which are `num_documents` at the start.
     """
 
     def __init__(self, folder: Path, *, vocab_size: int, shard_tokens: int = SHARD_TOKENS) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.before_shard: Callable[[int], None] = no_pause  # called before a shard of so many bytes is written
+        self.before_shard: Callable[[int], None] = no_pause  # called with the size of a shard in bytes before it is written
         self._folder = folder
         self._dtype = token_dtype(vocab_size)
         self._shard_tokens = shard_tokens
@@ -93,7 +93,7 @@ class ShardWriter:
         return int(self._record["num_bytes"])
 
     def cut(self) -> None:
-        """Write what was added since the last shard as a shard, if anything was."""
+        """Write the documents added since the last shard as a shard, if there are any."""
         if self._ends:
             self._write_shard()
 
@@ -134,7 +134,7 @@ class ShardWriter:
 
 
 def chained(before: str, record: np.void | npt.NDArray[Any]) -> str:
-    """Return the fingerprint of a shard list from that of the list before its last record, and that record."""
+    """Return the fingerprint of a shard list, from its last `record` and the fingerprint `before` that record."""
     return hashlib.sha256(bytes.fromhex(before) + record.tobytes()[: -len(before) // 2]).hexdigest()[: len(before)]
 
 
@@ -157,7 +157,7 @@ def read_data_manifest(path: str | Path) -> dict[str, Any]:
 
 
 def _last_record(path: Path) -> tuple[int, npt.NDArray[Any]]:
-    """Return how many records an index has, and the last; a torn one, which a killed writer leaves, is removed."""
+    """Return how many records an index has, and the last one. Remove a torn record, which a killed writer leaves."""
     count, torn = divmod(path.stat().st_size if path.exists() else 0, RECORD.itemsize)
     if torn:
         os.truncate(path, count * RECORD.itemsize)

@@ -48,8 +48,8 @@ from osler.tokenizer.train import train
 logger = logging.getLogger(__name__)
 
 SAMPLE_CHARS = 1 << 16  # the sample for a tokenizer takes or leaves pieces of this length
-SAMPLE_PARTS, SAMPLE_PART_CHARS = 64, 1 << 24  # parts of a source that it is drawn from, and how much of each at most
-FIRST_DOCUMENTS, FIRST_CHARS = 32, 1 << 16  # of a source: so much is read before anything starts, whichever is less
+SAMPLE_PARTS, SAMPLE_PART_CHARS = 64, 1 << 24  # at most: parts of a source in the sample, and characters of each part
+FIRST_DOCUMENTS, FIRST_CHARS = 32, 1 << 16  # of a source are read before anything starts, whichever is less
 VALIDATION_SEED_SHIFT = 1_000_003  # so that no nearby seed for training gives the passages of validation
 
 
@@ -87,7 +87,7 @@ def open_turns(data: TurnsData, key: str) -> Corpus:
     return Corpus(Parts(files), partial(read_turns, data, key), options, None, data.holdout_fraction, data.seed)
 
 
-# From the class of a source to what opens it; the text is where the config has the source, for messages.
+# From the class of a source to the function that opens it. Its text argument is the source's place in the config, for messages.
 CORPORA: dict[type, Callable[[Any, str], Corpus]] = {
     ClinicData: open_clinic,
     FilesData: open_files,
@@ -97,9 +97,9 @@ CORPORA: dict[type, Callable[[Any, str], Corpus]] = {
 
 
 def open_corpora(data: TextData, validation: Sources = ()) -> dict[str, Corpus]:
-    """Open the corpora of the sources in a config, by name; files are read when a corpus is.
+    """Open the corpora of the sources in a config, by name; files are read only when a corpus is read.
 
-    With `validation` sets nothing is held out of them: those are what is evaluated.
+    With `validation` sets, nothing is held out of the corpora, because the sets are evaluated instead.
     """
     cleaners: dict[CleanConfig, Cleaner] = {}
     return {source.title: _open(data, source, key, cleaners, validation) for key, source in _keyed(data)}
@@ -116,7 +116,7 @@ def _open(data: TextData, source: AnySource, key: str, cleaners: dict[CleanConfi
 
 
 def _open_cleaner(data: TextData, source: AnySource, key: str, cleaners: dict[CleanConfig, Cleaner]) -> Cleaner | None:
-    """Return what cleans a source; sources that are cleaned alike share one, which reads its exams once."""
+    """Return the cleaner of a source; sources that are cleaned alike share one, which reads its exams once."""
     clean = source.clean
     if clean is None:
         return None
@@ -132,7 +132,7 @@ def _key_of_clean(data: TextData, source: AnySource, key: str) -> str:
 
 
 def open_validation(data: TextData, validation: Sources) -> dict[str, Corpus]:
-    """Open validation sets by name: all documents of a source, or where it has documents for validation those alone."""
+    """Open validation sets by name. A source gives its documents for validation, or all documents if it has no such ones."""
     return {source.title: _open_set(source, key) for key, source in _keyed(data, validation)}
 
 
@@ -143,7 +143,7 @@ def _open_set(source: AnySource, key: str) -> Corpus:
 
 
 def _keyed(data: TextData, validation: Sources | None = None) -> Iterator[tuple[str, AnySource]]:
-    """Yield where each source is in the config, and the source; of validation sets, where they are given."""
+    """Yield the place of each source in the config, and the source; with `validation`, the same of the validation sets."""
     sources = sources_of(data) if validation is None else sets_of(validation, data)
     section = "validation" if validation is not None else "data.sources"
     for number, source in enumerate(sources.values()):
@@ -151,7 +151,7 @@ def _keyed(data: TextData, validation: Sources | None = None) -> Iterator[tuple[
 
 
 def check_present(data: TextData, validation: Sources, out: Path, consent: str) -> None:
-    """Raise UserError when sources whose files are there differ from those that the folder `out` was made of."""
+    """Raise UserError when sources that are still there differ from those that the folder `out` was made of."""
     cleaners: dict[CleanConfig, Cleaner] = {}
     data = _exams_at_known_commits(data, read_data_manifest(out)["sources"])
     learned = [_open(data, source, key, cleaners, validation) if is_there(source) else None for key, source in _keyed(data)]
@@ -160,15 +160,15 @@ def check_present(data: TextData, validation: Sources, out: Path, consent: str) 
 
 
 def is_there(source: AnySource) -> bool:
-    """Return whether there is something at the path of a source; what lies on the hub is elsewhere."""
+    """Return whether a source is on this machine; a source on the hub is not."""
     return isinstance(source, ClinicData) or (source.place != HUB and Path(source.place).exists())
 
 
 def check_sources(data: TextData, validation: Sources = ()) -> None:
     """Raise UserError when the files of a source do not exist, hold nothing, or their first documents cannot be read.
 
-    Also when cleaning cannot be done as the config says, or when it claims that no benchmark is in data in which none is
-    looked for.
+    Raises it also when cleaning cannot be done as the config says, or when the config claims that data hold no benchmark but
+    looks for none.
     """
     cleaners: dict[CleanConfig, Cleaner] = {}
     for key, source in _keyed(data):
@@ -213,10 +213,9 @@ def prepare_sources(
 
 
 def at_known_commits(data: TextData, validation: Sources, out: str | Path) -> tuple[TextData, Sources]:
-    """Return a config and its validation sets at commits of the hub: those that `out` was begun with, else the newest ones.
+    """Return a config and its validation sets at commits of the hub: the commits that `out` was begun with, else the newest.
 
-    So all that is made of a config is made of the same texts and checked for the same exams, in every process and after a stop,
-    though `main` moves.
+    So every process uses the same texts and looks for the same exams, also after a stop, even when `main` moves on the hub.
     """
     begun = read_data_manifest(out) if Path(out, DATA_MANIFEST).exists() else {"sources": {}, "validation": {}}
 
@@ -236,7 +235,7 @@ def at_known_commits(data: TextData, validation: Sources, out: str | Path) -> tu
 
 
 def _exams_at_known_commits(data: TextData, begun: Mapping[str, Any]) -> TextData:
-    """Return a config whose exams by name are at the commits in these entries of a manifest, else at the newest ones."""
+    """Return a config with its exams by name at the commits in these entries of a manifest, else at the newest commits."""
     root, at_commits = getattr(data, "root", ""), dict[CleanConfig | None, CleanConfig]()
     for key, source in _keyed(data):
         clean = source.clean
@@ -257,10 +256,10 @@ def _exams_at_known_commits(data: TextData, begun: Mapping[str, Any]) -> TextDat
 
 
 def train_tokenizer(data: TextData, wanted: BPEConfig | SuperBPEConfig, validation: Sources = ()) -> Tokenizer:
-    """Train a tokenizer on the training documents of a config, or on an even sample of about `wanted.max_bytes` of them.
+    """Train a tokenizer on the training documents of a config, or on an even sample of about `wanted.max_bytes`.
 
     Sources share the sample by their weights. Of a large source only some parts are read. Documents that `prepare` will hold
-    out, and copies of those in `validation`, are left out. The sample is the same every time.
+    out, and copies of documents in `validation`, are left out. The sample is the same every time.
     """
     check_sources(data, validation)
     corpora, weights = open_corpora(data, validation), [source.weight for source in sources_of(data).values()]

@@ -1,8 +1,8 @@
 """Training on data that are still being prepared.
 
-Where the order comes to shards that are not written yet, ShardSet, Order and packings raise NotPreparedYet. The ranks then wait
+When the order reaches shards that are not written yet, ShardSet, Order and packings raise NotPreparedYet. The ranks then wait
 together, because a step needs all of them. They agree on many steps at once, so that steps whose data are there cost nothing
-more. Only rank 0 looks after the process that prepares (`preparer.py`).
+extra. Only rank 0 looks after the process that prepares (`preparer.py`).
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 POLL_SECONDS = 0.05
-PATIENCE_SECONDS = 1.0  # before the reason for a wait is told; it is told again after four times as long, and so on
-STUCK_SECONDS = 300.0  # of a wait for a preparation that has no room
+PATIENCE_SECONDS = 1.0  # before the log gives the reason for a wait; it does so again after four times as long, and so on
+STUCK_SECONDS = 300.0  # the longest wait for a preparation that has no room
 STEPS_AGREED = 64  # at most, while data are being prepared
 ALL_STEPS = 1 << 62
-SURE_SHARE = 0.8  # of what files that are not read yet would give if they were like those that were
+SURE_SHARE = 0.8  # this share of the estimate for unread files counts as sure; the estimate takes them to be like the read files
 
 
 def untended(seconds: float) -> None:
-    """Look after no preparation: another rank does, or there is none."""
+    """Do nothing: another rank looks after the preparation, or there is none."""
 
 
 def wait_together(attempt: Callable[[], T], world: World, who: str, tend: Callable[[float], None] = untended) -> T:
-    """Return what `attempt` returns, as soon as it raises NotPreparedYet on no rank any more; say why `who` waits.
+    """Return what `attempt` returns, as soon as no rank raises NotPreparedYet any more; log why `who` waits.
 
     `tend` looks after the preparation; it is called before every attempt with the seconds of the wait so far. Raises
     AskedToStop on every rank when one of them is asked to stop while they wait.
@@ -75,7 +75,7 @@ def wait_together(attempt: Callable[[], T], world: World, who: str, tend: Callab
 def wait_for_batches(
     loader: Loader, steps: range, world: World, tend: Callable[[float], None] = untended, *, skipped_tokens: int = 0
 ) -> Generator[Batch, None, None]:
-    """Yield the batches of a run from the first of its `steps` on; the ranks wait together for those that are not prepared yet.
+    """Yield the batches of a run from the first of its `steps` on; the ranks wait together for batches that are not prepared yet.
 
     Raises UserError as soon as it is known that the run needs shards that were deleted to keep within a disk budget.
     """
@@ -93,9 +93,9 @@ def wait_for_batches(
 
 
 def steps_ready(loader: Loader, step: int, skipped_tokens: int) -> int:
-    """Return for how many steps from one on the data are known to be there; raises NotPreparedYet when it is none.
+    """Return how many steps, from `step` on, surely have their data; raises NotPreparedYet when there is none.
 
-    They are of one stage: what its last step reads is prepared after what the others read, and a later stage may read less.
+    All are in one stage, where the last step reads the data that are prepared last. A later stage may read less.
     """
     for shards in loader.sources.values():
         shards.refresh()
@@ -111,7 +111,7 @@ def steps_ready(loader: Loader, step: int, skipped_tokens: int) -> int:
 
 
 def refuse_deleted(loader: Loader, stop: int, skipped_tokens: int) -> None:
-    """Raise UserError when the steps before `stop` read a source more than once, of which shards were deleted."""
+    """Raise UserError when shards of a source were deleted and the steps before `stop` read it more than once."""
     deleted = {name: shards for name, shards in loader.sources.items() if num_evicted(shards.folder)}
     needed = loader.tokens_before(stop, skipped_tokens) if deleted else {}
     for name, shards in deleted.items():
@@ -124,11 +124,11 @@ def refuse_deleted(loader: Loader, stop: int, skipped_tokens: int) -> None:
 
 
 class DiskBudget:
-    """Deletes the shards that a run has done with, when the preparation has no room for more and asks for it (`PAUSED`).
+    """Deletes the shards that a run no longer needs, when the preparation has no room for more and asks for it (`PAUSED`).
 
-    Those are the shards before the window that the oldest checkpoint to resume from stands in, of sources that the run surely
-    reads once at most, even when rollbacks pass over `spare_tokens` more. How large a source will be is only estimated before it
-    is prepared, and most of the estimate counts as sure: parts of files are read in an order that is drawn.
+    It deletes shards before the window of the oldest checkpoint to resume from, and only of sources that the run surely reads
+    once at most, even when rollbacks pass over `spare_tokens` more. Before a source is prepared, its size is only estimated.
+    `SURE_SHARE` of the estimate counts as sure, because parts of files are read in a random order.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class DiskBudget:
     ) -> None:  # fmt: skip
         self.folder, self.gigabytes, self.loader, self.checkpoints = folder, gigabytes, loader, checkpoints
         self.keep_last, self.steps, self.spare_tokens = keep_last, loader.timeline.steps_for(total_tokens), spare_tokens
-        self.looked_at: object = None  # what the last decision was made on
+        self.looked_at: object = None  # the facts behind the last decision
 
     def make_room(self, waited: float) -> None:
         """Delete shards when the preparation is paused; raises UserError when no shard can go and the run has waited long."""
@@ -153,7 +153,7 @@ class DiskBudget:
             first = Order(shards, 0).first_shard(done[name])
             if first > num_evicted(shards.folder):
                 evict(shards.folder, first)
-                shards.shard.cache_clear()  # a file that is still mapped takes its room
+                shards.shard.cache_clear()  # a deleted file keeps its room while it is mapped
                 (self.folder / PAUSED).unlink(missing_ok=True)
                 return
         if not once or waited > STUCK_SECONDS:
@@ -179,10 +179,10 @@ class DiskBudget:
         return shards.num_tokens * (1 + SURE_SHARE * max(0, size - read) / (read or math.inf))
 
     def _done_and_needed(self) -> tuple[dict[str, int], dict[str, int]]:
-        """Return the tokens of each source before the oldest checkpoint to go on from, and before the end of the run."""
+        """Return the tokens of each source before the oldest checkpoint to resume from, and before the end of the run."""
         offsets, done = [0], []
         for entry in [entry for entry in by_age(self.checkpoints) if not entry.milestone][: self.keep_last]:
-            with suppress(UserError):  # it is damaged, or rotated away in this moment
+            with suppress(UserError):  # the checkpoint is damaged, or is being rotated away
                 offsets.append(read_json(entry.path / STATE)["incidents"]["data_offset"])
                 done.append(self.loader.tokens_before(entry.step, offsets[-1]))
         needed = self.loader.tokens_before(self.steps, max(offsets) + self.spare_tokens)

@@ -1,7 +1,7 @@
-"""One part of a corpus as tokens: all that worker processes do. What comes out depends on nothing but the part.
+"""Turn one part of a corpus into tokens: all that worker processes do. The result depends on nothing but the part.
 
-Documents are permuted within stretches of a part, so that a part of any size, such as a large compressed file, takes the memory
-of a stretch.
+Documents are permuted within stretches of a part, so that a part of any size, such as a large compressed file, takes only the
+memory of a stretch.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from osler.tokenizer.round_trip import Losses, RoundTrip
 
 STRETCH_CHARACTERS = 1 << 23
 BATCH_CHARACTERS = 1 << 20
-LOOK_EVERY = 64  # documents: their start is decoded again, to see what the tokenizer loses
-EXAMPLES, EXAMPLE_CHARACTERS = 3, 160  # of dropped documents by reason, for the data card
+LOOK_EVERY = 64  # the start of every 64th document is decoded again, to see what the tokenizer loses
+EXAMPLES, EXAMPLE_CHARACTERS = 3, 160  # examples of dropped documents per reason, and the length of each, for the data card
 
 
 class Task(NamedTuple):
-    """A part to tokenise: the number of its corpus among those at work, its place among the parts of the corpus.
+    """A part to tokenise: the number of its corpus, and its place among the parts of the corpus.
 
-    With `only_keys` no tokens are made of it, because the corpus has enough of them.
+    With `only_keys` the part is not made into tokens, because the corpus has enough of them.
     """
 
     corpus: int
@@ -45,9 +45,9 @@ class Task(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Some documents of a part, one after another: split keys, where each ends in the tokens, and bytes of text.
+    """Some documents of a part, one after another: split keys, the end of each in the tokens, and bytes of text.
 
-    `masks` is the loss mask of all tokens, and `is_masked` says which documents have one; both are None where none has.
+    `masks` is the loss mask of all tokens, and `is_masked` says which documents have one; both are None if no document has one.
     """
 
     keys: npt.NDArray[np.uint64]
@@ -56,14 +56,14 @@ class Chunk(NamedTuple):
     tokens: TokenArray
     masks: MaskArray | None
     is_masked: npt.NDArray[np.bool_] | None
-    rows: Rows | None  # by which copies are found
+    rows: Rows | None  # they find copies
     beginnings: Sequence[str]  # of the documents, for the data card; empty where copies are kept
 
 
 class PartEnd(NamedTuple):
-    """What is known of a part when all of it was read: a digest of its documents, and their number.
+    """The facts about a part that was read to its end: a digest of its documents, their number, and more.
 
-    `drops` says how many were dropped why, `examples` how some of them begin, `exam_items` which items of exams were found.
+    `drops` counts dropped documents by reason, `examples` has the beginnings of some, `exam_items` the items of exams found.
     """
 
     digest: str
@@ -82,7 +82,7 @@ class Tokeniser:
     tokenizer: Tokenizer | None
 
     def results(self, task: Task) -> Iterator[Chunk | PartEnd]:
-        """Yield what is in a part, chunk by chunk, and its end."""
+        """Yield the content of a part, chunk by chunk, and then its end."""
         fault("prepare-part")
         corpus, tokenizer = self.corpora[task.corpus], self.tokenizer
         digest, drops, count = hashlib.blake2b(digest_size=16), Counter[str](), 0
@@ -115,7 +115,7 @@ class Tokeniser:
 
 
 def encode(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[tuple[list[int], list[int] | None]]:
-    """Return per document its ids with ``<|endoftext|>``, and its loss mask: None for a text, which is all learned."""
+    """Return per document its ids with ``<|endoftext|>``, and its loss mask. A text has None, because all of it is learned."""
     texts = iter(tokenizer.encode_batch([document.text for document in documents if document.turn is None]))
     turns = iter(encode_examples(tokenizer, [document.turn for document in documents if document.turn is not None]))
     eos_id = tokenizer.eos_id

@@ -1,7 +1,7 @@
 """Processes that tokenise parts side by side; the results come in the order of the parts, whatever the number of processes.
 
 Each process is fed and read by a thread through pipes. A process ends when its standard input does, so none outlives the program,
-however that ends. Results that are not taken yet are few: a process that is far ahead waits.
+however the program ends. Few results wait to be taken, because a process that is far ahead pauses.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from osler.files.find import log_once
 from osler.runtime.errors import UserError
 from osler.tokenizer.bpe import Tokenizer
 
-AHEAD = 4  # parts per process that are at work or finished and not taken
-CHUNKS = 16  # of a part that wait to be taken: all there are, unless it is a large compressed file
+AHEAD = 4  # parts per process that are in work, or finished but not taken
+CHUNKS = 16  # of a part may wait to be taken; only a large compressed file has more
 HEADER_BYTES = 8
 FEWER = (
     "The same command goes on from what is written. Fewer processes need less memory: `osler data prepare` has --workers for "
     "that, and a run with data.type=prepared trains on its shards."
 )
 MOST_PROCESSES = 16
-WORTHWHILE_BYTES = 1 << 25  # of files: less is tokenised faster than processes start
+WORTHWHILE_BYTES = 1 << 25  # of files; fewer are tokenised faster than processes start
 
 
 def process_count(num_bytes: int) -> int:
-    """Return how many processes are worth while for so many bytes of files; 0: this process does it."""
+    """Return how many processes are worth while for `num_bytes` of files; 0 means that this process does the work."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 0 if num_bytes < WORTHWHILE_BYTES or cores == 1 else min(cores, MOST_PROCESSES)
 
 
 @dataclass
 class _PendingTask:
-    """A task, what came of it so far, and how many chunks more may come before they are taken; or nobody takes them any more."""
+    """A task, its results that wait to be taken, and room for more; once it `is_given_up`, nobody takes them any more."""
 
     task: Task
     results: queue.SimpleQueue[bytes | Exception] = field(default_factory=queue.SimpleQueue)
@@ -57,7 +57,7 @@ class _PendingTask:
 def tokenise(
     corpora: Sequence[Corpus], tokenizer: Tokenizer | None, tasks: Iterable[Task], processes: int
 ) -> Generator[tuple[Task, Chunk | PartEnd], None, None]:
-    """Yield what `Tokeniser` makes of the tasks, in their order; 0 processes: in this one."""
+    """Yield what `Tokeniser` makes of the tasks, in their order; with 0 `processes`, this process does the work."""
     if not processes:
         tokeniser = Tokeniser(corpora, tokenizer)
         yield from ((task, result) for task in tasks for result in tokeniser.results(task))
@@ -89,7 +89,7 @@ def tokenise(
                     yield pending.task, result
             waiting.popleft()
     finally:
-        for worker in workers:  # all at once: a second Ctrl-C may end this loop
+        for worker in workers:  # kill all before the waits below, which a second Ctrl-C may end
             worker.process.kill()
         for pending in waiting:
             pending.is_given_up = True
@@ -121,14 +121,14 @@ class _Worker(threading.Thread):
 
     def run(self) -> None:
         """Send tasks and receive results until there are none, or the process is gone."""
-        with suppress(OSError), self.process:  # which closes the pipes, though not all was sent, and leaves no zombie
+        with suppress(OSError), self.process:  # closes the pipes, even if not all was sent, and leaves no zombie
             while (pending := self._todo.get()) is not None:
                 try:
                     self._do(pending)
                 except (EOFError, OSError):
                     pending.results.put(_death(self.process.wait()))
                     break
-                except BaseException as error:  # or whoever waits for the results would wait for ever
+                except BaseException as error:  # otherwise the reader of the results would wait for ever
                     pending.results.put(RuntimeError(f"A result of a process that prepares the data was not received: {error!r}"))
                     self.process.kill()
                     raise
@@ -148,7 +148,7 @@ class _Worker(threading.Thread):
 
 
 def _exactly(pipe: IO[bytes], size: int) -> bytes:
-    """Read so many bytes; raises EOFError when the other process is gone before."""
+    """Read `size` bytes; raises EOFError when the other process ends first."""
     data = pipe.read(size)
     if len(data) < size:
         raise EOFError
@@ -163,12 +163,12 @@ def _death(code: int) -> Exception:
 
 
 def serve() -> None:
-    """Tokenise the parts that come through standard input, and write what comes of them to standard output.
+    """Tokenise the parts that come through standard input, and write the results to standard output.
 
-    That is, for each part, what `pickle` makes of every result, each after its length; a length of 0 is the end of the part.
+    Every result is pickled and follows its length. A length of 0 ends the part.
     """
     tasks, results = _received(sys.stdin.buffer), os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints
+    os.dup2(2, 1)  # prints of libraries go to standard error
     notes = BufferingHandler(sys.maxsize)  # messages, which the parent logs
     logging.getLogger("osler").addHandler(notes)
     logging.getLogger("osler").setLevel(logging.INFO)
@@ -185,14 +185,14 @@ def serve() -> None:
             try:
                 for result in tokeniser.results(task):
                     send(result)
-            except UserError as error:  # what a person can mend
+            except UserError as error:  # an error that a person can mend
                 send(error)
             results.write(bytes(HEADER_BYTES))
             results.flush()
 
 
 def _received(stream: BinaryIO) -> Iterator[Any]:
-    """Yield what the parent sends; a torn one, which a killed parent leaves, ends it."""
+    """Yield the objects that the parent sends; stop at a torn one, which a killed parent leaves."""
     with suppress(EOFError, pickle.UnpicklingError):
         while True:
             yield pickle.load(stream)

@@ -3,7 +3,7 @@
 A line of the journal is written when a part is finished. It counts, from the first part on, what was read, dropped, and given to
 each split. After a kill, the preparation resumes after the last part whose documents are all in finished shards. It reads the
 later parts again and skips the documents that are in shards already, so no shard is written twice, and no document is lost or
-doubled. It reads at most `CUT_BYTES` of files and one part again, because every split is cut there; a text or compressed file is
+doubled. It reads at most `CUT_BYTES` of files and one part again, because every split is cut there. A text or compressed file is
 one part.
 
 A validation split keeps only its first `VALIDATION_TOKENS`, because no evaluation reads more. Of a corpus that is given for
@@ -34,11 +34,11 @@ from osler.runtime.files import no_pause, open_durable
 
 CUT_BYTES = 1 << 27
 KEYS_FILE = "keys.bin"  # the split keys of the documents of a validation corpus
-SEEN_FILE = "seen.bin"  # the rows by which copies are found
+SEEN_FILE = "seen.bin"  # the rows that find copies
 COPIES = "copies"  # the reason why a copy of a document that is held out is dropped
 _NUM_DISTINCT = "kept"  # counts the documents that are no copies of earlier ones
 _NUM_KEYS = "keys"  # counts the documents of a validation corpus
-_OTHER_COUNTS = {"bytes", "documents", "train", "validation", _NUM_DISTINCT, _NUM_KEYS, EMPTY, COPIES}  # not of drops by reason
+_OTHER_COUNTS = {"bytes", "documents", "train", "validation", _NUM_DISTINCT, _NUM_KEYS, EMPTY, COPIES}  # not drops by reason
 
 Choice = Mapping[str, npt.NDArray[np.bool_]]  # which documents of a chunk belong to each split
 
@@ -75,7 +75,7 @@ class CorpusWriter:
         self._skip = {split: shards.num_documents - self.counts[split] for split, shards in self.splits.items()}
 
     def _go_on(self) -> tuple[int, Counter[str]]:
-        """Return how many parts are finished, and their counts; delete what the journal has of later parts."""
+        """Return how many parts are finished, and their counts; delete the journal's lines about later parts."""
         finished = {split: shards.num_documents for split, shards in self.splits.items()}
         if self._keys_file is not None and self._keys_file.exists():
             finished[_NUM_KEYS] = self._keys_file.stat().st_size // 8

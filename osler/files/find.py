@@ -14,10 +14,10 @@ logger = logging.getLogger(__name__)
 PARQUET_ENDING = ".parquet"
 ROW_ENDINGS = (PARQUET_ENDING, ".jsonl", ".ndjson")
 TEXT_ENDINGS = (".txt", ".md")
-# A file that is named itself is read as JSON lines. In a folder it is more often a description of the files than one of them.
+# A .json file is read, as JSON lines, only if the path names it. In a folder it more often describes the other files.
 NAMED_ONLY_ENDING = ".json"
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-NAMES_SHOWN = 3  # of folders that cannot be opened
+NAMES_SHOWN = 3  # at most, of folders that cannot be opened
 
 
 def find_files(path: str | Path, endings: Sequence[str], *, key: str) -> list[Path]:
@@ -25,7 +25,7 @@ def find_files(path: str | Path, endings: Sequence[str], *, key: str) -> list[Pa
 
     Capitals do not matter, and the ending of a compression may follow. A folder is searched with all its subfolders. Links to
     folders are followed, but each folder is read once, so circles end.
-    Raises UserError, which names the config key of the path, when there is none.
+    Raises UserError, which names the config key of the path, when there is no such file.
     """
     if not str(path):  # Path("") would be the current folder
         raise UserError(f"{key} is empty: name a file or a folder, such as {key}=MY_TEXTS.")
@@ -49,12 +49,12 @@ def find_files(path: str | Path, endings: Sequence[str], *, key: str) -> list[Pa
 
 @cache
 def log_once(text: str) -> None:
-    """Log what this process has not logged before: files are read several times, and one line about them is enough."""
+    """Log a text that this process has not logged before. Files are read several times, and one line about them is enough."""
     logger.info(text)
 
 
 def ending(name: str | Path) -> str:
-    """Return the ending that tells the kind of a file, without that of a compression; parquet files compress inside."""
+    """Return the ending that tells the kind of a file, without the ending of a compression. Parquet files compress inside."""
     suffixes = [suffix.lower() for suffix in Path(name).suffixes]
     if len(suffixes) > 1 and suffixes[-1] in COMPRESSIONS and suffixes[-2] != PARQUET_ENDING:
         return suffixes[-2]
@@ -73,13 +73,13 @@ def shown(name: str | Path) -> str:
 
 
 def _walk(root: Path, endings: Sequence[str]) -> tuple[list[Path], str]:
-    """Return the files in a folder, and in words what is left out; first real folders are searched, then linked ones."""
+    """Return the files in a folder, and a text about the files left out. Real folders are searched first, then linked ones."""
     files: list[Path] = []
     others: Counter[str] = Counter()
     unopened: list[OSError] = []
     seen: set[tuple[int, int]] = set()
     starts = [root]
-    for start in starts:  # grows by the links that are found
+    for start in starts:  # the list grows by the links that are found
         for folder, folders, names in os.walk(start, onerror=unopened.append):
             status = os.stat(folder)
             if (status.st_dev, status.st_ino) in seen:

@@ -1,7 +1,7 @@
 """Files of a dataset on the Hugging Face hub, read by ranges of bytes; the only file that imports ``huggingface_hub``.
 
 Every range is its own request, which the library repeats after a cut connection, a 5xx, or a 429 (after the wait that Retry-After
-asks for), so reading goes on where it stopped. The revision is resolved to a commit once, and all is read from that commit.
+asks for), so reading continues where it stopped. The revision is resolved to a commit once, and all is read from that commit.
 The token comes from HF_TOKEN or `hf auth login`, the server from HF_ENDPOINT.
 """
 
@@ -20,9 +20,9 @@ from osler.files.find import ROW_ENDINGS, TEXT_ENDINGS, shown
 from osler.files.parts import File, find_local
 from osler.runtime.errors import UserError
 
-RANGE_BYTES = 1 << 20  # of one request at least
+RANGE_BYTES = 1 << 20  # asked for by one request, at least
 _OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
-RETRIES, LONGEST_SECONDS = 12, 60  # of a request; the wait before each doubles up to the longest: seven minutes in all
+RETRIES, LONGEST_SECONDS = 12, 60  # of a request. The wait doubles up to the longest; all waits take seven minutes
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Files on this machine or on the hub, and parts of them that can be read alone, in any order and in any process.
 
-Where a file is cut follows from its size, so nothing is opened to know the parts of a corpus. A part of a parquet file holds the
-row groups that begin in its range of bytes, where the sizes of the groups before say where one begins. A part of plain JSON lines
-holds the lines that begin there. Other files, text and what is compressed as a whole, are one part each.
+The size of a file decides where it is cut, so nothing is opened to know the parts of a corpus. A part of a parquet file holds the
+row groups that begin in its range of bytes; the sizes of the earlier groups say where a group begins. A part of plain JSON lines
+holds the lines that begin in its range. A text file, or a file that is compressed as a whole, is one part.
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ class LocalFile:
         return shown(self.path)
 
     def open(self) -> IO[bytes]:
-        """Open the file; Python takes names that are not UTF-8, which pyarrow does not."""
+        """Open the file by Python, because pyarrow takes no names that are not UTF-8."""
         self.check()
         return open(self.path, "rb")
 
     def check(self) -> None:
-        """Raise UserError when the file's size or time of change is another than when it was found."""
+        """Raise UserError when the file's size or time of change differs from when it was found."""
         if LocalFile.at(self.path) != self:
             raise UserError(f"{self.name} changed while it was being read. Run the same command again when it is complete.")
 
@@ -82,7 +82,7 @@ def find_local(path: str | Path, endings: Sequence[str], key: str) -> list[File]
 
 @dataclass(frozen=True)
 class Part:
-    """What begins in the bytes `start` to `stop` of a file; None for `stop` means the end of the file."""
+    """The rows that begin in the bytes `start` to `stop` of a file, or the whole text; `stop` None means the end of the file."""
 
     file: File
     start: int = 0

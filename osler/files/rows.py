@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     import pyarrow
 
 BLOCK_BYTES = 1 << 20
-MOST_DIGITS = 640  # of an integer that Python surely converts: the least that sys.set_int_max_str_digits takes
-MOST_NULS = 0.1  # of the characters of a text; in UTF-16 it is about half
-BATCH_ROWS, BATCH_BYTES = 1024, 1 << 23  # of a parquet file are in memory at once, whichever is less
-BUFFER_BYTES = 1 << 20  # of each column of a parquet file are read at once
-TEXT_BYTES = 1 << 22  # of a text file make one document; a longer file is several
-HEAD_BYTES = 4096  # of a file of JSON lines, to see whether it begins with an array
-HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # a surrogate, the only way to write half a character; pairs match too
+MOST_DIGITS = 640  # Python surely converts integers of this length, because sys.set_int_max_str_digits takes no smaller limit
+MOST_NULS = 0.1  # the largest share of NULs in a text; UTF-16 has about half
+BATCH_ROWS, BATCH_BYTES = 1024, 1 << 23  # are in memory at once of a parquet file, whichever is less
+BUFFER_BYTES = 1 << 20  # are read at once of each column of a parquet file
+TEXT_BYTES = 1 << 22  # the longest document of a text file; a longer file is several documents
+HEAD_BYTES = 4096  # read of a file of JSON lines, to see whether it begins with an array
+HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # only a surrogate can write half a character; whole pairs match too
 
-# Columns that say something about a row and are not its content, by the words of their names.
+# Words in the names of columns that say something about a row and are not its content.
 _BOOKKEEPING = re.compile(
     r"(?:^|_)(?:id|ids|idx|index|uid|uuid|hash|url|uri|link|path|file|filename|source|dump|date|time|timestamp|created|updated"
     r"|license|licence|lang|language|split|subset|version)(?:$|_)",
@@ -76,7 +76,7 @@ def read_texts(source: Path | Part) -> Iterator[str]:
 
 
 def _last_character(data: bytes) -> int:
-    """Return where the last character of UTF-8 begins, which may be cut."""
+    """Return where the last character of UTF-8 begins; it may be cut in two."""
     return max((place for place in range(len(data) - 4, len(data)) if data[place] & 0xC0 != 0x80), default=len(data))
 
 
@@ -91,7 +91,7 @@ def _decode_text(data: bytes, name: str, line: int, is_first: bool) -> str:
 
 
 def read_rows(source: Path | Part, columns: Sequence[str] | None = None) -> Iterator[Row]:
-    """Yield the rows of a part of a parquet file or a file of JSON lines, or of a whole file; `columns` None reads all of them.
+    """Yield the rows of a part of a parquet file or a file of JSON lines, or of a whole file; `columns` None reads all columns.
 
     A column that does not exist is missing from `Row.values`; the caller decides whether that is an error. Raises UserError when
     the file changes while it is read.
@@ -106,9 +106,9 @@ def _part(source: Path | Part) -> Part:
 
 
 def decode_lines(lines: Iterable[bytes], name: str, start: int = 0) -> Iterator[tuple[str, str]]:
-    """Yield where each line is and its text; the first begins at byte ``start``. Raises UserError when a line is not UTF-8.
+    """Yield the place and the text of each line; the first begins at byte ``start``. Raises UserError when a line is not UTF-8.
 
-    Lines are told by number in a file that is read from its beginning, else by the byte at which they begin.
+    The place is the number of the line if the file is read from its beginning, else the byte at which the line begins.
     """
     offset = start
     for number, line in enumerate(lines, 1):
@@ -118,7 +118,7 @@ def decode_lines(lines: Iterable[bytes], name: str, start: int = 0) -> Iterator[
         except UnicodeDecodeError as error:
             raise UserError(_not_utf8(where, error, offset)) from None
         offset += len(line)
-        yield where, text.removeprefix("\ufeff")  # joined files have one on later lines
+        yield where, text.removeprefix("\ufeff")  # joined files have this mark on later lines
 
 
 def _open(file: File) -> IO[bytes]:
@@ -126,7 +126,7 @@ def _open(file: File) -> IO[bytes]:
     handle, packing = file.open(), compression(file.name)
     if packing is None:
         return handle
-    if file.size == 0:  # pyarrow reads nothing from it without an error
+    if file.size == 0:  # pyarrow would read nothing and raise no error
         raise UserError(f"{file.name} cannot be read, it may be torn: it is empty, which no compressed file is. Copy it again.")
     import pyarrow
 
@@ -143,8 +143,8 @@ def _os_errors_named(name: str) -> Iterator[None]:
 
 
 def _lines(stream: IO[bytes], head: bytes = b"") -> Iterator[bytes]:
-    """Cut a stream, after the ``head`` read of it, at newlines and nowhere else, which pyarrow cannot where it is compressed."""
-    parts: list[bytes] = []  # of a line longer than a block, joined once
+    """Cut a stream, after the ``head`` read of it, only at newlines. Pyarrow cannot do this where the stream is compressed."""
+    parts: list[bytes] = []  # pieces of a line longer than a block, joined once
     while block := head or stream.read(BLOCK_BYTES):
         first, *others = block.split(b"\n")
         parts.append(first)
@@ -159,7 +159,7 @@ def _lines(stream: IO[bytes], head: bytes = b"") -> Iterator[bytes]:
 def _lines_between(stream: IO[bytes], start: int, stop: int | None, head: bytes = b"") -> tuple[int, Iterator[bytes]]:
     """Return the lines that begin at byte ``start`` or later and before ``stop``, and where the first of them begins.
 
-    A line that began before is passed over and not put together.
+    A line that began earlier is passed over and not put together.
     """
     if start:
         stream.seek(start - 1)
@@ -187,7 +187,7 @@ def _not_utf8(where: str, error: UnicodeDecodeError, offset: int) -> str:
 def _damaged(name: str, error: Exception) -> str:
     if isinstance(error, OSError) and error.errno is not None:
         return f"{name} cannot be read: {error.strerror}. Run the same command again when it can."
-    reason = " ".join(str(error).split()).removesuffix(".")  # pyarrow's may have several lines
+    reason = " ".join(str(error).split()).removesuffix(".")  # pyarrow's message may have several lines
     return f"{name} cannot be read, it may be torn or not what its name says: {reason}. Copy or download it again."
 
 
@@ -200,7 +200,7 @@ def _json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _json_integer(digits: str) -> int | float:
-    """Return an integer; one with more digits than Python converts is infinite, which only matters where it is read."""
+    """Return an integer; one with more digits than Python converts becomes infinite, which matters only if it is used."""
     return int(digits) if len(digits) < MOST_DIGITS else float(digits)
 
 
@@ -211,7 +211,7 @@ def _json_rows(part: Part, columns: Sequence[str] | None) -> Iterator[Row]:
     name = part.file.name
     with _os_errors_named(name), _open(part.file) as stream:
         head = b"" if part.start else stream.read(HEAD_BYTES)
-        if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):  # its first line may be larger than the memory
+        if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):  # the line may be larger than the memory
             raise UserError(f"{name} begins with '['. {_one_object_per_line('[')}")
         is_first = columns is not None and not part.start
         start, lines = _lines_between(stream, part.start, part.stop, head)
@@ -250,7 +250,7 @@ def _one_object_per_line(text: str) -> str:
 
 
 def _check_characters(row: dict[str, Any], where: str) -> None:
-    """Refuse half of a surrogate pair ("\\ud83e"), which JSON can write and UTF-8 cannot; by a list, as nesting may be deep."""
+    """Refuse half of a surrogate pair ("\\ud83e"), which JSON can write and UTF-8 cannot. No recursion: nesting may be deep."""
     waiting: list[tuple[str, Any]] = list(row.items())
     while waiting:
         field, value = waiting.pop()
@@ -267,7 +267,7 @@ def _check_characters(row: dict[str, Any], where: str) -> None:
 
 
 def _unread(content: Sequence[str], columns: Sequence[str] | None) -> list[str]:
-    """Return those of the columns with content that were not asked for."""
+    """Return the columns with content that were not asked for."""
     return [name for name in content if columns is not None and name not in columns and not _BOOKKEEPING.search(name)]
 
 
@@ -300,7 +300,7 @@ def _parquet_rows(part: Part, columns: Sequence[str] | None) -> Iterator[Row]:
 
 @functools.lru_cache(4)
 def _metadata(file: File) -> Any:
-    """Return what the footer of a parquet file says; of a large file it is megabytes, which all its parts need."""
+    """Return the footer of a parquet file. A large file has megabytes of it, and all its parts need them."""
     import pyarrow.parquet
 
     with file.open() as handle:

@@ -6,7 +6,7 @@ Each stage is an ordinary run in its own folder, made by the functions of the si
 continues: it skips the finished stages and resumes an interrupted stage from its checkpoint.
 
 GRPO starts from an *earlier* checkpoint because demonstrations alone almost solve this exam. The checkpoint is chosen on a
-validation split; the test splits play no part. The report says what that proves and what it does not (``NOTES``).
+validation split; the test splits play no part. The report says what this proves and what it does not prove (``NOTES``).
 """
 
 from __future__ import annotations
@@ -136,15 +136,15 @@ class Quickstart:
         return self.train(train_grpo, replace(self.config.grpo, seed=self.config.seed, init_from=start), "grpo")
 
     def train(self, train: Callable[[Any, RunFolder], bool], config: RunConfig, name: str) -> bool:
-        """Train one stage in its folder; False when it was asked to stop."""
+        """Train one stage in its folder; False when the stage was asked to stop."""
         folder = self.folder(name)
         with taken(folder):
             return train(config, folder)
 
     def started_from(self, name: str) -> str | None:
-        """Return what a stage that has begun was started from, as it was written then; None for one that has not.
+        """Return the run or checkpoint that a stage was started from, by its config; None for a stage that has not begun.
 
-        The folder may have been moved since.
+        The folder of the quickstart may have been moved since then.
         """
         folder = self.folder(name)
         return read_config(folder)["init_from"] if folder.config.exists() else None

@@ -3,8 +3,8 @@
 All 256 bytes are in the alphabet, so there is no unknown token and ``decode(encode(s)) == s`` for any text. The pre-tokeniser is
 GPT-2's (Radford et al. 2019), but digits stand alone (so numbers are compared and added digit by digit), combining marks stay
 with their letter, and a run of line breaks is one piece. Four special tokens mark a conversation; a trained vocabulary has them
-first (ids 0..3), a loaded one gets those that are missing appended. Only the program can produce one: text that contains
-``<|answer|>`` is encoded as those characters.
+first (ids 0..3), and a loaded one gets the missing ones appended. Only the program can produce a special token: text that
+contains ``<|answer|>`` is encoded as plain characters.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ PIECES = (
     r"|\s{0,1000}[\r\n]+"  # line breaks and the spaces before them; the library looks back only so often
     r"|\s+(?!\S)|\s+"  # other spaces; the last one before a word belongs to the word
 )
-# Training takes time with the square of a piece's length. No language has such words; genomes and binary data do.
+# The time of training grows with the square of a piece's length. No language has longer words; genomes and binary data do.
 LONGEST_TRAINED_CHARS = 1000
 _LONG = f"{{{LONGEST_TRAINED_CHARS + 1},}}"
-_LONG_RUN = re.compile(rf"(?<!\S)\S{_LONG}|(?<!\s)\s{_LONG}")  # only these can hold a longer piece
-_LOOK_CHARS = 1 << 16  # of such a run are split at once, because every piece takes memory
+_LONG_RUN = re.compile(rf"(?<!\S)\S{_LONG}|(?<!\s)\s{_LONG}")  # only such runs can hold a longer piece
+_LOOK_CHARS = 1 << 16  # a long run is split in stretches of this length, because every piece takes memory
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # half of a surrogate pair, which UTF-8 cannot write
 
 
@@ -123,7 +123,7 @@ class Tokenizer:
         return cls(backend)
 
     def with_specials(self) -> Tokenizer:
-        """Return a tokenizer with Osler's special tokens; those that are missing get the ids after the last one."""
+        """Return a tokenizer with Osler's special tokens; missing ones get the ids after the last id."""
         added = self._backend.get_added_tokens_decoder()
         if all((token := added.get(self._id_of_special.get(name, -1))) and token.special for name in SPECIALS):
             return self
@@ -172,7 +172,7 @@ class Tokenizer:
             raise UserError(f"A text holds half a character {where}.") from None
         for index, text in enumerate(texts):
             if self._any_special.search(text) and not self.special_ids.isdisjoint(batch[index]):
-                # The vocabulary has a special token as an ordinary one too: cut the text inside of each.
+                # A special token is an ordinary token of the vocabulary, too: cut the text inside each one.
                 cuts = [found.start() + 1 for found in re.finditer(f"(?={self._any_special.pattern})", text)]
                 parts = [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
                 batch[index] = [one for part in parts for one in self._backend.encode(part, add_special_tokens=False).ids]
@@ -180,7 +180,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _encode(self) -> Callable[[Sequence[str]], list[list[int]]]:
-        """The fastest way to encode texts in which no special token is written."""
+        """The fastest way to encode texts that contain no special token."""
         backend = self._backend
         is_plain = isinstance(backend.model, models.BPE) and backend.normalizer is None and backend.pre_tokenizer is not None
         if is_plain and all(token.special for token in backend.get_added_tokens_decoder().values()):
@@ -217,7 +217,7 @@ def split_bytes(pieces: str) -> pre_tokenizers.PreTokenizer:
 
 
 def _cut_long_pieces(texts: Iterable[str]) -> Iterator[str]:
-    """Yield `texts`, in parts where a piece is too long to be trained on, which is logged once."""
+    """Yield `texts`, cut into parts where a piece is too long for training; the first cut is logged."""
     splitter = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
     told = False
     for text in texts:

@@ -26,8 +26,8 @@ class Turn:
 class Completion:
     """The text that a model produced after the prompt, in parts.
 
-    `answer` is None if the model did not reach it, `finished` is whether it wrote ``<|endoftext|>``, and `well_formed` whether it
-    follows the template exactly.
+    `answer` is None if the model did not reach it. `finished` says whether the model wrote ``<|endoftext|>``, and `well_formed`
+    whether the text follows the template exactly.
     """
 
     thinking: str

@@ -1,7 +1,7 @@
-"""Encoding with a memory of the pieces that were seen, about twice as fast as the library alone, whose slowest part it avoids.
+"""Encoding with a memory of the pieces that were seen. It avoids the slowest part of the library and is about twice as fast.
 
 A tokenizer first splits text into pieces, mostly words, by a regular expression, and a piece has the same tokens everywhere. For
-two such expressions, GPT-2's and the one of tokenizers that are trained here, Python's `re` finds the same pieces several times
+two such expressions, that of GPT-2 and that of tokenizers trained here, Python's `re` finds the same pieces several times
 as fast. Python and the library may know different versions of Unicode, so the words around a character that is younger than
 Unicode 3.2, or was in another category then, are left to the library.
 """
@@ -16,17 +16,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 GPT2_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-MOST_PIECES = 1 << 18  # that are remembered, of about 200 bytes each
-LONGEST_PIECE = 24  # characters; longer ones hardly come again
+MOST_PIECES = 1 << 18  # that the memory holds, at about 200 bytes each
+LONGEST_PIECE = 24  # characters; longer pieces hardly come again
 
 _SPACES = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # White_Space of Unicode
-_WAS_SPACE = 0x180E  # in the versions 4.0 to 6.2 alone
-_CUT = re.compile(r"(?<=[!-~]) (?=[!-~])")  # before such a space both expressions cut, whatever stands around it
+_WAS_SPACE = 0x180E  # a space only in the versions 4.0 to 6.2 of Unicode
+_CUT = re.compile(r"(?<=[!-~]) (?=[!-~])")  # both expressions cut before such a space, whatever the text around
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False}
 
 
 def pieces_of(splitter: dict[str, Any]) -> str | None:
-    """Return the expression by which the pre-tokenizer of a byte-level tokenizer finds pieces; None if it is of another kind."""
+    """Return the expression by which the pre-tokenizer of a byte-level tokenizer finds pieces; None for any other kind."""
     steps = splitter.get("pretokenizers", [splitter])
     if len(steps) == 1 and steps[0].items() >= {**_BYTE_LEVEL, "use_regex": True}.items():
         return GPT2_PIECES
@@ -37,7 +37,7 @@ def pieces_of(splitter: dict[str, Any]) -> str | None:
 
 
 class Memory:
-    """Encodes texts by their pieces; `encode` is the way without a memory."""
+    """Encodes texts by their pieces; `encode` encodes without a memory."""
 
     def __init__(self, pieces: str, encode: Callable[[Sequence[str]], list[list[int]]]) -> None:
         self._find = re.compile(_translated(pieces)).findall
@@ -45,9 +45,9 @@ class Memory:
         self._known: dict[str, bytes] = {}
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of texts, which are those of `encode`."""
+        """Return the same ids of texts as `encode`."""
         batch = []
-        unknown: dict[str, list[tuple[list[bytes], int]]] = {}  # where each is missing
+        unknown: dict[str, list[tuple[list[bytes], int]]] = {}  # each unknown piece, and the places that need its ids
         for text in texts:
             pieces = self._split(text)
             ids: list[Any] = list(map(self._known.get, pieces))
@@ -65,7 +65,7 @@ class Memory:
         return [array("I", b"".join(ids)).tolist() for ids in batch]
 
     def _split(self, text: str) -> list[str]:
-        """Return the pieces of a text; words with uncertain characters stay as they are, between two spaces that surely cut."""
+        """Return the pieces of a text; uncertain characters stay in one piece, from one space that surely cuts to the next."""
         pieces: list[str] = []
         start = 0
         for uncertain in _uncertain()(text):
@@ -93,7 +93,7 @@ def _translated(pieces: str) -> str:
 
 @functools.cache
 def _uncertain() -> Callable[[str], Iterator[re.Match[str]]]:
-    """Return what finds the characters in a text that have not been in the same category since Unicode 3.2."""
+    """Return a function that finds the characters in a text whose category is not surely the same since Unicode 3.2."""
     old = unicodedata.ucd_3_2_0.category
     codes = (code for code in range(1 << 16) if _category(code) == old(chr(code)) not in ("Cn", "Cs") and code != _WAS_SPACE)
     certain = _ranges(codes)

@@ -2,7 +2,7 @@
 
 A tokenizer that drops characters makes its text easier to predict, so a model that trains on it reports a bits per byte that is
 far too good. A byte-level tokenizer must lose nothing, and `refuse_missing_bytes` checks that without a text. For any other
-tokenizer it depends on the text, so `RoundTrip` checks samples. Changes by a normalizer (case, accents, spaces) are not losses.
+tokenizer losses depend on the text, so `RoundTrip` checks samples. Changes by a normalizer (case, accents, spaces) are no losses.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from osler.tokenizer.bpe import Tokenizer
 logger = logging.getLogger(__name__)
 
 MAX_LOST = 0.01  # the largest share of the characters that a tokenizer which is not byte-level may lose
-SAMPLE_CHARS = 4096  # looked at of a text
+SAMPLE_CHARS = 4096  # of a text are looked at
 EXAMPLE_CHARS = 40
 # Characters with every byte that UTF-8 uses: ASCII, each last byte, each first byte.
 _CODES = (*range(0x100), *range(0x100, 0x800, 64), *range(0x800, 0xD800, 0x800), *range(0xE000, 0x11_0000, 0x1000))
@@ -29,7 +29,7 @@ _SPACES = re.compile(r"[\s\u2581]+")  # U+2581 is SentencePiece's space
 
 @dataclass
 class Losses:
-    """How many characters were looked at, lost and changed, and the first of what is lost (True) and of what is changed."""
+    """How many characters were looked at, lost and changed, and the first example of a loss (True) and of a change (False)."""
 
     chars: int = 0
     lost: int = 0
@@ -37,7 +37,7 @@ class Losses:
     examples: dict[bool, str] = field(default_factory=dict)
 
     def add(self, other: Losses) -> None:
-        """Count what was seen elsewhere."""
+        """Add the counts of other texts."""
         self.chars, self.lost, self.changed = self.chars + other.chars, self.lost + other.lost, self.changed + other.changed
         self.examples = {**other.examples, **self.examples}
 
@@ -59,7 +59,7 @@ class RoundTrip:
         self.losses = Losses()
 
     def look(self, texts: Iterable[str]) -> None:
-        """Look at the start of each text. Raises UserError when too much is lost of what was seen so far."""
+        """Look at the start of each text. Raises UserError when the texts so far lose too many characters."""
         starts, seen = [text[:SAMPLE_CHARS] for text in texts], self.losses
         for text, back, lost in _read_back(self._tokenizer, starts):
             seen.chars += len(text)
@@ -76,7 +76,7 @@ class RoundTrip:
 
 
 def lost_characters(tokenizer: Tokenizer) -> list[str]:
-    """Return the characters that a tokenizer loses, of some hundred that together have every byte of UTF-8; letters first."""
+    """Return the characters that a tokenizer loses, letters first; the probes together have every byte of UTF-8."""
     lost = [text for text, _, missing in _read_back(tokenizer, _PROBES) if missing]
     return sorted(lost, key=lambda character: (not character.isalpha(), not character.isprintable()))
 
@@ -93,12 +93,12 @@ def refuse_missing_bytes(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def describe_lost(lost: list[str]) -> str:
-    """Return a few of the characters."""
+    """Return a text that names a few of the lost characters."""
     return ", ".join(map(repr, lost[:5])) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
 
 
 def _read_back(tokenizer: Tokenizer, texts: list[str]) -> Iterable[tuple[str, str, int]]:
-    """Yield each text, what is read back of it, and how many of its characters are lost."""
+    """Yield each text, the text that is read back, and how many characters are lost."""
     for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
         back = tokenizer.decode(ids)
         yield text, back, _missing(_SPACES.sub("", tokenizer.normalize(text)), _SPACES.sub("", back))

@@ -1,8 +1,8 @@
 """SuperBPE (Liu et al. 2025, arXiv 2503.13423): byte-level BPE whose later tokens may span up to four words.
 
-The first tokens are those of ordinary BPE. A second pass learns from the same text in pieces of many words: each token is written
+The first tokens are those of ordinary BPE. A second pass learns from the same text in pieces of many words. Each token is written
 as one character, so that the library's own trainer learns merges of tokens, which are then read as merges of bytes. A token is
-refused, with the merges that use it, if it has more than four words, ends in a space, or has a space after a colon: otherwise a
+refused, with the merges that use it, if it has more than four words, ends in a space, or has a space after a colon. Otherwise a
 prompt such as "Answer:" would get other tokens than the same words followed by an answer.
 """
 
@@ -17,7 +17,7 @@ from osler.tokenizer.bpe import SPECIALS, Tokenizer, split_bytes
 
 MAX_WORDS = 4
 # As in BPE, a digit, the letter of an option and line breaks are separate pieces. Other pieces have up to 64 words, so that the
-# time of learning and encoding is in proportion to the text. Of a word longer than 16 characters each part of 16 counts as one.
+# time of learning and encoding is in proportion to the text. In a longer word, each part of 16 characters counts as a word.
 _ALONE = r" ?\p{N}| ?\([A-Z]\)"
 _WORD = rf"(?!{_ALONE})(?:[ (][^ (\p{{N}}\r\n]{{0,16}}|[^ (\p{{N}}\r\n]{{1,16}})"
 PIECES = rf"{_ALONE}|[\r\n]+|(?:{_WORD}){{1,64}}"
@@ -42,7 +42,7 @@ def train(texts: Iterable[str], vocab_size: int, transition: int) -> Tokenizer:
     lines = list(_written_in_tokens(bpe, texts))
     vocab: dict[str, int] = content["model"]["vocab"]
     tokens = sorted(vocab, key=vocab.__getitem__)
-    tries = (vocab_size - len(tokens)) * 9 // 8  # of which some are refused
+    tries = (vocab_size - len(tokens)) * 9 // 8  # more than needed, because some are refused
     while True:
         learned = _learn(lines, len(tokens), tries)
         vocab, merges = _with_superwords(tokens, content["model"]["merges"], learned, vocab_size)
@@ -65,7 +65,7 @@ def _written_in_tokens(bpe: Backend, texts: Sequence[str]) -> Iterator[str]:
 
 
 def _learn(lines: Sequence[str], num_tokens: int, num_merges: int) -> list[tuple[str, str]]:
-    """Return the merges that BPE learns of texts that are written in tokens, as pairs of texts written in tokens."""
+    """Return the merges that BPE learns from texts written in tokens, as pairs of such texts."""
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.CharDelimiterSplit(" ")
     trainer = trainers.BpeTrainer(
@@ -83,7 +83,7 @@ def _with_superwords(
 ) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Return the vocabulary and the merges of BPE, extended by the merges learned of its tokens, up to `vocab_size`.
 
-    Two ways to cut a text may have led to the same merge of bytes, or to the same token: the first decides its rank or id.
+    Two ways to cut a text may have led to the same merge of bytes, or to the same token. The first way decides its rank or id.
     """
     written = {chr(_FIRST + token_id): token for token_id, token in enumerate(tokens)}
     vocab = {token: token_id for token_id, token in enumerate(tokens)}

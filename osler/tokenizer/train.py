@@ -14,15 +14,15 @@ from osler.tokenizer import superbpe
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.config import BPEConfig, SuperBPEConfig
 
-SHORT_BYTES = 1_000_000  # of text that trains faster than a child process starts
+SHORT_BYTES = 1_000_000  # training on less text takes less time than starting a child process
 
 
 def train(texts: Iterable[str], wanted: BPEConfig | SuperBPEConfig) -> Tokenizer:
     """Train a tokenizer as a config describes it, and raise KeyboardInterrupt as soon as a signal asks for it.
 
     The library trains in one call of seconds or minutes, during which Python handles no signal. So, unless the text is short, a
-    child process does it, which a signal to the parent kills, and which ends when nobody reads its result any more. The tokenizer
-    is the same to the byte.
+    child process trains. A signal to the parent kills it, and it ends by itself when nobody reads its result any more. The
+    tokenizer is the same to the byte.
     """
     sizes = [wanted.vocab_size, *([wanted.bpe_size] if isinstance(wanted, SuperBPEConfig) else [])]
     with tempfile.TemporaryFile() as lines:
@@ -60,12 +60,12 @@ def _learn(texts: Iterable[str], vocab_size: int, transition: int | None = None)
 
 def _end_with_parent() -> None:
     pipe = select.poll()
-    pipe.register(1, 0)  # that nobody reads it is always told
+    pipe.register(1, 0)  # no events need be named: poll always reports that nobody reads
     pipe.poll()
     os._exit(1)
 
 
 if __name__ == "__main__":
-    if hasattr(select, "poll"):  # Windows has none
+    if hasattr(select, "poll"):  # Windows has no poll
         threading.Thread(target=_end_with_parent, daemon=True).start()
     sys.stdout.buffer.write(_learn(map(json.loads, sys.stdin.buffer), *map(int, sys.argv[1:])).to_bytes())
