@@ -1,12 +1,12 @@
 """Score exams, by what a model writes or by which option it finds most likely.
 
-What is shown to the model is a list of items (``presentations``). ``score_by_generation`` lets it think and answer, ``grade``
+``presentations`` yields the items that the model is shown. ``score_by_generation`` lets it think and answer, ``grade``
 reads each answer as the rewards read it (``tasks/answers.py``), and ``summarise`` (``score.py``) counts them.
 ``score_by_likelihood`` needs no form of answer, so it also suits base models.
 
-No score depends on which questions are asked together. A likelihood is computed of one question at a time and is the same to the
-bit. Samples are drawn with random numbers that belong to the question. Rows that decode together round differently in the last
-bits, so a written answer is the same unless two tokens are as likely as each other to about six digits.
+No score depends on which questions are asked together. A likelihood is computed for one question at a time, so it is the same to
+the bit. Samples are drawn with random numbers that belong to the question. Rows that decode together round differently in the
+last bits, so a written answer is the same unless the probabilities of two tokens agree to about six digits.
 """
 
 import hashlib
@@ -36,11 +36,11 @@ from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.chat import Completion, encode_prompt, parse_completion
 
 Normalise = Literal["bytes", "tokens", "none"]
-ITEM_ROWS = 256  # rows of hidden states of one item, about
+ITEM_ROWS = 256  # about how many rows of hidden states one item has
 
 
 def greedy(max_new_tokens: int) -> SamplingParams:
-    """Return the usual sampling of an exam: always the likeliest token, ``max_new_tokens`` for thinking and answer together."""
+    """Return the usual sampling of an exam: always the likeliest token, with ``max_new_tokens`` for thinking and answer."""
     return SamplingParams(max_new_tokens=max_new_tokens, temperature=0.0)
 
 
@@ -53,7 +53,7 @@ def score_by_generation(
     reasoning: bool = True,
     answers: AnswerLog | None = None,
 ) -> ScoredExam:
-    """Let the model write an answer to every item that is shown and score what it wrote; ``answers`` may know some of them.
+    """Let the model write an answer to every item that is shown and score it; ``answers`` may already hold some of them.
 
     Prompt and completion must fit the model's ``max_seq_len``; a context passage is shortened from its front to fit, a question
     is not.
@@ -89,13 +89,13 @@ def score_by_generation(
     waiting.sort(key=lambda pair: -len(pair[1].prompt))
     for index, continuation in engine.complete([request for _, request in waiting]):
         keep(waiting[index][0], continuation.ids)
-        if asked():  # a trainer that asks all ranks whether to stop makes nothing of this score
+        if asked():  # a trainer asks all ranks whether to stop, and then discards this score
             break
     return summarise(results, max_seq_len=longest)
 
 
 def _row_number(item: ExamItem, visit: int) -> int:
-    """Return the number that a visit's random numbers belong to: the same whatever else is asked."""
+    """Return the number that a visit's random numbers belong to; it is the same whatever else is asked."""
     return int.from_bytes(hashlib.sha256(f"{visit}:{item.id}".encode()).digest()[:4], "big")
 
 
@@ -114,7 +114,7 @@ def shared_exam(
     Raises UserError when there are no items, and AskedToStop when training is to end.
     """
     share, counts = items[world.rank :: world.size], (0.0, 0.0, 0.0)
-    if share or not items:  # an empty exam is refused in words
+    if share or not items:  # an empty exam is refused with a message
         orders = list(presentations(share, permutations, sampling.seed))
         score = score_by_generation(engine, tokenizer, orders, sampling, reasoning=reasoning)
         counts = (score.correct, score.unparsed + score.cut + score.too_long, score.presentations)
@@ -127,7 +127,8 @@ def shared_exam(
 def presentations(items: Iterable[ExamItem], permutations: int, seed: int) -> Iterator[ExamItem]:
     """Yield every item in ``permutations`` option orders: as it is, then its rotations, then rotations of shuffled orders.
 
-    An item whose options point at each other is shown as often, always as it is, so that all items weigh the same.
+    An item whose options point at each other is shown the same number of times, always as it is, so that all items weigh the
+    same.
     """
     for item in items:
         if item.keeps_order:
@@ -156,14 +157,14 @@ def score_by_likelihood(
     normalise: Normalise = "bytes",
     answers: AnswerLog | None = None,
 ) -> ScoredExam:
-    """Choose the option whose ``form`` is most likely after the prompt; ``answers`` may know some. Items must have options.
+    """Choose the option whose ``form`` is most likely after the prompt; ``answers`` may hold some. Items must have options.
 
-    With ``template`` the prompt is the chat template up to the answer (no thinking), without it ``render_plain``. Without it the
-    letters have the options in lines of their own.
+    With ``template`` the prompt is the chat template up to the answer, with no thinking. Without it the prompt is
+    ``render_plain``, where the form "letters" lists the options on lines of their own.
 
     The log-likelihood is divided by the UTF-8 bytes of what is scored (lm-evaluation-harness's ``acc_norm`` where that is ASCII),
     by its tokens, or by nothing (the harness's ``acc``, where short options win). Of equal scores the earlier option wins.
-    Without a divisor the likelihoods are those of probabilities, and the results say how sure the model is.
+    Without a divisor the scores are log-probabilities, and the results say how sure the model is.
     """
     answers = AnswerLog() if answers is None else answers
     longest = model.config.max_seq_len
@@ -197,8 +198,8 @@ def option_rows(
     """Return for every option the ids of prompt and option together and where scoring starts; None when they do not fit.
 
     Plain text is tokenised as a whole, because a merge may straddle the border. Scoring starts where the ids of the options, or
-    those of the prompt alone, first differ, so that it starts alike in every option. In the template a special token is the
-    border.
+    those of the prompt alone, first differ, so that it starts at one place in every option. In the template a special token is
+    the border.
     """
     if not item.options:
         raise ValueError(f"item {item.id} has no options to compare")
@@ -226,7 +227,7 @@ def option_rows(
 
 
 def fitting(item: ExamItem, encode: Callable[[ExamItem], list[int]], room: int) -> ExamItem | None:
-    """Return the item with what fits ``room`` tokens of its context's end (where an abstract has its results), else None."""
+    """Return the item with as much of its context's end as fits ``room`` tokens, else None. An abstract ends with its results."""
     if len(encode(item)) <= room:
         return item
     words = item.context.split()

@@ -1,7 +1,7 @@
 """Log-probabilities of labelled tokens, and how many bits a model needs for a byte of held-out text.
 
-Bits per byte is the one score of a language model that does not depend on its tokenizer: ``nats / ln 2 / bytes``, over every
-token of the text once and its bytes in UTF-8. The end-of-text token after a document counts too, because a code must say where a
+Bits per byte is a score of a language model that does not depend on its tokenizer: ``nats / ln 2 / bytes``, where every token of
+the text counts once and the bytes are UTF-8. The end-of-text token after a document counts too, because a code must say where a
 document ends; it has no bytes. ``windows`` cuts documents that are longer than a row; each window starts without context.
 """
 
@@ -24,8 +24,8 @@ from osler.runtime.stop import AskedToStop, asked
 from osler.runtime.world import World
 
 BATCH_TOKENS = 16_384  # of a forward pass, padding included
-SORTED_WINDOWS = 4096  # windows sorted by length at a time: less padding, and the sum does not depend on the order
-LabelledRow = tuple[list[int], list[int]]  # ids, and behind each the id that follows it, or -100 where none is scored
+SORTED_WINDOWS = 4096  # windows sorted by length at a time, for less padding; the sum does not depend on the order
+LabelledRow = tuple[list[int], list[int]]  # ids, and for each as its label the id that follows, or -100 for none
 
 
 def pad_rows(rows: Sequence[LabelledRow]) -> tuple[Tensor, Tensor]:
@@ -75,10 +75,10 @@ def by_length(rows: Sequence[LabelledRow], batch_tokens: int) -> Iterator[list[i
 
 @torch.inference_mode()
 def sum_logprobs(decoder: Decoder, rows: Sequence[list[int]], start: int) -> list[float]:
-    """Return for every row of ids the sum of log p(ids[t] | ids[:t]) over t >= start, in nats; the rows are alike before it.
+    """Return for every row of ids the sum of log p(ids[t] | ids[:t]) over t >= start, in nats; before ``start`` rows are alike.
 
-    What they share runs through the model once. ``start`` is at least 1. The sums depend on these rows alone: no batch that other
-    rows share could move them by a bit.
+    The beginning that they share runs through the model once. ``start`` is at least 1. The sums depend on these rows alone, to
+    the bit, because no other rows share their batch.
     """
     past = decoder.read([rows[0][: start - 1]])[0] if start > 1 else None
     _, hidden_BTD = decoder.read([ids[:-1] for ids in rows], past)
@@ -92,9 +92,9 @@ def sum_logprobs(decoder: Decoder, rows: Sequence[list[int]], start: int) -> lis
 
 @dataclass(frozen=True)
 class TextScore:
-    """How well a model predicts a text: the summed nats, over so many tokens and bytes; `right` tokens it found likeliest.
+    """How well a model predicts a text: summed nats, tokens and bytes; `right` counts the tokens that it found likeliest.
 
-    `words` are what stands between white space; 0: not counted.
+    `words` counts the pieces between white space; 0: not counted.
     """
 
     nats: float
@@ -105,7 +105,7 @@ class TextScore:
 
     @classmethod
     def of_all(cls, scores: Collection["TextScore"]) -> "TextScore":
-        """Return the score of several texts together, to which each token counts the same."""
+        """Return the score of several texts together, in which each token counts the same."""
         return cls(*(sum(getattr(score, field.name) for score in scores) for field in fields(cls)))
 
     @property

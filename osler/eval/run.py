@@ -1,7 +1,7 @@
 """``osler eval``: let a checkpoint take exams, or measure how well it predicts a text.
 
-Scores go into the run folder's ``exams.json``, where the report finds them, and answers into ``answers/`` as they come: the same
-command goes on after an interruption (``records/answers.py``).
+Scores go into the run folder's ``exams.json``, where the report finds them, and answers into ``answers/`` as they come, so the
+same command resumes after an interruption (``records/answers.py``).
 """
 
 import hashlib
@@ -41,9 +41,9 @@ from osler.tokenizer.round_trip import RoundTrip, refuse_missing_bytes
 
 logger = logging.getLogger(__name__)
 
-CLEAN = ", clean"  # after the name of an exam: its questions that are not in the model's data
+CLEAN = ", clean"  # marks the score on an exam's questions that are not in the model's data
 LOOKED_AT = 256  # documents whose start is decoded again, to see what the tokenizer loses
-FORMS: dict[str, Form] = {"likelihood": "answer", "letters": "letters", "cloze": "cloze"}  # what a method scores
+FORMS: dict[str, Form] = {"likelihood": "answer", "letters": "letters", "cloze": "cloze"}  # what each method scores
 
 
 def run(checkpoint: str, overrides: Sequence[str] = (), json_file: str | None = None) -> int:
@@ -87,7 +87,7 @@ def run(checkpoint: str, overrides: Sequence[str] = (), json_file: str | None = 
 def config_of(overrides: Sequence[str]) -> EvalConfig:
     """Return the config that the overrides describe; a task without type and path is the clinic's exam with changed fields.
 
-    Text stands for exams as a person would write them: ``medqa:test.jsonl,clinic``.
+    Exams may also be given as text: ``medqa:test.jsonl,clinic``.
     """
     given = override({}, overrides)
     if {"task", "tasks"} <= given.keys():
@@ -111,7 +111,7 @@ def _written_out(task: Any) -> Any:
 
 
 def complete(config: EvalConfig, ready: LoadedModel) -> tuple[EvalConfig, Mapping[str, ShardSet]]:
-    """Fill in what to measure where nothing was asked for: the clinic's exam, that of the training, or the held-out text."""
+    """Fill in what to measure where nothing was asked for: the clinic's exam, the training's exam, or the held-out text."""
     if config.exams or config.text is not None or config.source is not None:
         return config, {}
     if ready.knows_clinic:
@@ -130,7 +130,7 @@ def complete(config: EvalConfig, ready: LoadedModel) -> tuple[EvalConfig, Mappin
 
 
 def sit(config: EvalConfig, ready: LoadedModel, name: str) -> list[ScoredExam]:
-    """Let the model, which has this name in its run, take every part of the exams with every requested method."""
+    """Let the model take every part of the exams with every requested method; ``name`` is its name in the run."""
     exams = {split: load_task(task) for split, task in parts(config).items()}
     if empty := [split for split, items in exams.items() if not items]:
         raise UserError(f"The exam {empty[0]} has no items.")
@@ -150,7 +150,7 @@ def sit(config: EvalConfig, ready: LoadedModel, name: str) -> list[ScoredExam]:
 def scores_of(
     method: str, config: EvalConfig, ready: LoadedModel, shown: Sequence[ExamItem], head: Mapping[str, str]
 ) -> Iterator[ScoredExam]:
-    """Yield what the model scores on items that are shown: by letters and in writing one score, else the raw one beside it."""
+    """Yield the scores on the items that are shown: one for letters and for writing, else also the raw score."""
     if method == "generation":
         shown = [item for item in shown for _ in range(config.samples)]
         sampling = SamplingParams(max_new_tokens=config.max_new_tokens, temperature=config.temperature, seed=config.seed)
@@ -193,7 +193,7 @@ def answer_log(
 
 
 def tell_checked(split: str, ids: Set[str], known: ExamsInData) -> None:
-    """Say how many questions of an exam were looked for in the model's data, and found."""
+    """Say how many questions of an exam were looked for in the model's data, and how many were found."""
     checked, found = len(ids & known.checked), len(ids & known.found)
     if checked:
         subset = f' "{split}{CLEAN}" is the score on those that were not.' if found and ids & known.clean else ""
@@ -204,7 +204,7 @@ def tell_checked(split: str, ids: Set[str], known: ExamsInData) -> None:
 
 
 def clean_subset(score: ScoredExam, known: ExamsInData) -> Iterator[ScoredExam]:
-    """Yield the score on the questions that are known not to be in the model's data, unless these are all or none."""
+    """Yield the score on the questions that are known not to be in the model's data, if others were found there."""
     clean = [result for result in score.results if result.item.id in known.clean]
     if clean and any(result.item.id in known.found for result in score.results):
         subset = summarise(clean, max_seq_len=int(score.max_seq_len))
@@ -214,7 +214,7 @@ def clean_subset(score: ScoredExam, known: ExamsInData) -> Iterator[ScoredExam]:
 def parts(config: EvalConfig) -> dict[str, Any]:
     """Return the exams by the name they are shown under; each split of the clinic is a separate exam.
 
-    A second exam of a name is told apart by its file.
+    A second exam of the same name gets its file in its name.
     """
     named: dict[str, Any] = {}
     exams: Sequence[Any] = config.exams
@@ -309,7 +309,7 @@ def save_scores(ready: LoadedModel, name: str, scores: Sequence[ScoredExam]) -> 
 
 
 def measured(name: str, read: Callable[[], Iterable[Document]], config: EvalConfig, ready: LoadedModel) -> TextScore:
-    """Measure the documents of a text, which is read twice."""
+    """Measure the documents of a text, which is read twice, and its first documents three times."""
 
     def texts() -> Iterator[str]:
         return islice((document.text for document in read() if not document.is_empty), config.documents)
@@ -344,7 +344,7 @@ def text_score(config: EvalConfig, ready: LoadedModel, documents: Iterator[list[
 
 
 def describe_text(name: str, cost: TextScore, seq_len: int) -> str:
-    """Return the score of a text in a line. Only bits per byte can be compared between models of several tokenizers."""
+    """Return the score of a text in a line. Bits per byte and perplexity by words compare models of any tokenizers."""
     words = f", {cost.word_perplexity:.1f} by words" if cost.words else ""
     return (
         f"{name}: {cost.bits_per_byte:.4f} bits per byte ({cost.bytes:,} bytes; {cost.tokens:,} tokens at {cost.loss:.4f} nats, "

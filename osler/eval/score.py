@@ -1,10 +1,10 @@
 """The score of an exam, with its confidence interval and its baselines.
 
-The baselines are chance, and always giving the same, best letter, which is the cheapest way for a model to gain. Answers that
+One baseline is chance. The other always gives the best single letter, which is the cheapest gain for a model. Answers that
 cannot be read or were cut, and questions that did not fit into the context, are counted and are wrong.
 
 Items that ask for the same fact, or the same item under several option orders, are not independent. So the variance is computed
-from the sums of ``clusters`` (a sandwich estimator corrected for few clusters), which says how many independent items the sample
+from the sums of ``clusters`` (a sandwich estimator corrected for few clusters). It says how many independent items the sample
 is worth, and this effective size goes into Wilson's formula. A paired difference uses the variance itself. Sources: Wilson 1927;
 Agresti and Min 2005 (adjusted interval for matched pairs); Cameron and Miller 2015 (clusters).
 """
@@ -28,7 +28,7 @@ CUT = "cut"  # the length limit came before a readable answer
 TOO_LONG = "too_long"  # the question did not fit into the model's context
 COVERAGES = (0.25, 0.5, 0.75)  # shares of the questions that are answered when the model skips those it is least sure of
 BINS = 10  # of confidence
-Z_95 = NormalDist().inv_cdf(0.975)  # of a normal distribution, 95 % lies within so many deviations
+Z_95 = NormalDist().inv_cdf(0.975)  # 95 % of a normal distribution lies within this many deviations
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Result:
     predicted: int | None = None  # the option's position as shown
     text: str = ""  # the answer as it was written
     thinking: str = ""  # the reasoning before it
-    confidence: float | None = None  # the chosen option's probability, where those of all options sum to 1; None: not known
+    confidence: float | None = None  # the chosen option's share of the probability of all options; None: not known
 
     @property
     def cluster(self) -> str:
@@ -136,7 +136,8 @@ def _measures(results: Sequence[Result]) -> Iterator[tuple[str, dict[str, Any]]]
 def _calibration(sure: Sequence[tuple[float, Result]], asked: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the accuracy at each coverage and in each bin of confidence, and the expected calibration error.
 
-    ``sure`` comes with the surest first. At a coverage of 25 % the surest quarter is answered, with results tied with its last.
+    ``sure`` has the surest result first. At a coverage of 25 % the surest quarter counts, with all results that tie with its
+    last.
     """
 
     def measure(part: Sequence[tuple[float, Result]]) -> dict[str, Any]:
@@ -159,14 +160,14 @@ def _measure(values: Sequence[float], clusters: Sequence[str]) -> dict[str, Any]
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
-    """Return the unbiased estimate, from ``samples`` drawn, that at least one of ``k`` is right (Chen et al., 2021)."""
+    """Return the unbiased estimate, from ``samples``, of the chance that any of ``k`` is right (Chen et al., 2021)."""
     return 1 - comb(samples - right, k) / comb(samples, k)
 
 
 def majority(results: Sequence[Result]) -> float:
     """Return whether the answer that was given most often is right; on a tie, the share of the tied answers that are right.
 
-    Numbers vote by their value, options and other texts by their wording. What could not be read does not vote.
+    Numbers vote by their value, options and other texts by their wording. An answer that cannot be read does not vote.
     """
     votes = Counter(_vote(result) for result in results if result.status == ANSWERED)
     most = max(votes.values(), default=0)
@@ -238,7 +239,8 @@ def wilson(correct: float, n: float) -> tuple[float, float]:
 def mean_interval(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> tuple[float, float]:
     """Return Wilson's interval for the mean of ``values`` in [0, 1], at the effective sample size that the clusters leave.
 
-    This size is never above the number of values. It is the number of clusters where the variance is zero (all alike).
+    This size is never above the number of values. Where the variance is zero, because all are alike, it is the number of
+    clusters.
     """
     if not values:
         raise ValueError("no items: a mean of nothing has no interval")

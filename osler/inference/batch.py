@@ -1,9 +1,9 @@
 """Rows that decode together: requests join and leave while others run, and no row notices which others share its batch.
 
 Every row has its own position in the key/value cache, its own sampling parameters and its own random numbers, which belong to
-(seed, row number, position). What a finished row leaves in the cache stays until its place is needed: a prompt that begins with
-the same tokens, as the next turn of a conversation or an exam with worked examples does, goes on from there. The host looks at
-the rows in ``collect`` and ``so_far`` only; no step waits for the device. Shapes: P prompts, R some rows.
+(seed, row number, position). The cache keeps a finished row until its place is needed. A prompt that begins with the same
+tokens starts from that row, for example the next turn of a conversation, or an exam with worked examples. The host looks at
+the rows only in ``collect`` and ``so_far``; no step waits for the device. Shapes: P prompts, R some rows.
 """
 
 from bisect import bisect_left
@@ -20,8 +20,8 @@ from osler.model.kv_cache import KVCache
 from osler.ops.sampling import RowSampling
 from osler.ops.sampling_params import SamplingParams
 
-_PREFILL_TOKENS = 16_384  # prompts run through the model so many tokens at a time
-_WORTH_SHARING = 16  # tokens at least, and half of the prompt
+_PREFILL_TOKENS = 16_384  # tokens of prompts that run through the model at a time
+_WORTH_SHARING = 16  # equal tokens at least, and at least half of the prompt
 
 Prompt = tuple[int, ...]
 
@@ -32,14 +32,14 @@ class _Place:
 
     number: int = -1
     request: Request | None = None  # None: the row is free
-    drawn: int = 0  # tokens at most
-    tokens: Prompt = ()  # those whose keys and values are in the cache
+    drawn: int = 0  # tokens drawn, at most
+    tokens: Prompt = ()  # the tokens whose keys and values are in the cache
 
 
 class Batch:
     """At most ``max_rows`` rows of at most ``slots`` tokens, ``new_tokens`` of them drawn; other requests wait their turn.
 
-    It has as many rows as it needs: it grows when requests wait, and shrinks to a power of two when half of its rows are free.
+    It grows when requests wait. When none waits, it shrinks to the smallest power of two that holds the rows that run.
     """
 
     def __init__(self, decoder: Decoder, slots: int, new_tokens: int, max_rows: int, can: Capabilities) -> None:
@@ -47,7 +47,7 @@ class Batch:
         self._waiting: deque[tuple[int, Request]] = deque()
         self._num_added = 0
         self._places: list[_Place] = []
-        self._cache: KVCache  # these two are made when there is a first request
+        self._cache: KVCache  # cache and rows are made for the first request
         self._rows: Rows
 
     def __bool__(self) -> bool:
@@ -106,7 +106,7 @@ class Batch:
         return [(place.number, continuation) for place, continuation in zip(places, found, strict=True)]
 
     def _shrink(self) -> None:
-        """Let attention read as far as the rows that run need, and give up rows when half of them are free and nothing waits."""
+        """Let attention read only as far as running rows need, and shrink to a power of two if nothing waits."""
         busy = [row for row, place in enumerate(self._places) if place.request is not None]
         self._cache.filled = max((len(self._places[row].tokens) + self._places[row].drawn - 1 for row in busy), default=0)
         size = 1 << max(len(busy) - 1, 0).bit_length()
@@ -115,7 +115,7 @@ class Batch:
             self._resize([*busy, *free[: size - len(busy)]], size)
 
     def _resize(self, keep: Sequence[int], size: int) -> None:
-        """Move some rows into new tensors for ``size`` rows, of which they are the first."""
+        """Move the rows ``keep`` to the front of new tensors for ``size`` rows."""
         decoder, device = self.decoder, self.decoder.device
         cache = decoder.new_cache(size, self.slots)
         rows = Rows(size, self.new_tokens, self.can, decoder.config.vocab_size, device)
@@ -148,7 +148,7 @@ class Batch:
         joining = [self._waiting.popleft() for _ in free]
         requests = [request for _, request in joining]
         device, vocab_size = self.decoder.device, self.decoder.config.vocab_size
-        numbers: dict[Prompt, list[int]] = {}  # in ``requests``
+        numbers: dict[Prompt, list[int]] = {}  # where each prompt is in ``requests``
         for number, request in enumerate(requests):
             numbers.setdefault(request.prompt, []).append(number)
         row_R, logits_RV = torch.tensor(free, device=device), torch.empty(len(free), vocab_size, device=device)
@@ -159,7 +159,7 @@ class Batch:
             number_R, index_R = torch.tensor(pairs, device=device).T
             logits_RV[number_R] = logits_PV[index_R]
             filled.append((row_R[number_R], cache, index_R))
-            if past is None:  # those that go on from a row came first, because rows are overwritten here
+            if past is None:  # prompts that start from a row came first, because this overwrites rows
                 self._fill(filled)
         self._fill(filled)
         rows = Rows(len(free), self.new_tokens, self.can, vocab_size, device, mask_places=1)
@@ -177,7 +177,7 @@ class Batch:
         filled.clear()
 
     def _prefills(self, prompts: Sequence[Prompt]) -> Iterator[tuple[list[Prompt], KVCache | None]]:
-        """Split prompts into those that run through the model together, those first of which a row has the beginning."""
+        """Split prompts into parts that run through the model together; parts whose beginning a row holds come first."""
         rows_by_beginning: dict[Prompt, list[int]] = {}
         for row, place in enumerate(self._places):
             rows_by_beginning.setdefault(place.tokens[:_WORTH_SHARING], []).append(row)
@@ -197,6 +197,6 @@ class Batch:
 
 
 def _num_equal(first: Prompt, second: Prompt) -> int:
-    """Return with how many equal tokens both begin."""
+    """Return how many tokens both have in common at their beginning."""
     shorter = min(len(first), len(second))
     return bisect_left(range(1, shorter + 1), True, key=lambda count: first[:count] != second[:count])

@@ -36,8 +36,8 @@ def chat(checkpoint: str, sampling: SamplingParams, stop: Sequence[str] = (), *,
     """Answer the questions of stdin until it ends: the command ``chat``.
 
     Question k of a session is drawn with the seed plus k, so asking again may give another answer and a session can be repeated.
-    With ``reasoning`` None the model thinks first if it learned to. Ctrl-C stops an answer; if questions are piped in, the
-    session.
+    With ``reasoning`` None the model thinks first if it learned to. Ctrl-C stops an answer, or the session if questions are piped
+    in.
     """
     ready = open_model(checkpoint)
     reasoning = ready.reasons if reasoning is None else reasoning
@@ -54,7 +54,7 @@ def chat(checkpoint: str, sampling: SamplingParams, stop: Sequence[str] = (), *,
             else:
                 show_text(continue_text(engine, ready.tokenizer, line, of_line, stop))
         except UserError as error:
-            say(f"{error}")  # a question too long: the next may fit
+            say(f"{error}")  # the question may be too long, and the next one may fit
         except KeyboardInterrupt as request:
             print(flush=True)
             if not interactive or isinstance(request, Terminated):

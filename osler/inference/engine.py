@@ -1,10 +1,10 @@
-"""Sampling: token ids in, token ids and the log-probabilities they were drawn with out. It knows no tokenizer.
+"""Sampling: token ids go in, and token ids come out with the log-probabilities of their draws. It knows no tokenizer.
 
-What makes it fast changes nothing that is drawn:
+What makes it fast does not change what is drawn:
 
 - all rows decode together against one key/value cache, and a row that ends makes room for a prompt that waits (``batch.py``);
 - a distinct prompt is run through the model once, and its keys and values are copied to all of its rows;
-- ends of rows are noticed on the device; the host looks every ``poll_steps`` steps only;
+- the device notices when a row ends, and the host looks only every ``poll_steps`` steps;
 - randomness belongs to (seed, row, position) and not to the batch.
 
 The tests compare it with the plain loop in ``recompute.py``.
@@ -26,7 +26,7 @@ class InferenceEngine:
     """Draws completions from ``model``, on its device and in ``dtype`` (default: the model's compute dtype).
 
     ``max_rows`` bounds the rows that decode together, and with them the cache; other requests wait for a row. Every call copies
-    the weights that the model has then.
+    the model's current weights.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class InferenceEngine:
     ) -> list[Continuation]:
         """Draw ``samples_per_prompt`` completions of every prompt; row r belongs to prompt r // samples_per_prompt.
 
-        A row's random numbers belong to its number, which counts from ``first_row`` where a call does a part of a larger one.
+        A row's random numbers belong to its number, which counts from ``first_row``, so a call can do a part of a larger one.
         Raises UserError where ``check_request`` does.
         """
         for index, prompt in enumerate(prompts):
@@ -74,13 +74,13 @@ class InferenceEngine:
         return [continuation for _, continuation in sorted(found, key=lambda pair: pair[0])]
 
     def stream(self, prompt: Sequence[int], sampling: SamplingParams) -> Iterator[int]:
-        """Yield one completion's tokens as they are drawn, the stop token included: those that ``generate`` would give."""
+        """Yield one completion's tokens as they are drawn, the stop token included; ``generate`` would give the same tokens."""
         request = Request(tuple(prompt), sampling)
         can = Capabilities.needed([request], self.model.config.vocab_size)
         batch = self.open(len(prompt) + sampling.max_new_tokens, sampling.max_new_tokens, 1, can)
         number, shown = batch.add(request), 0
         while batch:
-            batch.step(min(shown, 1))  # joining draws the first
+            batch.step(min(shown, 1))  # joining draws the first token
             yield from batch.so_far(number, shown)
             shown += 1
             batch.collect()

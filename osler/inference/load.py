@@ -1,7 +1,7 @@
 """Loads a model with its tokenizer from a checkpoint, and finds out what it was trained to do.
 
 A model that never saw the question-and-answer template can only continue text, so evaluation and chat ask the ``config.yaml`` in
-the checkpoint. Without one, as in an imported model, it counts as trained on text alone.
+the checkpoint. Without that file, as in an imported model, the model counts as trained on text alone.
 """
 
 import json
@@ -57,7 +57,7 @@ class LoadedModel:
 
     @property
     def reasons(self) -> bool:
-        """Whether it learned to think before it answers; asked for what it never saw, it writes nonsense."""
+        """Whether the model learned to think before it answers; a model that did not would write nonsense."""
         if self._data.get("type") == "turns":
             return self._data.get("thinking_field") is not None
         tasks = self.training.get("tasks") or []
@@ -89,7 +89,7 @@ class LoadedModel:
         return Path(self._data["path"]) if self._data.get("type") == "prepared" else in_run
 
     def describe(self) -> str:
-        """Return one line: where it is, how large it is and how it was trained."""
+        """Return one line: where the model is, how large it is and how it was trained."""
         trained = {"": "", "pretrain": ", pretrained", "sft": ", fine-tuned (sft)"}.get(self.kind, f", trained by {self.kind}")
         return f"{self.path}: {self.model.config.num_parameters:,} parameters{trained}"
 
@@ -102,7 +102,7 @@ def describing_files(model: ModelConfig, tokenizer: Tokenizer) -> dict[str, byte
 def load_model(
     path: str | Path, *, device: torch.device | str = "cpu", compute_dtype: torch.dtype = torch.float32, which: str = "newest"
 ) -> LoadedModel:
-    """Load the model of a checkpoint, or of the newest good or best one of a run; raises UserError where that is impossible."""
+    """Load the model of a checkpoint, or of a run's newest good or best checkpoint; raises UserError where that is impossible."""
     loaded = store.load(store.resolve(path, which), names=["model"])
     config, tokenizer = described_model(loaded), tokenizer_of(loaded)
     if tokenizer.vocab_size > config.vocab_size:
@@ -117,7 +117,7 @@ def load_model(
 
 
 def open_model(checkpoint: str | Path, *, device: str = "auto", which: str = "newest") -> LoadedModel:
-    """Load a model for a person to use: in fp32 on a CPU, where eager bf16 is far slower, in bf16 on a GPU where that pays."""
+    """Load a model for a person to use: in bf16 on a GPU where that pays, in fp32 on a CPU, where eager bf16 is far slower."""
     chosen = pick_device(device)
     dtype = torch.float32 if chosen.type == "cpu" else pick_dtype("auto", chosen)
     return load_model(checkpoint, device=chosen, compute_dtype=dtype, which=which)

@@ -33,7 +33,8 @@ class Continuation:
 
     ``logprobs`` are those that the tokens were drawn with: at the sampling temperature, over the sampling mask (greedy: at
     temperature 1, over the vocabulary). ``packed_masks`` are these masks by ``pack_mask``, uint8 [tokens, E] on the CPU; None
-    when every token could be drawn. ``top_logprobs`` are the likeliest tokens in the place of each, with their log-probabilities.
+    when every token could be drawn. ``top_logprobs`` has for each token the likeliest tokens in its place, with
+    log-probabilities.
     """
 
     ids: list[int]
@@ -44,7 +45,7 @@ class Continuation:
 
 
 class Capabilities(NamedTuple):
-    """What the requests of a batch may ask for; ``stop_ids`` and ``top_logprobs`` are the most that one of them has."""
+    """What the requests of a batch may ask for; ``stop_ids`` and ``top_logprobs`` are the most that any request has."""
 
     stop_ids: int = 0
     truncates: bool = False
@@ -52,7 +53,7 @@ class Capabilities(NamedTuple):
     top_logprobs: int = 0
 
     def cover(self, other: Capabilities) -> bool:
-        """Return whether requests that need ``other`` find all of it."""
+        """Return whether this is enough for requests that need ``other``."""
         return all(own >= asked for own, asked in zip(self, other, strict=True))
 
     @classmethod
@@ -98,14 +99,14 @@ class Rows:
         *,
         mask_places: int | None = None,
     ) -> None:
-        """``mask_places`` is for how many of their tokens rows keep sampling masks, which are large; None: for all."""
+        """Rows keep sampling masks, which are large, for ``mask_places`` of their tokens; None: for all."""
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(rows, *shape, dtype=dtype, device=device)
 
         self.vocab_size = vocab_size
-        places = new_tokens + 1  # finished rows write behind their end
-        self.token_B = zeros()  # drawn last, not yet in the cache
+        places = new_tokens + 1  # one more, because finished rows write behind their end
+        self.token_B = zeros()  # the token drawn last, which is not yet in the cache
         self.running_B = zeros(dtype=torch.bool)
         self.drawn_B, self.limit_B, self.stop_BK = zeros(), zeros(), zeros(can.stop_ids)
         self.uniform_BN = zeros(places, dtype=torch.float64)  # the random number of every token to come
@@ -135,7 +136,7 @@ class Rows:
                 self.seen_BV[row, torch.tensor(request.prompt, device=device)] = True
 
     def put(self, row_R: Tensor, other: Rows, from_R: Tensor) -> None:
-        """Overwrite rows with rows of another, which may have fewer places."""
+        """Overwrite the rows ``row_R`` with the rows ``from_R`` of ``other``, which may have fewer places."""
         for name, own in vars(self).items():
             if isinstance(own, Tensor):
                 new = getattr(other, name)[from_R]

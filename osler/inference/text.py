@@ -1,6 +1,6 @@
 """From tokens to text while they are drawn: text appears as soon as it is certain, and ends before a stop string.
 
-What may still change waits: the bytes of half a character, and the beginning of what could become a stop string.
+Two things wait because they may still change: the bytes of half a character, and the possible beginning of a stop string.
 """
 
 from collections.abc import Iterator, Sequence, Set
@@ -23,7 +23,7 @@ def pieces(
     markers: Set[int],
     stops: Sequence[str] = (),
 ) -> Iterator[str | int]:
-    """Yield text as soon as it is certain, and markers as ids; what waits for bytes that will not come is shown at the end.
+    """Yield text as soon as it is certain, and markers as ids; a character that never gets its bytes is shown at the end.
 
     New tokens are cut to what the model's ``max_seq_len`` leaves. The text ends before the first of the ``stops``.
     """

@@ -1,8 +1,9 @@
 """Linear head and cross-entropy in one, by chunks of tokens, so that only a part of the tokens x vocabulary logits is in memory.
 
 The gradient of a summed cross-entropy is known as soon as the logits are, so the forward pass turns each chunk of logits into its
-part of the gradients. That of log-probabilities (RL) is not known yet, so their backward pass computes each chunk again. Matmuls
-run in the dtype of the features, the log-sum-exp and sums of weight gradients in fp32. Both compile with ``fullgraph=True``.
+part of the gradients. The gradient of log-probabilities (RL) is not known yet, so their backward pass computes each chunk again.
+Matmuls run in the dtype of the features, the log-sum-exp and sums of weight gradients in fp32. Both compile with
+``fullgraph=True``.
 
 Shape legend: N tokens, R features per token, V rows of the head (padding included), C tokens of one chunk.
 """
@@ -16,9 +17,9 @@ from torch import Tensor
 from osler.ops.labels import IGNORED
 
 WEIGHT_PIECE = 1 << 25  # elements of a weight gradient that are widened to fp32 at a time: 128 MB
-CHUNK_BYTES = 1 << 28  # of logits: in fp32 1,280 tokens of 50k words, 320 of 200k
+CHUNK_BYTES = 1 << 28  # of logits; in fp32 these are 1,280 tokens with 50k words, or 320 with 200k
 BLOCK_LOGITS = {"cpu": 1 << 21}  # logits that are widened to fp32 at a time: few enough to stay in the cache
-TILES = {"cpu": 4}  # parts of the vocabulary that compiled code takes one after another, each as wide as TILE_WORDS at least
+TILES = {"cpu": 4}  # parts of the vocabulary that compiled code takes one after another, each at least TILE_WORDS wide
 TILE_WORDS = 12_800
 TILED_CHUNK_TOKENS, TILED_CHUNK_BYTES = 4096, 400 << 20  # beside the logits, only one tile's gradient is in memory
 
@@ -58,7 +59,7 @@ def linear_logprobs(
     mask_NV: Tensor | None = None,
     chunk_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return of each label the log-probability, the entropy of its distribution, and whether it is the likeliest, each [N].
+    """Return for each label its log-probability, the entropy of its distribution, and whether it is the likeliest, each [N].
 
     The first two are fp32 in nats, at ``temperature``. ``mask_NV`` (bool, [N, vocab_size]) is a sampling mask to renormalise
     over, with the labels in it. Only the log-probability has a gradient.
@@ -81,7 +82,7 @@ def _tile_words(head_VR: Tensor) -> int:
 
 @torch.library.custom_op("osler::in_turn", mutates_args=(), schema="(Tensor x, Tensor[] after) -> Tensor")
 def in_turn(x: Tensor, after: list[Tensor]) -> Tensor:
-    """Return ``x`` once ``after`` has been computed; a compiler would fuse all chunks, and hold the logits of all in memory."""
+    """Return ``x`` once ``after`` has been computed; without it a compiler would fuse all chunks and hold all their logits."""
     return x.clone()
 
 
@@ -113,7 +114,7 @@ def _eager_gradients(chunks: Chunks, head_VR: Tensor, vocab_size: int) -> tuple[
         losses.append(_into_gradient(logits, label, scale, vocab_size))
         grad_chunks.append(logits @ head_VR)
         _add_weight_gradient(grad_head, logits, x)
-        del logits  # or those of two chunks would be in memory
+        del logits  # else the logits of two chunks would be in memory
     return torch.stack(losses).sum(), torch.cat(grad_chunks), grad_head
 
 
@@ -133,7 +134,7 @@ def _into_gradient(logits_CV: Tensor, label_C: Tensor, scale_C: Tensor, vocab_si
 
 
 def _add_weight_gradient(grad_weight_VR: Tensor, grad_logits_CV: Tensor, x_CR: Tensor) -> None:
-    """Add one chunk's part, in pieces of the vocabulary, because the whole product, widened, would be as large as the sum."""
+    """Add one chunk's part, in pieces of the vocabulary, because the whole widened product would be as large as the sum."""
     rows = max(1, WEIGHT_PIECE // x_CR.shape[1])
     if rows >= grad_weight_VR.shape[0] or torch.compiler.is_compiling():  # compiled, nothing is widened on its own
         grad_weight_VR += grad_logits_CV.T @ x_CR
@@ -143,9 +144,9 @@ def _add_weight_gradient(grad_weight_VR: Tensor, grad_logits_CV: Tensor, x_CR: T
 
 
 def _compiled_gradients(chunks: Chunks, head_VR: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the same in a form for a compiler, which fuses what is done to a logit.
+    """Compute the same as ``_eager_gradients``, in a form for a compiler, which fuses the operations on a logit.
 
-    A CPU goes by tiles of the vocabulary, so that the matmuls behind a tile's gradient find more of it in the cache.
+    On a CPU it goes by tiles of the vocabulary, so that the matmuls behind a tile's gradient find more of it in the cache.
     """
     tile_words = _tile_words(head_VR)
     tiles = list(zip(range(0, head_VR.shape[0], tile_words), head_VR.split(tile_words), strict=True))
@@ -176,7 +177,7 @@ def _compiled_gradients(chunks: Chunks, head_VR: Tensor, vocab_size: int) -> tup
 
 
 def _tile_logits(x_CR: Tensor, tiles: Tiles, label_C: Tensor, vocab_size: int) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Return the logits of every tile, their log-sum-exp over all, and those of the labels."""
+    """Return the logits of every tile, the log-sum-exp over all tiles, and the logits of the labels."""
     tile_logits: list[Tensor] = []
     log_sums: list[Tensor] = []
     label_logit_C = torch.zeros_like(label_C, dtype=torch.promote_types(x_CR.dtype, torch.float32))

@@ -22,13 +22,13 @@ Word = TypeVar("Word", Tensor, int)
 _BLOCK = 64
 _LOW_32 = 0xFFFFFFFF
 # Multipliers of a 32-bit hash found by search (Wellons, "Hash function prospector": shifts 16, 15, 15). The second is
-# written minus 2**32: the same low 32 bits, and no product of a 32-bit word with it leaves int64.
+# written minus 2**32, which keeps its low 32 bits, so that no product of it with a 32-bit word leaves int64.
 _MULTIPLY_1 = 0x21F0AAAD
 _MULTIPLY_2 = 0xD35A2D97 - (1 << 32)
 
 
 def mix(word: Word) -> Word:
-    """Permute 32-bit words (int64, which every backend can multiply, or on the host an int) so that each bit depends on all."""
+    """Permute 32-bit words (int64, which every backend can multiply, or an int on the host) so that each bit depends on all."""
     word = word ^ (word >> 16)
     word = (word * _MULTIPLY_1) & _LOW_32
     word = word ^ (word >> 15)
@@ -52,7 +52,7 @@ def row_uniform(seed: int, row_B: Tensor, position_B: Tensor) -> Tensor:
 class RowSampling(NamedTuple):
     """The sampling parameters of rows, as tensors [B, 1], or [1, 1] where all rows share them.
 
-    What no row needs is known on the host, so that it is not computed.
+    The host knows what no row needs, so that it is not computed.
     """
 
     temperature_B1: Tensor  # 1 for a greedy row
@@ -65,7 +65,7 @@ class RowSampling(NamedTuple):
     some_greedy: bool
     is_warm: bool  # whether a row has another temperature than 1
     truncates: bool
-    most_top_k: int  # V where a row is bounded by its probabilities alone
+    most_top_k: int  # V where some row has no top_k
     penalises: bool
 
     @classmethod
@@ -109,7 +109,7 @@ def sample(logits_BV: Tensor, u_B: Tensor, sampling: RowSampling, seen_BV: Tenso
 
     ``logits_BV`` is fp32, -inf where a token must never be drawn; ``u_B`` is in [0, 1); ``seen_BV`` (bool) says which tokens the
     repetition penalty is for. ``logp_B`` is at the temperature, over the mask. Temperature 0 takes the likeliest token, ignores
-    what truncates, and reports it at temperature 1.
+    truncation, and reports the log-probability at temperature 1.
     """
     if sampling.penalises and seen_BV is not None:
         # Keskar et al., 2019 (CTRL), with the correction for logits below zero that everybody uses.
@@ -156,7 +156,7 @@ def _invert(scaled_BV: Tensor, u_B: Tensor) -> tuple[Tensor, Tensor]:
 def _first_above(end_BN: Tensor, target_B1: Tensor) -> Tensor:
     """Return the index of the first running sum above the target; that entry always has weight.
 
-    Rounding can leave the target at or above the last sum; the last entry with weight is returned then.
+    Rounding can leave the target at or above the last sum. Then the last entry with weight is returned.
     """
     found_B1 = (end_BN <= target_B1).sum(-1, keepdim=True)
     last_B1 = (end_BN < end_BN[:, -1:]).sum(-1, keepdim=True)
@@ -166,9 +166,9 @@ def _first_above(end_BN: Tensor, target_B1: Tensor) -> Tensor:
 def sampling_mask(scaled_BV: Tensor, sampling: RowSampling) -> Tensor | None:
     """Return the tokens that may be drawn (bool), or None for all of them; ``scaled_BV`` are logits divided by the temperature.
 
-    They are the ``top_k`` likeliest tokens, and of these, renormalised, the fewest likeliest whose probabilities reach ``top_p``,
-    without those below ``min_p`` of the likeliest one's: at least one, and exactly ``top_k`` when only that is given (an
-    arbitrary choice among equal logits at the border).
+    The ``top_k`` likeliest tokens are renormalised. Of these the fewest likeliest that together reach ``top_p`` stay, without
+    those below ``min_p`` times the highest. At least one token stays, and exactly ``top_k`` when only that is given (an arbitrary
+    choice among equal logits at the border).
     """
     if not sampling.truncates:
         return None

@@ -195,7 +195,7 @@ class GrpoConfig(RunConfig):
 
     @property
     def budget_tokens(self) -> int:
-        """The same of the whole run."""
+        """Completion tokens of the whole run, counted in the same way."""
         return self.steps * self.budget_tokens_per_step
 
     def numbers(self, model: ModelConfig | None = None) -> dict[str, str]:

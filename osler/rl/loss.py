@@ -9,9 +9,9 @@
 Source: DeepSeek-V3.2 (arXiv 2512.02556), section 3.1. Detaching ``w`` in the KL leaves its value and ruins its
 gradient, because grad(w) = w * grad(logp) is what turns an average over samples into the gradient of the divergence.
 
-All averaging sits in ``weight_BT``, made once by :func:`token_weights` for the whole update: micro-batches are slices
-of it, so their losses (and gradients) add up to those of the whole however the rows are split. ``logp``, ``logp_old``
-and ``logp_ref`` must be taken at one temperature and over the same sampling mask.
+All averaging sits in ``weight_BT``, which :func:`token_weights` makes once for the whole update. Micro-batches take slices of it,
+so their losses and gradients add up to the whole, however the rows are split. ``logp``, ``logp_old`` and ``logp_ref`` must be
+taken at one temperature and over the same sampling mask.
 
 Shapes: P prompts, G samples of a prompt; B completions, T their tokens, padded on the right.
 """
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from osler.rl.config import AlgorithmConfig
 
-# Keeps ``mean_std`` finite in a group whose rewards are nearly equal; the value TRL uses.
+# Keeps ``mean_std`` finite in a group whose rewards are nearly equal. TRL uses the same value.
 STD_FLOOR = 1e-4
 
 
@@ -99,12 +99,12 @@ def token_weights(
 def grpo_loss(inputs: LossInputs, algorithm: AlgorithmConfig) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss (a scalar to call backward on) and sums for the metrics.
 
-    The sums are detached scalars on the device of the inputs (no host sync); add those of several micro-batches with
-    :func:`add_sums` and turn them into means with :func:`loss_metrics`.
+    The sums are detached scalars on the device of the inputs (no host sync). Add up several micro-batches with
+    :func:`add_sums`, and turn the result into means with :func:`loss_metrics`.
     """
     mask_BT, advantages_B1 = inputs.mask_BT, inputs.advantages_B[:, None]
     length_B = mask_BT.sum(dim=1).clamp(min=1)
-    # Filled, not multiplied: whatever stands in the padding, infinities included, reaches neither value nor gradient.
+    # The padding is filled and not multiplied by 0, so that even an infinity in it reaches neither value nor gradient.
     log_ratio_BT = (inputs.logp_BT - inputs.logp_old_BT).masked_fill(~mask_BT, 0.0)
     ratio_BT = log_ratio_BT.exp()
     seq_kl_B = -log_ratio_BT.detach().sum(dim=1) / length_B
@@ -119,7 +119,7 @@ def grpo_loss(inputs: LossInputs, algorithm: AlgorithmConfig) -> tuple[Tensor, d
     if algorithm.opsm_delta is not None:
         on_policy_B = ~((inputs.advantages_B < 0) & (seq_kl_B > algorithm.opsm_delta))
     per_token_BT = surrogate_BT * on_policy_B[:, None]
-    undrifted_BT = -advantages_B1 * on_policy_B[:, None]  # the same where the ratio is 1
+    undrifted_BT = -advantages_B1 * on_policy_B[:, None]  # the same with every ratio at 1
 
     kl_BT = torch.zeros_like(log_ratio_BT)
     if algorithm.beta > 0.0:
@@ -161,7 +161,7 @@ def kl_estimate(log_ref_ratio_BT: Tensor, ratio_BT: Tensor, kind: Literal["unbia
 
 
 def add_sums(total: dict[str, Tensor], part: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the sums of two disjoint sets of rows together (maxima of keys ending in ``_max``)."""
+    """Add the sums of two disjoint sets of rows; keys that end in ``_max`` take the maximum."""
     if not total:
         return dict(part)
     return {
@@ -170,7 +170,7 @@ def add_sums(total: dict[str, Tensor], part: dict[str, Tensor]) -> dict[str, Ten
 
 
 def loss_metrics(sums: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Turn the sums of one update into its metrics, under the names of the metrics table; still on the device."""
+    """Turn the sums of one update into its metrics, under the names of the metrics table; they stay on the device."""
     tokens, rows = sums["tokens"].clamp(min=1), sums["rows"].clamp(min=1)
     metrics = {
         "loss": sums["loss"],

@@ -1,9 +1,9 @@
 """Rollouts: which questions a step asks, and their answers as groups of scored samples.
 
-Which questions, and what is drawn, is a pure function of (seed, step), so there is nothing to resume. Every task goes through its
-own items epoch by epoch, in a new order each epoch; the weights fix its share of a step. The options of an item are permuted each
-time it is asked: with a fixed order the cheapest gain is to learn letters by heart. Refills of dynamic sampling use separate
-orders, so they never shift the main order; they replace whole groups.
+The questions and the random numbers are a pure function of (seed, step), so there is nothing to resume. Every task goes through
+its own items epoch by epoch, in a new order each epoch; the weights fix its share of a step. The options of an item are permuted
+each time it is asked, because with a fixed order the cheapest gain is to learn letters by heart. Refills of dynamic sampling use
+separate orders, so they never shift the main order; they replace whole groups.
 
 The sample-quality filter is separate from the reward: it looks at the form of a completion (is it empty, does it run in circles,
 does it hold an answer that can be read) and never at whether the answer is right.
@@ -73,7 +73,7 @@ def step_prompts(tasks: Sequence[RlTask], seed: int, step: int, count: int, *, b
 
 
 def _with_answer_at(item: ExamItem, place: int) -> ExamItem:
-    """Let the right option and the one at ``place`` (counted round) change places, unless the options keep their order."""
+    """Swap the right option with the one at ``place`` (modulo their number), unless the options keep their order."""
     if item.keeps_order or not item.options:
         return item
     order = list(range(len(item.options)))
@@ -143,7 +143,7 @@ class Sample:
     ``rewards`` are the raw values by name; ``reward`` is their weighted sum after the filters. ``stays`` says whether it is in
     its group, ``trained`` whether its tokens get a gradient.
 
-    ``sampling_mask`` says which words each token was drawn from, in bits, uint8 ``[len(ids), ceil(V / 8)]``; None: from all.
+    ``sampling_mask`` has a bit for each word that a token could be drawn from, uint8 ``[len(ids), ceil(V / 8)]``; None: all.
     Only the rank ``sampled_by_rank`` has it, so only that rank can learn from the sample; None: every rank can.
     """
 
@@ -176,7 +176,7 @@ class Group:
 
 @dataclass
 class RolloutWorker:
-    """Asks the policy a step's questions and scores what it answers."""
+    """Asks the policy a step's questions and scores its answers."""
 
     engine: InferenceEngine
     tokenizer: Tokenizer
@@ -198,7 +198,7 @@ class RolloutWorker:
             fresh = self.sample(more, rollout_seed(self.seed, step, refill))
             sampled_tokens += count_tokens(fresh)
             for index, group in zip(dead, fresh, strict=True):
-                if group.effective:  # what no refill could replace stays: it has no advantage, and the batch keeps its size
+                if group.effective:  # a group that no refill could replace stays, without an advantage, for the batch's size
                     groups[index] = group
         return groups, sampled_tokens
 
@@ -255,7 +255,7 @@ def score(tokenizer: Tokenizer, prompt: Prompt, ids: list[int], logprobs: list[f
 def check_sample(completion_ids: Sequence[int], *, text_is_empty: bool, has_answer: bool, quality: QualityConfig) -> Verdict:
     """Return the first reason why a completion is a bad sample, or "ok".
 
-    ``completion_ids`` without the end-of-text token; ``has_answer`` says that an answer could be parsed, right or wrong.
+    ``completion_ids`` come without the end-of-text token; ``has_answer`` says that an answer could be parsed, right or wrong.
     """
     if not completion_ids or text_is_empty:
         return "empty"
@@ -268,7 +268,7 @@ def check_sample(completion_ids: Sequence[int], *, text_is_empty: bool, has_answ
 
 
 def repeated_ngram_frac(ids: Sequence[int], ngram: int) -> float:
-    """Return the fraction of the n-grams of ``ids`` that occurred before in it, in [0, 1); 0 when there is none."""
+    """Return the fraction of the n-grams of ``ids`` that occurred earlier in them, in [0, 1); 0 when there are none."""
     count = len(ids) - ngram + 1
     if count <= 0:
         return 0.0

@@ -1,11 +1,11 @@
-"""From a recipe to a finished GRPO run folder: ``osler grpo``; ``runs/command.py`` does what other training does too.
+"""``osler grpo``: from a recipe to a finished run folder. ``runs/command.py`` does what all kinds of training share.
 
 A checkpoint holds model, reference, tokenizer and optimizer, so a moved run folder needs neither recipe nor ``init_from``.
 
 A new run begins with a preflight: the policy answers the questions of the first step once ahead of it, at the run's own sampling
 settings. A model that never saw the template earns nothing, every advantage is zero, and the run would go through its time
-without an error and without learning; so it is refused before the run takes its folder. A draw belongs to (seed, row, position),
-so the first step draws the same completions again, and a run is the same with and without its preflight.
+without an error and without learning. So such a model is refused before the run takes its folder. A draw belongs to (seed, row,
+position), so the first step draws the same completions again, and a run is the same with and without its preflight.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from osler.tokenizer.chat import encode_prompt
 
 logger = logging.getLogger(__name__)
 
-SELDOM = ("aliases", "tests", "is_story", "shots")  # fields of items that are in the fingerprint where they are set
-SAMPLES_SHOWN = 4  # of the preflight
+SELDOM = ("aliases", "tests", "is_story", "shots")  # fields of items; the fingerprint holds them only where they are set
+SAMPLES_SHOWN = 4  # by the preflight
 MOST_CUT = 0.9  # above this share of cut completions the model does not end by itself
 
 
@@ -74,11 +74,11 @@ def train(config: GrpoConfig, folder: RunFolder, world: World | None = None) -> 
         samples = preflight(worker.ask(0), config)
     run.fingerprints = {"tokenizer": tokenizer.fingerprint, "data": fingerprint_of(tasks)}
     described = start.load(names=[])
-    if described is not None and not config.allow_data_change:  # with it the change is recorded when the run goes on
+    if described is not None and not config.allow_data_change:  # with it the resumed run records the change
         check_fingerprints(described, run.fingerprints)
     world.broadcast_from_first(lambda: claim(folder, config))
     if samples and world.is_first:
-        write_or_warn(folder.samples, samples)  # a start over in the same folder replaces it
+        write_or_warn(folder.samples, samples)  # a new start in the same folder replaces the file
     trained_on = frozenset(item.id for task in tasks for item in task.items)
     exams = ExamsInData.from_files(loaded.files)
     run.describe(machine, model.config, tokenizer)
@@ -115,7 +115,7 @@ def check_branch(config: GrpoConfig, start: store.Loaded) -> None:
 
 
 def check_start(config: GrpoConfig, folder: RunFolder | None = None, start: store.Loaded | None = None) -> None:
-    """Raise UserError when the device is not there, or the file of an exam, with its key."""
+    """Raise UserError when the device, a reward or the file of an exam is missing; the file is named with its key."""
     pick_device(config.device)
     for number, entry in enumerate(config.tasks):
         check_task(entry.task, f"tasks[{number}].task")
@@ -130,7 +130,7 @@ def load_tasks(config: GrpoConfig, start: LoadedModel) -> list[RlTask]:
     tasks = []
     for entry in config.tasks:
         items = load_task(entry.task)
-        # Another order of the options puts other letters at the seams between them, and a seam is worth a token at most.
+        # Another order of the options puts other letters at the seams between them, and a seam grows by a token at most.
         fitting = [
             item
             for item in items
@@ -147,12 +147,12 @@ def load_tasks(config: GrpoConfig, start: LoadedModel) -> list[RlTask]:
         functions = {name: reward_of(name, entry.reward_seconds) for name in entry.rewards}
         terms = tuple(RewardTerm(label_of(name), functions[name], weight) for name, weight in entry.rewards.items())
         tasks.append(RlTask(entry.label, tuple(fitting), terms, entry.weight, entry.reasoning))
-    task_shares(tasks, config.algorithm.prompts_per_step)  # refuses weights that never come up before anything is trained
+    task_shares(tasks, config.algorithm.prompts_per_step)  # refuses, before any training, a weight that gets no question
     return tasks
 
 
 def check_held_out(tasks: Sequence[RlTask], eval_items: Sequence[ExamItem]) -> None:
-    """Raise UserError when a question to train on is also one of the evaluation."""
+    """Raise UserError when a question to train on is also in the evaluation."""
     for task in tasks:
         shared = shared_questions(task.items, eval_items)
         if shared:
@@ -225,7 +225,7 @@ def preflight(groups: Sequence[Group], config: GrpoConfig) -> str:
 
 
 def refusal(samples: Sequence[Sample], config: GrpoConfig) -> str:
-    """Why nothing can be learned from completions of which none earned a reward or kept to the template, and what to do."""
+    """Return why GRPO learns nothing when no completion earned a reward or kept to the template, and what to do."""
     count, limit = len(samples), config.algorithm.max_new_tokens
     cut = sum(not sample.completion.finished for sample in samples)
     answered = sum(sample.completion.answer is not None for sample in samples)

@@ -1,7 +1,7 @@
 """One policy update: rows of token ids in, a changed model and its metrics out. It has no state beyond model and optimizer.
 
 Every rank knows all rows of the update and learns from its share of them, which is sorted by length into micro-batches of a token
-budget. The weights of all tokens are made once for the whole update, so how it is shared and cut changes nothing but the order of
+budget. The weights of all tokens are made once for the whole update, so sharing and cutting it changes only the order of
 floating-point sums. Rows without an advantage get a forward pass, for the metrics, and a backward pass only with a KL term.
 Log-probabilities are taken at the sampler's temperature and over its sampling masks, at completion tokens only.
 
@@ -36,13 +36,13 @@ from osler.runs.process import Learner
 from osler.runtime.device import sent
 from osler.runtime.world import World
 
-FIRST_UPDATE_METRICS = "sampling/"  # sampler against trainer: only comparable before the weights move
+FIRST_UPDATE_METRICS = "sampling/"  # they compare sampler and trainer, which is fair only before the weights move
 PROBED_ROWS = 16
 
 
 @dataclass(frozen=True)
 class TrainingRow:
-    """One completion to learn from; masks and ranks are those of ``rollout.Sample``, ``trained`` False gives it no gradient."""
+    """One completion to learn from; masks and ranks are as in ``rollout.Sample``. Without ``trained`` it gets no gradient."""
 
     prompt_ids: list[int]
     completion_ids: list[int]
@@ -59,12 +59,12 @@ class TrainingRow:
 
     @property
     def labelled(self) -> LabelledRow:
-        """The ids, and behind each the completion token that follows it."""
+        """The ids, and as the label of each id the completion token that follows it."""
         labels = [IGNORED] * (len(self.prompt_ids) - 1) + self.completion_ids + [IGNORED]
         return self.prompt_ids + self.completion_ids, labels
 
     def has_gradient(self, beta: float) -> bool:
-        """Whether anything is learned from it: of an equally rewarded group only the KL term is, where there is one."""
+        """Whether the row teaches anything. In an equally rewarded group only the KL term does, where there is one."""
         return self.trained and (self.advantage != 0.0 or beta > 0.0)
 
 
@@ -126,7 +126,7 @@ def _completion_mask(rows: Sequence[TrainingRow]) -> Tensor:
 
 @dataclass
 class MicroBatch:
-    """Rows of one micro-batch and everything about them that no update changes; ``idle`` is a pass of no row."""
+    """Rows of one micro-batch and everything about them that no update changes; ``idle`` marks a pass without rows."""
 
     rows: list[TrainingRow]
     learns: bool
@@ -142,7 +142,7 @@ class PolicyLoss(ModelLoss):
 
     def forward(self, batch: MicroBatch, algorithm: AlgorithmConfig) -> tuple[Tensor, dict[str, Tensor]]:
         logp_BT, entropy_BT, mask_BT = completion_logprobs(self.model, batch.rows, temperature=algorithm.temperature)
-        if batch.idle:  # values under a False mask are ignored, and still every weight gets its zero gradient
+        if batch.idle:  # values under a False mask are ignored, yet every weight gets a zero gradient
             mask_BT = torch.zeros_like(mask_BT)
         inputs = LossInputs(logp_BT, batch.old_BT, batch.reference_BT, mask_BT, batch.advantages_B, batch.weight_BT)
         loss, sums = grpo_loss(inputs, algorithm)
@@ -158,11 +158,11 @@ def update_policy(
     micro_batch_tokens: int = 16_384,
     collector: Collector | None = None,
 ) -> dict[str, float]:
-    """Take ``updates_per_batch`` optimizer steps on the rows, or fewer, and return the metrics, averaged over them.
+    """Take at most ``updates_per_batch`` optimizer steps on the rows; return the metrics, averaged over the steps.
 
-    ``rows`` are those of all ranks. ``reference`` is needed when beta is above 0 and is only read. The learner's engine is one
-    around a :class:`PolicyLoss`, and its optimizer a fused one (``build_optimizer``) whose settings are used as they are. An
-    update whose loss or gradient is not finite is skipped and counted under ``train/skipped_steps``.
+    ``rows`` are the rows of all ranks. ``reference`` is needed when beta is above 0 and is only read. The learner's engine wraps
+    a :class:`PolicyLoss`. Its optimizer is a fused one (``build_optimizer``), whose settings are used as they are. An update
+    whose loss or gradient is not finite is skipped and counted under ``train/skipped_steps``.
     """
     engine, optimizer, world = learner.engine, learner.optimizer, learner.engine.world
     parameters = list(learner.model.parameters())
@@ -182,7 +182,7 @@ def update_policy(
                 loss, part = engine.loss(batch, algorithm)
                 mark("forward")
                 if batch.learns:
-                    # Engines average over the ranks, and the weights are of all rows.
+                    # Engines average over the ranks, and the token weights are made for all rows.
                     engine.backward(nan_gradient_unless_finite(loss) * world.size)
                     mark("backward")
             sums = add_sums(sums, part)
@@ -219,12 +219,12 @@ def probe_rows(rows: Sequence[TrainingRow]) -> ProbeRows:
 def _prepare(
     rows: Sequence[TrainingRow], algorithm: AlgorithmConfig, micro_batch_tokens: int, device: torch.device, world: World
 ) -> tuple[list[MicroBatch], float]:
-    """Cut this rank's share of the update into micro-batches; token weights come from the whole of it.
+    """Cut this rank's share of the update into micro-batches; token weights come from the whole update.
 
-    The number beside them is the share of the places in the micro-batches of all ranks that hold no token.
+    The number beside the micro-batches is the share of their places, on all ranks, that hold no token.
 
-    What only watches comes first: the ranks then exchange gradients in the last pass, and FSDP, which gathers weights for
-    a forward pass, lets go of them in a backward pass.
+    Rows that only watch come first, so that the last pass has a backward pass. In it the ranks exchange gradients, and FSDP
+    lets go of the weights that it gathered for a forward pass.
     """
     weight = token_weights(
         _completion_mask(rows),

@@ -31,14 +31,14 @@ from osler.runs.loop import Due, Trainer
 from osler.runs.process import Learner, Run
 from osler.tasks.item import ExamItem
 
-# Numbers that a step has when some group's rewards differ, so that means and rules over steps are over those that learned.
+# Numbers that a step has only when some group's rewards differ, so that means and rules count only steps that learned.
 OF_LEARNING = ("loss", "loss/drift", "grad/clipped_frac")
 
 
 class GrpoTrainer(Trainer):
     """Asks the questions of ``worker`` and learns from the answers.
 
-    ``learner`` has an engine around a ``step.PolicyLoss`` of the model from which ``worker`` draws; ``exam`` is sat on the way.
+    The engine of ``learner`` wraps a ``step.PolicyLoss`` of the model that ``worker`` draws from. ``exam`` is sat on the way.
     """
 
     config: GrpoConfig
@@ -51,7 +51,7 @@ class GrpoTrainer(Trainer):
         self.worker, self.exam = worker, exam
         self.exam_name = getattr(config.eval_task, "split", "") or getattr(config.eval_task, "type", "")
         self.best_metric = f"eval/{self.exam_name}_accuracy" if self.exam_name else ""
-        self.reference: Transformer | None = None  # of the KL term; nothing trains it
+        self.reference: Transformer | None = None  # for the KL term; nothing trains it
         if config.algorithm.beta > 0.0:
             self.reference = deepcopy(learner.engine.plain_model(learner.model)).eval().requires_grad_(False)
         self.task_tokens = Counter[str]()  # completion tokens of each task's groups
@@ -81,7 +81,7 @@ class GrpoTrainer(Trainer):
         rows = training_rows(groups, algorithm)
         self.collector.begin(self.step + 1)
         update: dict[str, float] = {}
-        if rows:  # none when the quality filter dropped every sample
+        if rows:  # there are none when the quality filter dropped every sample
             update = update_policy(
                 self.learner,
                 rows,
@@ -97,7 +97,7 @@ class GrpoTrainer(Trainer):
             self.reference.load_state_dict(self.learner.engine.whole_weights(self.learner.model))
 
         seconds = time.perf_counter() - started
-        if metrics["frac_reward_zero_std"] == 1.0:  # at most the KL term had a gradient, whose numbers are not those of learning
+        if metrics["frac_reward_zero_std"] == 1.0:  # at most the KL term had a gradient, so nothing was learned from rewards
             update = {name: value for name, value in update.items() if name not in OF_LEARNING}
         lengths = [row.tokens for row in rows if row.has_gradient(algorithm.beta)]
         metrics |= {
@@ -154,7 +154,7 @@ class GrpoTrainer(Trainer):
         return {"data/epoch": sum(asked.values()) / sum(of_epoch.values()), **by_task}
 
     def _observe(self, metrics: Mapping[str, float]) -> None:
-        """Look for incidents. A step without a usable sample has no numbers; one with equal rewards only is not comparable."""
+        """Look for incidents. A step without a usable sample has no numbers; a step with only equal rewards is not comparable."""
         norm = metrics.get("train/grad_norm")
         if norm is not None and (metrics["frac_reward_zero_std"] < 1.0 or not math.isfinite(norm)):
             skipped = metrics["train/skipped_steps"] >= metrics["opsm/updates"]
@@ -185,7 +185,7 @@ class GrpoTrainer(Trainer):
         return {"task_tokens": dict(self.task_tokens)}
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        # Kept even when it is never refreshed: a run folder must resume without ``init_from``.
+        # The reference is saved even if it is never refreshed, because a run folder must resume without ``init_from``.
         return {} if self.reference is None else {"reference": dict(self.reference.state_dict())}
 
     def restore(self, loaded: store.Loaded) -> None:

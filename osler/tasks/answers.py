@@ -7,8 +7,8 @@ a negation, alternative or doubt ("not (A)", "A or (B)"), a second letter or num
 word.
 
 A number is one word of digits, such as ``-5``, ``$1,080`` or ``72 apples``; units are ignored, because the answers of GSM8K have
-none. It is not read with something glued to it (``5k``, ``1e3``, ``1/2``), other separators or words that change its value.
-Markdown, LaTeX's ``\\boxed{}``, full-width characters and the digits of any one script are understood.
+none. Such a word is not read with something glued to it (``5k``, ``1e3``, ``1/2``), other separators or words that change its
+value. Markdown, LaTeX's ``\\boxed{}``, full-width characters and the digits of any one script are understood.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from osler.tasks.programs import NO_CODE, PASSED, complete, run_tests
 if TYPE_CHECKING:
     from osler.tokenizer.chat import Completion
 
-MAX_ANSWER_CHARS = 1000  # beside the options; nothing longer is read, which also bounds the time that a pattern can take
+MAX_ANSWER_CHARS = 1000  # beside the longest option; a longer text is not read, which also bounds the time of a pattern
 
 # The ASCII form of full-width characters, the minus sign and Arabic separators.
 _ASCII = {0xFF01 + k: 0x21 + k for k in range(94)} | {0x2212: "-", 0x066B: ".", 0x066C: ",", 0x066A: "%"}

@@ -1,6 +1,6 @@
 """The exams in files that a config can name, each in the schema of its dataset on the Hugging Face hub. Torch-free.
 
-Models are examined with one split of each, whose size is published (``OFFICIAL`` in ``exam_files.py``).
+Models are examined with one split of each, whose size is published (``SCHEMAS`` in ``exam_files.py``).
 """
 
 from typing import Literal

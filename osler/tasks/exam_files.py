@@ -1,7 +1,7 @@
 """Exams in files, each in the schema of its dataset on the Hugging Face hub, and questions of one's own.
 
-``SCHEMAS`` is the table of them. Fields are checked as they are read. A file in another schema is refused by file, line and
-field, and never gives a smaller exam.
+``SCHEMAS`` lists them. Fields are checked as they are read. A file in another schema is refused, with its file, line and
+field. It never gives a smaller exam.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 _KINDS = {str: "text", int: "a whole number", float: "a number", dict: "an object", list: "a list"}
 _DECISIONS = ("yes", "no", "maybe")  # the options of PubMedQA
-_ROWS_THAT_TELL = 32  # about a third of all answers are A: 32 rows without one happen by chance once in 100,000 files
+_ROWS_THAT_TELL = 32  # about a third of all answers are A: 32 rows without an A happen by chance once in 100,000 files
 # The opening of an explanation: "Ans. (B) ", "Answer- C. ", "Ans. BSolitary bone cyst" (glued to the first word).
 _STUB = re.compile(r"^\W*(?i:ans(?:wer)?s?\b)\W*(?:(?i:is\b)\W*)?(?:(?i:[a-d])\b\W*|[A-D](?=[A-Z][a-z]))?")
 _NAMES_A_LETTER = re.compile(r"\b(?:ans(?:wer)?|option|choice)s?\b\W*(?:is\b\W*)?[a-d1-4]\b|\([a-d]\)", re.IGNORECASE)
@@ -271,7 +271,7 @@ def triviaqa_item(row: ExamRow) -> ExamItem:
 
 
 def questions_item(row: ExamRow) -> ExamItem:
-    """Read a question of one's own, with options or with a free answer, of which a list has all spellings."""
+    """Read a question of one's own, with options or with a free answer; a list gives all spellings of the answer."""
     task = row.task
     assert isinstance(task, QuestionsTask)
     question, split = row.text(task.question_field), task.split
@@ -292,7 +292,7 @@ def questions_item(row: ExamRow) -> ExamItem:
 
 
 class Schema(NamedTuple):
-    """The fields of an exam's rows, how one is read, and the split that models are examined with and its size."""
+    """The fields of an exam's rows, the function that reads a row, and the split for exams of models with its size."""
 
     fields: str
     read: Callable[[ExamRow], ExamItem]
@@ -330,7 +330,7 @@ SCHEMAS: dict[type[ExamFile], Schema] = {
 
 
 def _chosen(task: ExamFile, rows: Sequence[ExamRow], field: str, wanted: Collection[str], *, all_needed: bool) -> list[ExamRow]:
-    """Return the rows in which a field has a wanted value; raises UserError when none has, or one that is needed is missing."""
+    """Return the rows in which a field has a wanted value; raises UserError when no row has, or a needed value is missing."""
     chosen = [row for row in rows if str(row.field(field, str, int)) in wanted]
     missing = sorted(set(wanted).difference(str(row.values[field]) for row in chosen))
     if (missing and all_needed) or not chosen:
@@ -343,7 +343,7 @@ def _chosen(task: ExamFile, rows: Sequence[ExamRow], field: str, wanted: Collect
 
 
 def _labelled(task: MedmcqaTask, rows: Sequence[ExamRow]) -> list[ExamRow]:
-    """Return the rows of MedMCQA that have a label; raises UserError when there is none or its numbering is another.
+    """Return the rows of MedMCQA that have a label; raises UserError when no row has one or the numbering is not the task's.
 
     ``cop`` is the right option, counted from 0 on the hub (-1 in the unlabelled test split) and from 1 in the authors' files,
     whose other fields have the same names. Mistaking one for the other would shift every answer.

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-Form = Literal["answer", "letters", "cloze"]  # of an answer: as it is taught, "text (B)"; its letter; the bare text of the option
+Form = Literal["answer", "letters", "cloze"]  # "text (B)", as answers are taught; the letter alone; the option's text alone
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _NO_PUNCTUATION = dict.fromkeys(map(ord, string.punctuation + "‘’´`"), " ")
 
@@ -24,7 +24,7 @@ _POINTER = re.compile(
     r"|\b(?:options?|choices?) \(?(?-i:[A-F1-6])\b",
     re.IGNORECASE,
 )
-# An option of nothing but such words: "Both", "All are correct", "A and C", "Both 1 and 2", "a, b are true & c is false".
+# An option that has only such words: "Both", "All are correct", "A and C", "Both 1 and 2", "a, b are true & c is false".
 _POINTING_WORD = re.compile(
     "all|none|any|both|either|neither|of|the|these|those|them|above|below|following|mentioned|listed|others?|options?|choices?|"
     "answers?|statements?|and|or|nor|but|not|only|alone|except|is|are|correct|incorrect|true|false|right|wrong|[a-f]{2,4}"
@@ -32,7 +32,7 @@ _POINTING_WORD = re.compile(
 _QUANTIFIER = re.compile("all|none|any|both|either|neither")
 _LABEL = re.compile("[a-f]|[1-6]|i{1,3}|iv|vi?")
 
-TELLING_WORDS = 4  # a question with fewer than these is identified by its options too
+TELLING_WORDS = 4  # a question with fewer telling words is identified by its options too
 # Words that occur in questions of every subject.
 _COMMON = re.compile(
     "an?|the|of|in|on|to|for|with|by|at|from|and|or|is|are|was|were|be|been|do|does|did|has|have|this|that|these|those|its?|what|"
@@ -55,9 +55,9 @@ class ExamItem:
     context: str = ""  # a passage that is shown before the question
     group: str = ""  # a "subject", or "relation/condition": one fact, so its items are right or wrong together
     answer: str = ""  # the text of the answer when there are no options
-    aliases: tuple[str, ...] = ()  # all texts that are right, to be compared as TriviaQA does, where there are several
-    tests: str = ""  # the code that tells whether a program is right, when the answer is one
-    is_story: bool = False  # whether the options go on with the text of the question
+    aliases: tuple[str, ...] = ()  # all right texts, where there are several; compared as in TriviaQA
+    tests: str = ""  # when the answer is a program, the code that tells whether it is right
+    is_story: bool = False  # whether the options continue the text of the question
     shots: tuple["ExamItem", ...] = ()  # solved examples, which are shown before the question
 
     def __post_init__(self) -> None:
@@ -97,7 +97,7 @@ def render_plain(item: ExamItem, form: Form) -> str:
 
 
 def bare(item: ExamItem) -> ExamItem:
-    """Return the item without the list of its options, and its examples too; the answer is the text of the right one."""
+    """Return the item and its examples without their lists of options; the answer is the text of the right option."""
     answer = item.options[item.answer_index] if item.options else item.answer
     return replace(item, options=(), answer_index=-1, answer=answer, shots=tuple(map(bare, item.shots)))
 
@@ -128,7 +128,7 @@ def reorder(item: ExamItem, order: Sequence[int]) -> ExamItem:
 
 
 def permute(item: ExamItem, seed: int, visit: int) -> ExamItem:
-    """Return the item with its options, unless they point at each other, in an order drawn from (seed, item id, visit)."""
+    """Return the item with its options in an order drawn from (seed, item id, visit), unless they point at each other."""
     if item.keeps_order:
         return item
 
@@ -164,7 +164,7 @@ def wording(text: str) -> str:
 
 
 def spelling(text: str) -> str:
-    """Return the text to compare where articles and punctuation do not matter either, as TriviaQA's authors do."""
+    """Return the text to compare where articles and punctuation do not matter either, as TriviaQA's authors compare it."""
     text = text.lower().translate(_NO_PUNCTUATION)
     return " ".join(re.sub(r"\b(?:a|an|the)\b", " ", text).split())
 

@@ -3,10 +3,10 @@
 The process has limits of time, memory, files and processes where the system knows them, an empty folder to work in and an empty
 environment. An audit hook refuses networks, other processes and signals, and changes to files outside of that folder. This is
 isolation against accidents, such as a loop that never ends or a program that removes files. It is no security boundary, because
-Python code can get around a hook of its own process: run programs of a model that you do not trust in a container or on a
+Python code can get around a hook of its own process. Run programs of a model that you do not trust in a container or on a
 machine that has nothing to lose.
 
-This file is also the program of that process, which reads nothing of Osler and of no other package.
+This file is also the program of that process. It imports nothing of Osler and no other package.
 """
 
 import functools
@@ -25,7 +25,7 @@ PASSED = "passed"
 TIMED_OUT = "timed out"
 NO_CODE = ("SyntaxError", "IndentationError", "TabError")
 CPU_SECONDS = 5
-WALL_SECONDS = 30  # of a program that waits; a busy machine costs it this time too
+WALL_SECONDS = 30  # for a program that waits; a busy machine uses up this time too
 MEMORY_BYTES, FILE_BYTES, OPEN_FILES = 1 << 30, 1 << 20, 32
 
 _BLOCK = re.compile(r"```[ \w]*\n(.*?)(?:^```|\Z)", re.DOTALL | re.MULTILINE)
@@ -43,15 +43,15 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 def complete(prompt: str, answer: str) -> str:
-    """Return the program that an answer to a prompt makes: a function anew, alone or in a block of Markdown, or its body alone.
+    """Return the program that a prompt and an answer make; the answer is a whole function or its body, also in a Markdown block.
 
-    A body ends where its indentation does. Its first line may have lost its own.
+    A body ends where its indentation ends. Its first line may have lost its indentation.
     """
     blocks = _BLOCK.findall(answer)
     code = next((block for block in blocks if "def " in block), blocks[0] if blocks else answer).rstrip()
     if _TOP_LEVEL.match(code) and set(_FUNCTION.findall(prompt)[-1:]) & set(_FUNCTION.findall(code)):
         return f"{prompt}\n    pass\n\n\n{code}\n"
-    if not code[:1].isspace() and re.search(r"\nreturn\b", code):  # all of it has lost its indentation
+    if not code[:1].isspace() and re.search(r"\nreturn\b", code):  # the whole body has lost its indentation
         code = textwrap.indent(code, "    ")
     first, *rest = code.lstrip("\n").split("\n")
     body = [first if first[:1].isspace() else f"    {first}"]
@@ -82,7 +82,7 @@ def run_tests(program: str, tests: str, cpu_seconds: int = CPU_SECONDS, wall_sec
 
 
 def _serve() -> NoReturn:
-    """Run what stdin has, and say on stdout how it ended; what the program itself prints goes nowhere."""
+    """Run the program that stdin holds, and say on stdout how it ended; the program's own output goes nowhere."""
     program, tests, cpu_seconds, wall_seconds = json.load(sys.stdin)
     said, nowhere = os.dup(1), os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
@@ -106,7 +106,7 @@ def _limit(cpu_seconds: int, wall_seconds: int) -> None:
         import resource
     except ImportError:  # not on Windows
         return
-    signal.alarm(wall_seconds)  # also where the parent is gone
+    signal.alarm(wall_seconds)  # works even when the parent is gone
     limits = {"CPU": cpu_seconds, "AS": MEMORY_BYTES, "FSIZE": FILE_BYTES, "NOFILE": OPEN_FILES, "NPROC": 0, "CORE": 0}
     for name, limit in limits.items():
         if (kind := getattr(resource, f"RLIMIT_{name}", None)) is not None:

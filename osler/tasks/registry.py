@@ -24,7 +24,7 @@ TaskConfig = Annotated[ClinicTask | ExamInFile, TAGGED]
 
 
 def load_clinic(*, split: str = "validation", limit: int = 400, seed: int = 0) -> list[ExamItem]:
-    """Return ``limit`` items of a clinic split, the same for the same seed; those of "drill" state no fact."""
+    """Return ``limit`` items of a clinic split, the same for the same seed; items of "drill" state no fact."""
     return list(map(exam_item, drills(seed, limit) if split == "drill" else exam(seed, split, limit)))
 
 

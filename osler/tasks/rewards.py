@@ -1,11 +1,11 @@
-"""Rewards of reinforcement learning: pure functions of (item, completion), those of Osler between 0 and 1.
+"""Rewards of reinforcement learning: pure functions of (item, completion). Osler's own return 0 to 1.
 
 Answers are read as the exam reads them (``osler.tasks.answers``), in bounded time. A reward for format alone destroys accuracy
 (a published run fell from 0.228 to 0.025), so ``format`` is for logging and ``gated_format`` pays for form only when the answer
 is right.
 
-A function of one's own is named by its module or file (``my_module:brevity``, ``rewards.py:brevity``). It runs in a process of
-its own, which each rank has, because only a process can be stopped whatever it does.
+A function of one's own is named by its module or file (``my_module:brevity``, ``rewards.py:brevity``). Each rank runs it in a
+process of its own, because only a process can be stopped whatever it does.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from osler.tasks.item import LETTERS, ExamItem, render_option
 if TYPE_CHECKING:
     from osler.tokenizer.chat import Completion
 
-LOAD_SECONDS = 120.0  # that the module of a function of the user's may take to load
+LOAD_SECONDS = 120.0  # that the module of a user's function may take to load
 MAX_THINKING_CHARS = 2000  # about 400 words, for ``brief_correct``
 
 
@@ -81,12 +81,12 @@ REWARDS: dict[str, Reward] = {
 
 
 def label_of(name: str) -> str:
-    """Return the name of a reward in metrics: that of the function."""
+    """Return the name of a reward in metrics, which is the function's name."""
     return name.rpartition(":")[2]
 
 
 def reward_of(name: str, seconds: float) -> Reward:
-    """Return the reward with this name; one of the user's own may take so many seconds for a completion."""
+    """Return the reward with this name; a user's function may take ``seconds`` for a completion."""
     return REWARDS[name] if name in REWARDS else OwnReward(name, seconds)
 
 
@@ -97,9 +97,9 @@ def check_reward(name: str) -> None:
 
 
 class OwnReward:
-    """A function of the user's, in a process of its own; it is given an ExamItem and a Completion and returns a number.
+    """A user's function in a process of its own; the function takes an ExamItem and a Completion and returns a number.
 
-    Raises UserError with the item where the function raises, takes too long, ends its process or returns no finite number.
+    Raises UserError, naming the item, when the function raises, takes too long, ends its process or returns no finite number.
     """
 
     def __init__(self, name: str, seconds: float) -> None:
@@ -140,12 +140,12 @@ class OwnReward:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(BrokenPipeError), process:  # which waits for it and closes the pipes
+    with contextlib.suppress(BrokenPipeError), process:  # leaving it waits for the process and closes its pipes
         process.kill()
 
 
 def serve() -> None:
-    """Answer the questions of an ``OwnReward`` from stdin until there are none; a text says what is wrong.
+    """Answer the questions of an ``OwnReward`` from stdin until there are none; an answer in words says what is wrong.
 
     The first question names the function.
     """
