@@ -1,4 +1,4 @@
-"""The table of commands: what each calls and which options it takes. Nothing heavy is imported before one of them runs."""
+"""The table of commands: what each calls and which options it takes. Nothing heavy is imported before a command runs."""
 
 from __future__ import annotations
 
@@ -78,10 +78,10 @@ a shorter one, that learns less:
 
 
 class Command(NamedTuple):
-    """A command: its name, what it does in one line, an example, what it calls, its options, more for its help.
+    """A command: its name, one line on what it does, an example, the function that it calls, its options, more for its help.
 
-    It calls a function, named ``module:function`` where that is heavy to import, with its options by name. The function returns
-    the exit code, or a text to print.
+    A function that is heavy to import is named as ``module:function``. Each function takes the options by name, and returns
+    the exit code or a text to print.
     """
 
     name: str
@@ -139,7 +139,7 @@ def parser(command: Command) -> argparse.ArgumentParser:
 
 
 def split_items(items: Sequence[str]) -> tuple[str | None, list[str]]:
-    """Separate the recipe, if there is one, from the overrides: those have an equals sign."""
+    """Separate the recipe, if there is one, from the overrides, which have an equals sign."""
     recipes = [item for item in items if "=" not in item]
     if len(recipes) > 1:
         raise UserError(f"one recipe at a time, not {' and '.join(recipes)}; fields are changed with key.path=value.")
@@ -157,7 +157,7 @@ def report(path: str, out: str | None) -> str:
 
 
 def compare(folders: Sequence[str], out: str) -> str:
-    """Write the page that compares runs, and return the table of it; of single checkpoints there is a table alone."""
+    """Write the page that compares runs, and return its table. Single checkpoints get a table alone."""
     from osler.report.compare import build_comparison
 
     text, page = build_comparison(folders, out)

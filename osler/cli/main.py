@@ -36,11 +36,11 @@ Exit codes:
 REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free some of the disk; the same command then goes on."),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Name another place, or ask whose it is for the permission."),
-}  # what a person can do about an error of the system
+}  # advice for errors of the operating system
 
 
 def program() -> NoReturn:
-    """Run the command that the words of the process name, and end the process."""
+    """Run the command that ``sys.argv`` names, and end the process."""
     open_streams()
     hear_requests()  # never switched back: a process that was asked to stop does not listen again
     code: int | str | None = 1
@@ -53,16 +53,16 @@ def program() -> NoReturn:
 
 
 def end(code: int | str | None) -> NoReturn:
-    """Print the traceback of an exception that is on its way, and end the process without further output."""
+    """Print the traceback of the current exception, if any, and end the process without further output."""
     if sys.exc_info()[0] is not None:
         sys.excepthook(*sys.exc_info())
     for request in REQUESTS:
-        signal.signal(request, signal.SIG_IGN)  # still in force when Python's own handlers are gone
+        signal.signal(request, signal.SIG_IGN)  # this stays in force when Python's own handlers are gone
     flush_or_silence()
     if isinstance(code, int) and (code or is_distributed()):
-        # A thread that computes in torch and returns to the interpreter in its shutdown is ended on the spot, which aborts the
-        # process. Threads of gloo do that at any time, and are joined only when nothing holds their group any more. After an
-        # interruption or an error others may still compute, and to join them could mean waiting for a rank that is gone.
+        # A thread of torch that returns to the interpreter during its shutdown is ended on the spot, which aborts the process.
+        # Threads of gloo return at any time, and are joined only when nothing holds their group any more. After an interruption
+        # or an error other threads may still compute, and joining them could mean waiting for a rank that is gone.
         os._exit(code)
     sys.exit(code)
 
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; errors of Osler itself pass through."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # an ASCII terminal shows ? where it cannot show a sign
+            stream.reconfigure(errors="replace")  # an ASCII terminal shows ? where it cannot show a character
     try:
         log_to_terminal()
         with interruptible(), sharing_cpus(), written_out():

@@ -1,7 +1,7 @@
-"""``osler recipes`` and ``osler show``: the list of recipes, and one of them with every default filled in. Torch-free.
+"""``osler recipes`` and ``osler show``: the list of recipes, and one recipe with every default filled in. Torch-free.
 
-``--explain`` puts a comment at every field: the one behind the field in its config class, or directly above it where it is long,
-and the choices or the range of its type. A section is explained by the docstring of its class.
+``--explain`` adds a comment to every field. It has the comment that is behind or directly above the field in the config class,
+and the choices or the range of the field's type. A section without a comment takes the docstring of its class.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class ModelFamily:
     model: ModelConfig
 
     def numbers(self) -> dict[str, str]:
-        """Return what follows from the shape of the model at its longest rows."""
+        """Return the numbers that follow from the model's shape, at its longest rows."""
         model, seq_len = self.model, self.model.max_seq_len
         return {
             "parameters": f"{model.num_parameters:,}",
@@ -48,7 +48,7 @@ KINDS: dict[str, type[Any]] = {
     "grpo": GrpoConfig,
     "quickstart": QuickstartConfig,
 }
-# The config of each command that runs without a recipe, and the fields that it cannot do without.
+# The config of each command that runs without a recipe, and the fields that this config cannot do without.
 WITHOUT_RECIPE: dict[str, tuple[type[Any], Mapping[str, Any]]] = {
     "pretrain": (TrainConfig, {"kind": "pretrain"}),
     "sft": (TrainConfig, {"kind": "sft"}),
@@ -71,7 +71,7 @@ def list_recipes() -> str:
 def show_recipe(recipe: str | None, overrides: Sequence[str] = (), *, explain: bool = False) -> str:
     """Return a recipe as YAML with every default filled in, and the numbers that follow from it as comments.
 
-    Instead of a recipe the name of a command may be given; ``explain`` adds what each field means.
+    The name of a command may be given instead of a recipe. ``explain`` adds the meaning of each field.
     """
     if recipe is None:
         names = ", ".join(WITHOUT_RECIPE)
@@ -86,18 +86,18 @@ def show_recipe(recipe: str | None, overrides: Sequence[str] = (), *, explain: b
 
 
 def decode_recipe(recipe: dict[str, Any], *, source: str = "") -> Any:
-    """Decode a recipe as what its `kind` says it is, or as a model family when it has none."""
+    """Decode a recipe by its `kind`, or as a model family when it has no kind."""
     kind = recipe.get("kind")
     if kind is not None and kind not in KINDS:
         raise UserError(f"{source}: kind {kind!r} is not one of {', '.join(KINDS)}.")
     return decode(KINDS[kind] if kind else ModelFamily, recipe, source=source)
 
 
-COLUMNS = 120  # longer lines put their comment above
+COLUMNS = 120  # a longer line has its comment above it
 
 
 def explained(value: Any, indent: str = "", without: Sequence[str] = ()) -> list[str]:
-    """Return the lines of a config as YAML, with comments behind the fields, or above them where they are too long."""
+    """Return the lines of a config as YAML, with comments behind the fields, or above them where the lines would be too long."""
     cls: Any = type(value)
     meanings = explanations(cls)
     lines: list[str] = []

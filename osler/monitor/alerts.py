@@ -1,8 +1,8 @@
 """Alerts: they report what is wrong with a run before a person would see it in the curves.
 
-The rules (``rules.py``) read each line of ``metrics.jsonl`` as it is written. An alert is repeated after a pause, each twice as
-long as the one before. Resume is exact without a checkpoint: alerts are a function of the lines, so a resumed run replays the
-file (``replay``). Torch-free.
+The rules (``rules.py``) read each line of ``metrics.jsonl`` as it is written. An alert is repeated after a pause, and each pause
+is twice as long as the one before. Alerts depend on the lines alone, so a resumed run replays the file (``replay``), and resume
+is exact without a checkpoint. Torch-free.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from osler.monitor.history import History, RunSettings
 from osler.monitor.rules import RULES, RULES_OF_THE_END, Rule
 from osler.records.jsonl import read_metrics
 
-PAUSE = 100  # lines of silence about the same thing at first
+PAUSE = 100  # lines before an alert is repeated for the first time
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Alerter:
 
     def __init__(self, settings: RunSettings) -> None:
         self.history = History(settings)
-        self.said: dict[str, tuple[int, int]] = {}  # name -> line from which it may be said again, and the pause after that
-        self.firing: dict[Rule, list[Alert]] = {}  # what each found in the newest line with its metric
+        self.said: dict[str, tuple[int, int]] = {}  # name -> line from which the alert may be repeated, and the next pause
+        self.firing: dict[Rule, list[Alert]] = {}  # each rule's alerts in the newest line with its metric
 
     def observe(self, step: int, tokens: float, metrics: Mapping[str, float]) -> list[Alert]:
         """Take in the next line and return its alerts."""
@@ -57,14 +57,14 @@ class Alerter:
     def unresolved(self) -> list[Alert]:
         """Return the alerts that still hold at the end of the run, each name once, the gravest first."""
         firing = [alert for alerts in self.firing.values() for alert in alerts]
-        if not any(alert.name == "learning-rate" for alert in firing):  # which says the same
+        if not any(alert.name == "learning-rate" for alert in firing):  # learning-rate says the same
             firing += [alert for rule in RULES_OF_THE_END for alert in self._found(rule)]
         firing.sort(key=lambda alert: alert.severity != "critical")
         return list({alert.name: alert for alert in reversed(firing)}.values())[::-1]
 
 
 def replay(settings: RunSettings, path: Path) -> Alerter:
-    """Return an alerter that has seen the lines of a metrics file; their alerts were given by the process that wrote them."""
+    """Return an alerter that has seen the lines of a metrics file. The process that wrote them gave their alerts."""
     alerter = Alerter(settings)
     for line in read_metrics(path):
         alerter.observe(line.step, line.tokens, line.values)

@@ -1,9 +1,9 @@
 """Collects the measurements of a run between two lines of metrics, at a level that limits their cost.
 
-Level ``off`` logs what training knows anyway. ``basic`` adds memory and the time of each part of a step: marks in the stream, and
-a few system calls per line. ``full`` also probes the model (``model_stats.py``) in the first step that ends a line and in every
-``full_every_steps``-th, rounded up to one that ends a line. So no checkpoint falls between a probe and its line, and resume is
-exact. The weights are the same at every level; ``benchmarks/bench_monitor.py`` measures what the levels cost.
+Level ``off`` logs what training knows anyway. ``basic`` adds memory and the time of each part of a step. It costs marks in the
+stream, and a few system calls per line. ``full`` also probes the model (``model_stats.py``) in the first step that ends a line
+and in every ``full_every_steps``-th, rounded up to a step that ends a line. So no checkpoint falls between a probe and its line,
+and resume is exact. The weights are the same at every level; ``benchmarks/bench_monitor.py`` measures what the levels cost.
 
 Nothing waits for the device before a line is written. Each rank probes its own rows, and the mean over the ranks is logged, even
 for maxima. Times and memory are those of rank 0. DeepSpeed leaves no gradients, so statistics of gradients and of the update are
@@ -42,8 +42,8 @@ class Collector:
         *,
         lines_every: int = 1,  # steps between two lines
         world: World = World(),  # noqa: B008 - frozen
-        whole_weights: Callable[[], Mapping[str, Tensor]] | None = None,  # the state dict, whole; collective, as is every probe
-        has_gradients: bool = True,  # whether backward passes leave averaged ones
+        whole_weights: Callable[[], Mapping[str, Tensor]] | None = None,  # the whole state dict; collective, as every probe is
+        has_gradients: bool = True,  # whether backward passes leave averaged gradients
     ) -> None:
         self.level = config.level
         self.model, self.device, self.world = model, device, world
@@ -54,10 +54,10 @@ class Collector:
         self.first_probe = lines_every
         self.probe_every = -(-config.full_every_steps // lines_every) * lines_every
         self.stopwatch = Stopwatch(device)
-        self.steps = 0  # since the last line, or since the clock was started anew
+        self.steps = 0  # steps since the last line, or since the clock was restarted
         self.is_probing = False
         self.probed: dict[str, Tensor] = {}
-        self.cpus = read_cpus()  # when the last line was written
+        self.cpus = read_cpus()  # as they were when the last line was written
 
     def fetch(self, batches: Iterator[T], step: int) -> T:
         """Begin to follow a step by taking its batch."""
@@ -67,7 +67,7 @@ class Collector:
         return batch
 
     def begin(self, step: int) -> None:
-        """Begin to follow a step, counted from 1; the time between it and the step before is in no part."""
+        """Begin to follow a step, counted from 1. The time since the step before belongs to no part."""
         self.is_probing = self.level == "full" and (step == self.first_probe or step % self.probe_every == 0)
         self.steps += 1
         if self.level != "off":
@@ -79,19 +79,19 @@ class Collector:
             self.stopwatch.mark(part)
 
     def restart_clock(self) -> None:
-        """Forget the times since the last line, for a step among them compiled."""
+        """Forget the times since the last line, because a step since then compiled the model."""
         self.stopwatch.read()
         self.steps = 0
 
     @contextmanager
     def update(self, rows: Callable[[], ProbeRows]) -> Iterator[None]:
-        """Wrap an optimizer's step: the gradients are there and not yet clipped, and are gone afterwards.
+        """Wrap an optimizer's step. Before it the gradients are there and not yet clipped; after it they are gone.
 
         ``rows`` gives rows of the step's batch, and is called only when a probe is due.
         """
         few = rows().few() if self.is_probing else None
         self.is_probing = False
-        # Rows without a token to learn show nothing, and a mean over the ranks needs all of them.
+        # Rows without a token to learn show nothing, and a mean over the ranks needs all ranks.
         if few is None or not self.world.all_reduce_min(few.learns)[0]:
             yield
             return
@@ -148,14 +148,14 @@ class Collector:
 
 
 def has_learned(loss: float, grad_norm: float) -> bool:
-    """Whether any rank had a token to learn in a step: only a mean over none is NaN and has a finite gradient, 0."""
+    """Whether any rank had a token to learn in a step. Only a step without one has a NaN loss and a finite gradient, 0."""
     return not (math.isnan(loss) and math.isfinite(grad_norm))
 
 
 def step_stats(window: Sequence[Sequence[float]], clip_norm: float, bytes_per_token: float | None) -> dict[str, float]:
     """Return the metrics that follow from loss, gradient norm and skip flag of the steps since the last line.
 
-    ``bytes_per_token`` is that of the text, None where not all of the text is learned.
+    ``bytes_per_token`` is the mean over the text, or None where not all of the text is learned.
     """
     learned = [row for row in window if has_learned(row[0], row[1])]
     unlearned = {"train/unlearned_steps": float(len(window) - len(learned))}

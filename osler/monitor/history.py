@@ -9,23 +9,23 @@ from itertools import islice
 from statistics import median
 
 STEP_TIMES = ("perf/data_ms", "perf/forward_ms", "perf/backward_ms", "perf/optimizer_ms")
-KEPT = 480  # values of one metric
-FIRST = 5  # values of one metric that say how a run began
-CALM = 10  # values before there is a usual one
+KEPT = 480  # values that are kept of one metric
+FIRST = 5  # first values of one metric, which say how a run began
+CALM = 10  # values that it takes to know what is usual
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
     """The settings of a run that the alert rules need for their findings and their advice."""
 
-    section: str = ""  # begins the keys of these settings where they are a section of a recipe, as ``pretrain.``
+    section: str = ""  # prefix of these settings' keys where they are a section of a recipe, such as ``pretrain.``
     lr: float
     clip_norm: float
     warmup_tokens: int = 0
     vocab_size: int = 0  # 0: the loss is not a cross-entropy over the vocabulary
     loader_workers: int = 0
     max_new_tokens: int = 0  # 0: the run is not GRPO
-    zero_reward_patience: int = 5  # lines without a reward
+    zero_reward_patience: int = 5  # lines without a reward that raise an alert
 
     @property
     def slower(self) -> str:
@@ -43,35 +43,35 @@ class RunSettings:
 
 
 class History:
-    """The lines so far, of which ``add`` takes in the next."""
+    """The lines so far; ``add`` takes in the next line."""
 
     def __init__(self, settings: RunSettings) -> None:
         self.settings = settings
         self.lines = self.step = 0
         self.tokens = 0.0
-        self.line: dict[str, float] = {}  # the newest, without what is not finite
+        self.line: dict[str, float] = {}  # the newest line, without values that are not finite
         self.has_loss = False  # whether the newest line has a loss, finite or not
-        self.loss: float | None = None  # of the newest line with one; NaN when it was not finite
+        self.loss: float | None = None  # the loss of the newest line that has one; NaN when it was not finite
         self.peak_lr = 0.0
-        self.had_gradient = False  # in GRPO: some group was not rewarded equally
-        self.without_reward = 0  # lines in a row
+        self.had_gradient = False  # in GRPO: the rewards of some group differed
+        self.without_reward = 0  # lines in a row that had no reward
         self.first: defaultdict[str, list[float]] = defaultdict(list)  # the first values of each metric
         self._begin_stage()
 
     def _begin_stage(self) -> None:
-        """Forget the past, because another length of rows or size of batch changes what is usual."""
+        """Forget the past, because a new row length or batch size changes what is usual."""
         self.values: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=KEPT))
-        self.waits: deque[tuple[float, float]] = deque(maxlen=CALM)  # for data, in each line: share of a step, and seconds
+        self.waits: deque[tuple[float, float]] = deque(maxlen=CALM)  # the wait for data in each line: share of a step, seconds
         self.calmest = math.inf  # lowest gradient norm after the warm-up, smoothed
         self.best_loss = math.inf  # smoothed
-        self.lowest_held_out = (math.inf, 0)  # and its step
-        self.loss_sums, self.jump_sums = array("d", [0.0]), array("d", [0.0])  # running sums: of losses, of their differences
+        self.lowest_held_out = (math.inf, 0)  # the lowest held-out loss, and its step
+        self.loss_sums, self.jump_sums = array("d", [0.0]), array("d", [0.0])  # running sums of losses, and of their jumps
         self.forget_speed()
 
     def forget_speed(self) -> None:
         """Forget the usual speed: another process may have other devices, or more of them."""
         self.values["perf/tokens_per_second"].clear()
-        self.best_speed, self.slow_seconds = 0.0, 0.0  # smoothed; of the slow lines since the last one that was not
+        self.best_speed, self.slow_seconds = 0.0, 0.0  # the best smoothed speed; seconds of the slow lines in a row
 
     def add(self, step: int, tokens: float, metrics: Mapping[str, float]) -> None:
         """Add a line of metrics; values that are not finite are left out."""
@@ -100,7 +100,7 @@ class History:
             total = sum(line.get(name, 0.0) for name in STEP_TIMES)
             self.waits.append((line["perf/data_ms"] / (total or 1.0), line["perf/data_ms"] / 1000 * new_steps))
         if "reward" in line:
-            # No completion earned one; the mean alone could hide a few rewards among penalties.
+            # No completion earned a reward. The mean alone could hide a few rewards among penalties.
             nothing = line["reward"] <= 0.0 and 0.0 in (line.get("reward_std", 0.0), line.get("answer/correct_frac", 0.0))
             self.without_reward = self.without_reward + 1 if nothing else 0
         if (speed := line.get("perf/tokens_per_second", 0.0)) > 0.0:
@@ -118,12 +118,12 @@ class History:
             self.calmest = min(self.calmest, median(norms))
 
     def median(self, name: str, count: int) -> float:
-        """Return the median of the last ``count`` values of a metric; NaN, which is beyond no limit, before there are as many."""
+        """Return the median of a metric's last ``count`` values. With fewer values it is NaN, which exceeds no limit."""
         values = self.last(name, count)
         return median(values) if len(values) == count else math.nan
 
     def has(self, metric: str) -> bool:
-        """Whether the newest line has a metric, or one that begins with its name where that ends with a slash."""
+        """Whether the newest line has a metric. A name that ends with a slash stands for every metric that begins with it."""
         return metric in self.line or (metric.endswith("/") and any(name.startswith(metric) for name in self.line))
 
     def last(self, name: str, count: int) -> list[float]:

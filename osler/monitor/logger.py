@@ -29,14 +29,14 @@ from osler.runtime.files import RunFolder
 
 logger = logging.getLogger(__name__)
 
-SINKS = {  # field of the config: what messages call it, and its class
+SINKS = {  # field of the config -> name in messages, and class of the sink
     "alert_command": ("monitor.alert_command", "AlertCommand"),
     "webhook": ("monitor.webhook", "Webhook"),
     "tensorboard": ("TensorBoard", "TensorBoard"),
     "wandb": ("Weights & Biases", "Wandb"),
     "clearml": ("ClearML", "Clearml"),
 }
-EXTRAS = ("tensorboard", "wandb", "clearml")  # fields, packages and extras of the installation
+EXTRAS = ("tensorboard", "wandb", "clearml")  # each names a field, a package, and an extra of the installation
 
 
 class RunLogger:
@@ -83,10 +83,10 @@ class RunLogger:
 
     @contextmanager
     def lifetime(self, step: Callable[[], int], is_done: Callable[[], bool]) -> Iterator[None]:
-        """Write the start and the end of the work inside; work that ends early without an error was asked to stop, and has saved.
+        """Write the start and the end of the work inside. Work that ends early without an error was asked to stop, and has saved.
 
-        Only a failure also goes to the trackers, because a person knows of the rest. A run that is complete says what is still
-        wrong with it.
+        Only a failure also goes to the trackers, because a person knows of every other end. A run that is complete says what is
+        still wrong with it.
         """
         first, host = step(), gethostname()
         name, message = ("resumed", f"Going on from step {first:,}.") if first else ("begun", "The run begins.")
@@ -108,7 +108,7 @@ class RunLogger:
     def _finish(self, step: int) -> None:
         alerts = self.alerter.unresolved() if self.alerter else []
         for alert in alerts:
-            if self.alerter and alert.name not in self.alerter.said:  # it is of the end alone
+            if self.alerter and alert.name not in self.alerter.said:  # only the end raised it
                 self._record(alert)
         message = f"The run is complete, but {still_wrong(len(alerts))}" if alerts else "The run is complete"
         if alerts:
@@ -120,7 +120,7 @@ class RunLogger:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        deadline = time.monotonic() + (0.0 if kind is KeyboardInterrupt else CLOSE_SECONDS)  # who asks twice is not kept waiting
+        deadline = time.monotonic() + (0.0 if kind is KeyboardInterrupt else CLOSE_SECONDS)  # nobody waits after a second signal
         for tracker in self.trackers:
             tracker.end()
         for tracker in self.trackers:
@@ -128,7 +128,7 @@ class RunLogger:
 
 
 def in_a_line(error: BaseException) -> str:
-    """Return the first line of an exception's message, with its type unless it was written for the user."""
+    """Return the first line of an exception's message, with its type unless the message was written for the user."""
     said = next(iter(str(error).strip().splitlines()), "")
     if isinstance(error, UserError):
         return said
@@ -148,7 +148,7 @@ def check_trackers(config: MonitorConfig) -> None:
 
 
 def _section(run: RunFolder) -> str:
-    """Return ``pretrain.`` and so on for a stage of a quickstart, whose settings are a section of its recipe; else nothing."""
-    above = RunFolder(run.root.absolute().parent).config  # of whatever the folder above is, so it is not parsed
+    """Return the prefix of a quickstart stage's settings in its recipe, such as ``pretrain.``; nothing for another run."""
+    above = RunFolder(run.root.absolute().parent).config  # the folder above may be anything, so this file is not parsed
     is_stage = above.is_file() and "\nkind: quickstart\n" in "\n" + above.read_text(encoding="utf-8", errors="replace")
     return f"{run.root.name}." if is_stage else ""

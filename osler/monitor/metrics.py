@@ -20,7 +20,7 @@ EVALUATION = "evaluation"  # an evaluation that the recipe asks for
 
 
 class Metric(NamedTuple):
-    """One row of the table: the unit, the meaning and the cost of a value; `full: ...` needs that level."""
+    """One row of the table: the unit, the meaning and the cost of a value. The cost `full: ...` needs the level `full`."""
 
     unit: str
     meaning: str
@@ -133,7 +133,7 @@ _PATTERNS = {name: re.compile(re.sub(r"<\w+>", r"[\\w.\\-]+", name)) for name in
 
 
 def declared_name(name: str) -> str | None:
-    """Return the row of `METRICS` that declares a metric, which may be a pattern, or None."""
+    """Return the name of the `METRICS` row that declares a metric, which may be a pattern, or None."""
     if name in METRICS:
         return name
     return next((row for row, pattern in _PATTERNS.items() if pattern.fullmatch(name)), None)

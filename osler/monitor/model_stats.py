@@ -1,14 +1,14 @@
 """Statistics of the gradients, the weights, one update, and the activations of a few rows.
 
 Every function here maps tensors to a handful of numbers that stay on the device, so that it costs arithmetic and never a wait.
-The activations come from a probe: one more forward pass, eager and without gradients, through a copy of the model that shares its
-weights (``Transformer.eager_copy``) and carries hooks, so the model that trains is not touched. Sharded tensors are put together
-one at a time, so functions over them are collective. Positions after the last learned token of a row do not count.
+The activations come from a probe: one more forward pass, eager and without gradients. It goes through a copy of the model that
+shares the weights (``Transformer.eager_copy``) and carries hooks, so the model that trains is not touched. Sharded tensors are
+put together one at a time, so functions over them are collective. Positions after the last learned token of a row do not count.
 
 Attention entropy: Zhai et al. 2023, arXiv 2303.06296. Effective rank: the participation ratio of the squared singular values.
 
-Shapes: B rows, T tokens, D hidden, F units of a feed-forward layer, N query heads, K key/value heads, G query heads of one of
-them, H head size, Q chosen queries, S keys, C tokens of a chunk, V vocabulary; M, N rows and columns of a matrix.
+Shapes: B rows, T tokens, D hidden, F units of a feed-forward layer, N query heads, K key/value heads, G query heads of one
+key/value head, H head size, Q chosen queries, S keys, C tokens of a chunk, V vocabulary; M, N rows and columns of a matrix.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from osler.ops.cross_entropy import default_chunk_tokens
 from osler.ops.labels import IGNORED
 from osler.runtime.sharded import whole
 
-PROBE_TOKENS = 2048  # of the batch that a probe takes, in whole rows where one fits
+PROBE_TOKENS = 2048  # tokens of the batch that a probe takes, in whole rows where a row fits
 ENTROPY_QUERIES = 256  # queries, over all rows, whose attention is measured
 DEAD = 0.01  # a unit whose largest activation is below this share of its layer's rms is dead
-RANKED = ("self_attn.o_proj.weight", "mlp.down_proj.weight")  # what writes into the residual stream
+RANKED = ("self_attn.o_proj.weight", "mlp.down_proj.weight")  # the matrices that write into the residual stream
 
 
 class ProbeRows(NamedTuple):
@@ -39,7 +39,7 @@ class ProbeRows(NamedTuple):
     document_BT: Tensor | None = None
 
     def few(self) -> ProbeRows:
-        """Return ``PROBE_TOKENS`` at most: rows with a token to learn before rows without; for rows on the CPU."""
+        """Return at most ``PROBE_TOKENS`` tokens. Rows with a token to learn come first. The rows must be on the CPU."""
         count = max(1, PROBE_TOKENS // self.ids_BT.shape[1])
         chosen = (self.labels_BT[:, :PROBE_TOKENS] == IGNORED).all(1).sort(stable=True).indices[:count]
         return ProbeRows(*(None if part is None else part[chosen, :PROBE_TOKENS] for part in self))  # type: ignore[arg-type]
@@ -50,7 +50,7 @@ class ProbeRows(NamedTuple):
 
     @property
     def learns(self) -> bool:
-        """Whether any token is learned; for rows on the CPU."""
+        """Whether any token is learned. The rows must be on the CPU."""
         return bool((self.labels_BT != IGNORED).any())
 
     @property
@@ -78,7 +78,7 @@ def norms(squares: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def gradient_stats(gradients: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Return norms by part of the model; and mean, spread, maximum, zeros and values that are not finite over all of it."""
+    """Return norms by part, and over the whole model the mean, spread, maximum, and shares of zeros and non-finite values."""
     rows: dict[str, Tensor] = {}
     count = 0
     for name, cut in gradients:
@@ -114,7 +114,7 @@ def weight_stats(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def effective_rank(matrix_MN: Tensor) -> Tensor:
     """(Σ s²)² / Σ s⁴ over the singular values s: how many directions share the energy; 0 for a matrix of zeros.
 
-    From the smaller Gram matrix, whose eigenvalues are s², so that nothing is decomposed.
+    It is computed from the smaller Gram matrix, whose eigenvalues are s², so nothing is decomposed.
     """
     x_MN = matrix_MN.float()
     x_MN = x_MN / torch.linalg.vector_norm(x_MN).clamp_min(1e-30)
@@ -140,9 +140,9 @@ def update_stats(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> d
 
 @torch.no_grad()
 def activation_stats(model: Transformer, weights: Mapping[str, Tensor], rows: ProbeRows) -> dict[str, Tensor]:
-    """Return statistics of the model with these whole weights on a few rows, of each layer and of the predictions.
+    """Return statistics of each layer and of the predictions on a few rows, for the model with these whole weights.
 
-    On a CPU it computes in fp32, because eager bf16 is slow there.
+    On a CPU the probe computes in fp32, because eager bf16 is slow there.
     """
     dtype = None if rows.ids_BT.is_cuda else torch.float32
     copy, seen = model.eager_copy(weights, dtype), dict[str, Tensor]()
@@ -154,7 +154,7 @@ def activation_stats(model: Transformer, weights: Mapping[str, Tensor], rows: Pr
 
 
 def _add_hooks(block: Block, layer: int, places_BT: Tensor, seen: dict[str, Tensor]) -> None:
-    """Add hooks to a block, which put what they measure into ``seen``."""
+    """Add hooks to a block; they put their measurements into ``seen``."""
 
     def attention_begins(module: Any, args: Any, kwargs: Any) -> None:
         q_BTNH, k_BSKH, _ = module.project(*args)
@@ -174,16 +174,16 @@ def _add_hooks(block: Block, layer: int, places_BT: Tensor, seen: dict[str, Tens
 
 
 def at_places(x_BTX: Tensor, places_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the values in fp32, with zeros at all other places, and the rms of those that stay."""
+    """Return the values in fp32, with zeros outside the places, and the rms of the values inside them."""
     x_BTX = x_BTX.float().masked_fill(~places_BT[..., None], 0.0)
     return x_BTX, (x_BTX.square().sum() / (places_BT.sum() * x_BTX.shape[-1])).sqrt()
 
 
 def attention_entropy(q_BTNH: Tensor, k_BSKH: Tensor, places_BT: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """Return the mean entropy, in nats, of what a few queries of every row and head attend to.
+    """Return the mean entropy, in nats, of the attention of a few queries of every row and head.
 
-    The queries are spread evenly over a row: at most ``ENTROPY_QUERIES`` of all rows together, at least the last of each. Those
-    at other places than ``places_BT`` do not count.
+    The queries are spread evenly over a row: at most ``ENTROPY_QUERIES`` of all rows together, at least the last of each. Queries
+    outside ``places_BT`` do not count.
     """
     batch, length, _, size = q_BTNH.shape
     count = max(1, min(length, ENTROPY_QUERIES // batch))
@@ -205,7 +205,7 @@ def dead_share(units_BTF: Tensor, places_BT: Tensor) -> Tensor:
 
 
 def prediction_stats(model: Transformer, hidden_BTD: Tensor, rows: ProbeRows) -> dict[str, Tensor]:
-    """Return accuracy, entropy and confidence of the model at the learned tokens; logits come a chunk at a time."""
+    """Return accuracy, entropy and confidence of the model at the learned tokens; logits are computed a chunk at a time."""
     chunk = default_chunk_tokens(model.config.padded_vocab_size)
     flat = (hidden_BTD.flatten(0, 1), rows.labels_BT.flatten(), rows.counts_BT.flatten())
     sums, peaks = [], []

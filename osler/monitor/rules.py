@@ -1,8 +1,8 @@
 """The alert rules: each reads the newest line of a run's history and yields what is wrong.
 
-A rule compares a number with the run's own past by medians, which a single odd line cannot move, and names the number, the likely
+A rule compares a number with the run's own past by medians, which a single odd line cannot move. It names the number, the likely
 cause and what to change. The thresholds leave room for what healthy runs do: lines that differ by a tenth, norms that double, a
-restart. Those for GRPO come last. Torch-free.
+restart. The rules for GRPO follow the others, and the rules for the end of a run come last. Torch-free.
 """
 
 import math
@@ -15,21 +15,21 @@ from typing import NamedTuple
 
 from osler.monitor.history import CALM, KEPT, History
 
-LEARNED = 0.05  # nats per token below which there is nothing left to learn
-LINES = 20  # that a policy is judged by
+LEARNED = 0.05  # nats per token: a lower loss leaves nothing to learn
+LINES = 20  # lines that a policy is judged by
 
 
 class Rule(NamedTuple):
     """A rule and the name of its findings; rules with the same name report the same trouble."""
 
-    metric: str  # the rule runs on lines with it; a name that ends with a slash stands for one metric per layer
+    metric: str  # the rule runs on lines with this metric; a name that ends with a slash stands for one metric per layer
     name: str
     severity: str  # warning or critical
     find: Callable[[History], Iterator[str]]  # yields what is wrong, in words
 
 
 def exploding(past: History) -> Iterator[str]:
-    """The norm is 4 times the usual for three lines, 10 times that of the calmest time, or 50 times the usual in one line."""
+    """For three lines the norm is 4 times the usual or 10 times the calmest, or in one line it is 50 times the usual."""
     norms, clip = past.last("train/grad_norm", 53), past.settings.clip_norm
     now, before = min(norms[-3:]), [norm for norm in norms[:-3] if norm > 0.0]  # 0: nothing to learn from in GRPO
     if len(before) < CALM:
@@ -62,7 +62,7 @@ def vanishing(past: History) -> Iterator[str]:
 
 
 def guessing(past: History) -> Iterator[str]:
-    """The loss is worse than guessing by a fifth for three lines, as no start is, or no better after the warm-up."""
+    """The loss is a fifth above guessing for three lines, as at no start, or no better than guessing after the warm-up."""
     settings, losses = past.settings, past.last("train/loss", 5)
     if not settings.vocab_size or len(losses) < 3:
         return
@@ -113,11 +113,11 @@ def rising(past: History) -> Iterator[str]:
 
 
 def swinging(past: History) -> Iterator[str]:
-    """The noise of its lines is all there is of the loss: a fifth of it, and 0.3 nats, up and down from line to line."""
+    """The loss swings up and down from line to line, by more than a fifth of its level and more than 0.3 nats."""
     losses = past.last("train/loss", 15)
     jumps = [after - before for before, after in pairwise(losses)]
     rises = sum(jump for jump in jumps if jump > 0)
-    swing = 2 * min(rises, rises - sum(jumps)) / 14  # of rises and falls the smaller sum: no trend is in it
+    swing = 2 * min(rises, rises - sum(jumps)) / 14  # the smaller sum, of rises or of falls, has no trend in it
     if len(losses) == 15 and swing > max(0.2 * median(losses), 0.3):
         yield (
             f"the loss swings by {swing:.2f} from line to line around {median(losses):.3f}. The learning rate is probably too "
@@ -161,7 +161,7 @@ def dead_units(past: History) -> Iterator[str]:
 
 
 def cut_off(past: History) -> Iterator[str]:
-    """No gradient reaches a layer while others have one. (A head that begins at zero lets none through in the first step.)"""
+    """No gradient reaches a layer while others get some. (A head that begins at zero lets none through in the first step.)"""
     parts = [name.rpartition("/")[2] for name, norm in past.line.items() if name.startswith("grad/norm/") and norm == 0.0]
     still = [f"layer {part}" if part.isdigit() else part for part in parts]
     if still and past.line.get("train/grad_norm", 0.0) > 0.0 and past.step > 1:
@@ -172,7 +172,7 @@ def cut_off(past: History) -> Iterator[str]:
 
 
 def growing(metric: str, past: History) -> Iterator[str]:
-    """Memory grows evenly: the medians of a window's quarters rise by like amounts, unlike in a jump or a warm-up."""
+    """Memory grows evenly: the medians of a window's quarters rise by similar amounts, unlike in a jump or a warm-up."""
     for lines in (30, 120, 480):
         values = past.last(metric, lines)
         if len(past.values[metric]) < min(lines + CALM, KEPT):
@@ -190,7 +190,7 @@ def growing(metric: str, past: History) -> Iterator[str]:
 
 
 def starved(past: History) -> Iterator[str]:
-    """The device waits for data, in a fifth of its time. (A second in five lines nobody would notice.)"""
+    """The device waits for data for a fifth of its time. (Nobody would notice a wait of a second in five lines.)"""
     newest, workers = list(past.waits)[-5:], past.settings.loader_workers
     share = median(share for share, _ in newest)
     if len(past.waits) >= CALM and share > 0.2 and sum(seconds for _, seconds in newest) > 1.0:
@@ -201,7 +201,7 @@ def starved(past: History) -> Iterator[str]:
 
 
 def slowed(past: History) -> Iterator[str]:
-    """The run is less than half as fast as it was, for a minute. (GRPO has no such speed: it depends on the answers' length.)"""
+    """The run is less than half as fast as it was, for a minute. (GRPO is left out: its speed depends on the answers' length.)"""
     if past.slow_seconds >= 60.0:
         others, now = past.line.get("perf/other_cpus", 0.0), past.line["perf/tokens_per_second"]
         cause = (
@@ -215,7 +215,7 @@ def slowed(past: History) -> Iterator[str]:
 def stalled(past: History) -> Iterator[str]:
     """The last fifth of the run is no better than the fifth before it, and there are lines enough to see that.
 
-    Windows grow with the run, because a healthy loss falls by like amounts in like ratios of time. A loss may rest when the
+    Windows grow with the run, because a healthy loss falls by equal amounts in equal ratios of time. A loss may rest when the
     learning rate has come down to a tenth.
     """
     sums, jumps, count = past.loss_sums, past.jump_sums, len(past.loss_sums) - 1
@@ -225,7 +225,7 @@ def stalled(past: History) -> Iterator[str]:
     size = count // 5
     now = (sums[count] - sums[count - size]) / size
     before = (sums[count - size] - sums[count - 2 * size]) / size
-    noise = (jumps[count] - jumps[count - 2 * size]) / (2 * size) * math.sqrt(math.pi) / 2  # of one line, as a deviation
+    noise = (jumps[count] - jumps[count - 2 * size]) / (2 * size) * math.sqrt(math.pi) / 2  # standard deviation of a line
     if now > LEARNED and before - now + noise * math.sqrt(2 / size) < 0.005 * now:
         yield (
             f"the loss has not fallen for {2 * size} lines: {before:.3f}, then {now:.3f}, at a learning rate of {lr:.2g}. Either "
@@ -248,7 +248,7 @@ def cut(past: History) -> Iterator[str]:
 
 
 def unrewarded(past: History) -> Iterator[str]:
-    """No reward for so many steps that it cannot be chance. When there was some at first, the model has lost it."""
+    """No completion earned a reward for too many steps to be chance. When some did at first, the model has lost its skill."""
     if past.without_reward >= past.settings.zero_reward_patience:
         most = max(past.first["reward"])
         cause = (
@@ -260,7 +260,7 @@ def unrewarded(past: History) -> Iterator[str]:
 
 
 def equal_rewards(past: History) -> Iterator[str]:
-    """Most groups have equal rewards, and so no gradient. (Groups without any reward are another rule's.)"""
+    """Most groups have equal rewards, and so no gradient. (Another rule judges groups without any reward.)"""
     if past.median("frac_reward_zero_std", LINES) > 0.8 and not past.without_reward:
         yield (
             f"in most of the last {LINES} lines more than 80% of the groups had equal rewards and taught nothing. Replace them "
@@ -301,7 +301,7 @@ def one_letter(past: History) -> Iterator[str]:
 
 
 def never_a_gradient(past: History) -> Iterator[str]:
-    """All groups of a GRPO run had equal rewards. (Groups without any reward are another rule's.)"""
+    """All groups of a GRPO run had equal rewards. (Another rule judges groups without any reward.)"""
     equal = past.values["frac_reward_zero_std"]
     if equal and not past.had_gradient and past.without_reward < past.settings.zero_reward_patience:
         yield (
@@ -355,7 +355,7 @@ RULES: tuple[Rule, ...] = (
     Rule("sampling/sampling_logp_difference/mean", "sampler-apart", "warning", sampler_apart),
     Rule("answer/letter_A_frac", "one-letter", "warning", one_letter),
 )
-RULES_OF_THE_END = (  # of a run, by its last line with the metric
+RULES_OF_THE_END = (  # these rules judge a run when it ends
     Rule("frac_reward_zero_std", "equal-rewards", "warning", never_a_gradient),
     Rule("train/loss", "no-finite-loss", "critical", no_finite_loss),
     Rule("train/loss", "worse-than-guessing", "critical", no_better_than_guessing),

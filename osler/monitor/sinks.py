@@ -1,7 +1,7 @@
 """The destinations of metrics and alerts besides the run folder, each in a separate process (``tracker.py``).
 
 TensorBoard, Weights & Biases and ClearML need optional libraries; without a network set ``WANDB_MODE=offline`` (and ``wandb
-sync`` later) or ``CLEARML_OFFLINE_MODE=1``. A resumed run continues there as the same run: its id is in the run folder, and
+sync`` later) or ``CLEARML_OFFLINE_MODE=1``. A resumed run continues in each as the same run: its id is in the run folder, and
 TensorBoard's charts are cut to the checkpoint. A command and a webhook get each alert as one JSON object:
 
     {"run": "runs/mine", "step": 120, "name": "exploding-gradient", "severity": "critical", "message": "..."}
@@ -30,7 +30,7 @@ TIMEOUT_SECONDS = 30.0
 
 
 class TensorBoard(Tracker):
-    """Writes event files, whole after each line, for ``tensorboard --logdir RUN/trackers``."""
+    """Writes event files, which are whole after each line, for ``tensorboard --logdir RUN/trackers``."""
 
     def __init__(self, wanted: bool, run: str, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -71,7 +71,7 @@ class Wandb(Tracker):
             resume="allow",
             dir=str(folder),
             config=_config(run),
-            settings=wandb.Settings(console="off", disable_code=True),  # what we log, and nothing of this process
+            settings=wandb.Settings(console="off", disable_code=True),  # W&B gets what we log, and nothing of this process
         )
         self.run.define_metric("*", step_metric="step")
 
@@ -97,15 +97,15 @@ class Clearml(Tracker):
             project_name=project,
             task_name=Path(run).resolve().name,
             reuse_last_task_id=known.read_text(encoding="utf-8") if known.exists() else False,
-            continue_last_task=0 if known.exists() else False,  # 0: our steps are not added to those that it has seen
-            # What we report, and no arguments, frameworks, streams or load of the machine. (It also takes the state of Osler's
-            # git checkout: clearml.conf, sdk.development, turns that off.)
+            continue_last_task=0 if known.exists() else False,  # 0: our steps are not added to the task's earlier ones
+            # ClearML gets what we report, and no arguments, frameworks, streams or load of the machine. (It also takes the state
+            # of Osler's git checkout, which sdk.development in clearml.conf turns off.)
             auto_connect_arg_parser=False,
             auto_connect_frameworks=False,
             auto_connect_streams=False,
             auto_resource_monitoring=False,
         )
-        if not Task.is_offline():  # a task of an offline session cannot be gone on with
+        if not Task.is_offline():  # a task of an offline session cannot be continued
             write_atomic(known, self.task.id)
         self.task.connect_configuration(_config(run), name="config")
         self.logger = self.task.get_logger()
@@ -154,7 +154,7 @@ class Webhook(Tracker):
 
 
 class NoRedirects(HTTPRedirectHandler):
-    """Makes an error of a redirect, which would turn the POST into a GET without the alert."""
+    """Makes a redirect an error, because it would turn the POST into a GET without the alert."""
 
     def redirect_request(self, *_: Any) -> None:
         """Follow no redirect."""

@@ -2,7 +2,7 @@
 
 The median and the median absolute deviation of the last losses say what is usual, because a few wild values move neither
 (Iglewicz and Hoaglin 1993, How to Detect and Handle Outliers). Spikes do not enter the window, so that they cannot make the next
-one look usual. A loss that stays up is a new level: after half a window of spikes in a row, the window starts over with them.
+spike look usual. A loss that stays up is a new level: after half a window of spikes in a row, the window starts over with them.
 """
 
 import math
@@ -18,7 +18,7 @@ LEAST_SPREAD = 0.01  # nats: a constant loss varies by rounding alone
 
 
 class Spike(NamedTuple):
-    """A value too far above the usual ones: by how many standard deviations, above which median, and its number in a row."""
+    """A value too far above the usual ones: the distance in standard deviations, the usual median, its number in a row."""
 
     deviations: float
     median: float
@@ -54,13 +54,13 @@ class SpikeWindow:
         return {"usual": list(self.usual), "spikes": list(self.spikes)}
 
     def restore(self, state: dict[str, list[float]]) -> None:
-        """Go on from what ``state`` returned."""
+        """Continue from what ``state`` returned."""
         self.usual = deque(state["usual"], self.usual.maxlen)
         self.spikes = list(state["spikes"])
 
 
 def robust_z(value: float, usual: Sequence[float] | deque[float]) -> tuple[float, float]:
-    """Return how many standard deviations, estimated by medians, a value is above the median of others; and that median."""
+    """Return how far a value is above the median of others, in standard deviations estimated by medians, and that median."""
     median = statistics.median(usual)
     spread = NORMAL_SPREAD * statistics.median(abs(other - median) for other in usual)
     return (value - median) / max(spread, LEAST_SPREAD), median

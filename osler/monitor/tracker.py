@@ -24,10 +24,10 @@ from osler.monitor.alerts import Alert
 
 logger = logging.getLogger(__name__)
 
-QUEUE_BYTES = 4 * 2**20  # of lines that wait for the pipe
-PIPE_BYTES = 2**16  # written at once
-CLOSE_SECONDS = 8.0  # that the end of a run waits for its trackers, all together
-LINGER_SECONDS = 300.0  # that a tracker may live on after the run's process
+QUEUE_BYTES = 4 * 2**20  # bytes of lines that may wait for the pipe
+PIPE_BYTES = 2**16  # bytes written at once
+CLOSE_SECONDS = 8.0  # how long the end of a run waits for all its trackers together
+LINGER_SECONDS = 300.0  # how long a tracker may outlive the run's process
 
 
 class Tracker:
@@ -37,24 +37,24 @@ class Tracker:
         """Take the finite metrics of a step."""
 
     def alert(self, alert: Alert) -> None:
-        """Take an alert; raises UndeliveredError when the next one may get through."""
+        """Take an alert; raises UndeliveredError when it did not arrive but the next may."""
 
     def close(self) -> None:
         """Finish the calls that were received."""
 
 
 class UndeliveredError(Exception):
-    """An alert that did not arrive; the tracker is tried again with the next."""
+    """An alert that did not arrive; the tracker is tried again with the next alert."""
 
 
 class TrackerProcess:
-    """The tracker ``module:Class(*arguments)`` in a child process; no method raises or waits, but for ``close``."""
+    """The tracker ``module:Class(*arguments)`` in a child process; no method but ``close`` raises or waits."""
 
     def __init__(self, name: str, target: str, printed: Path, *arguments: Any) -> None:
-        """``name`` is what messages call the tracker, ``printed`` the file for what it prints."""
+        """``name`` is the tracker's name in messages; ``printed`` is the file for what it prints."""
         self.name, self.printed = name, printed
         self.dropped = 0  # lines
-        self.is_gone = False  # has ended, was given up, or was closed
+        self.is_gone = False  # the tracker has ended, was given up, or was closed
         self._is_ending = self._has_warned = False
         self._unsent = bytearray()
         serving = f"import sys; sys.path[:] = {sys.path!r}\nfrom osler.monitor.tracker import serve; serve()"
@@ -67,7 +67,7 @@ class TrackerProcess:
                     stdout=subprocess.PIPE,
                     stderr=file,
                     bufsize=0,
-                    start_new_session=True,  # a Ctrl-C is for the run
+                    start_new_session=True,  # a Ctrl-C is meant for the run alone
                 )
             assert self.process.stdin is not None and self.process.stdout is not None
             self._to_child, self._from_child = self.process.stdin, self.process.stdout
@@ -78,7 +78,7 @@ class TrackerProcess:
         self._send(target, arguments)  # not on the command line, which other users can read
 
     def write(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
-        """Hand on a line of metrics; they must be finite."""
+        """Hand on a line of metrics, which must be finite."""
         self._send("write", {"step": step, "tokens": tokens, "metrics": dict(metrics)})
 
     def alert(self, alert: Alert) -> None:
@@ -92,7 +92,7 @@ class TrackerProcess:
             self._send("close", {})
 
     def close(self, seconds: float = CLOSE_SECONDS) -> None:
-        """Wait at most so long until the tracker has finished, and log what did not arrive; closing twice is fine."""
+        """Wait at most ``seconds`` until the tracker has finished, and log what did not arrive. Closing twice is fine."""
         self.end()
         if self.is_gone:
             return
@@ -124,7 +124,7 @@ class TrackerProcess:
         try:
             while self._unsent and (sent := self._to_child.write(self._unsent[:PIPE_BYTES])):
                 del self._unsent[:sent]
-        except OSError:  # the child has ended, and says why, or its exit code does
+        except OSError:  # the child has ended; its report or its exit code says why
             self._unsent.clear()
 
     def _exchange(self) -> bool:
@@ -154,7 +154,7 @@ def serve() -> None:
     """In the child: open the tracker and make the calls that come in, until the run closes it or is gone."""
     threading.Thread(target=_leave_after, args=(os.getppid(),), daemon=True).start()
     to_run = os.dup(1)
-    os.dup2(2, 1)  # what the library prints is for the file
+    os.dup2(2, 1)  # what the library prints goes to the file
 
     def tell(is_final: bool, reason: str) -> None:
         os.write(to_run, json.dumps([is_final, reason[:300]]).encode("utf-8") + b"\n")
@@ -177,7 +177,7 @@ def serve() -> None:
 
 
 def _leave_after(parent: int) -> None:
-    """End this process some time after its parent, whatever it is doing: nobody would look for one that hangs."""
+    """End this process some time after its parent, whatever it is doing: nobody would look for a process that hangs."""
     while os.getppid() == parent:
         time.sleep(1.0)
     time.sleep(LINGER_SECONDS)

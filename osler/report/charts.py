@@ -18,9 +18,9 @@ from osler.report.curves import Series
 from osler.report.read import StageLog
 from osler.report.svg import Band, Line, line_chart
 
-COLOURS = 8  # of the palette
+COLOURS = 8  # colours in the palette
 KINDS = {"fraction": "percent", "tokens": "count", "tokens/s": "count", "steps": "count", "number": "count", "bytes": "bytes"}
-EXACT = ("eval/", "train/lr", "train/stage", "train/seq_len", "train/batch_tokens")  # no noise that smoothing could take away
+EXACT = ("eval/", "train/lr", "train/stage", "train/seq_len", "train/batch_tokens")  # metrics without noise to smooth
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Spec:
     title: str
     lines: tuple[tuple[str, str], ...]
     good: str
-    zero: bool = True  # whether the axis starts there
+    zero: bool = True  # whether the axis starts at zero
 
     @property
     def kind(self) -> str:
@@ -78,7 +78,7 @@ SPECS: tuple[Spec, ...] = (
 
 
 class Family(NamedTuple):
-    """Metrics whose names begin alike, one sentence on what good looks like, and the charts of those that are read together."""
+    """Metrics whose names begin alike, one sentence on what good looks like, and the charts of metrics that are read together."""
 
     title: str
     prefixes: tuple[str, ...]
@@ -86,7 +86,7 @@ class Family(NamedTuple):
     charts: tuple[Spec, ...] = ()
 
 
-FAMILIES: tuple[Family, ...] = (  # the first whose prefix fits
+FAMILIES: tuple[Family, ...] = (  # a metric is in the first family whose prefix fits
     Family("Gradients", ("train/grad_norm", "train/skipped_steps", "grad/", "update/"),
            "Good: calm, of one order of magnitude in all layers, and every value finite."),
     Family("Plan", ("train/lr", "train/stage", "train/seq_len", "train/batch_tokens"),
@@ -129,7 +129,7 @@ class Figure(NamedTuple):
 def figure(
     spec: Spec, lines: list[Line], *, over: str = "step", band: Band | None = None, marks: Sequence[tuple[float, str, str]] = ()
 ) -> Figure:
-    """Draw a chart; marks go into those of `MARKED`."""
+    """Draw a chart; only the charts of `MARKED` get the marks."""
     own = marks if spec.title in MARKED else ()
     drawing = line_chart(lines, title=spec.title, kind=spec.kind, zero=spec.zero, over=over, marks=own, band=band)
     return Figure(spec, lines, drawing)
@@ -138,7 +138,7 @@ def figure(
 def charts_of(
     run: StageLog, colour: int, marks: Sequence[tuple[float, str, str]] = ()
 ) -> tuple[list[Figure], list[tuple[Family, list[Figure]]]]:
-    """Draw the charts that a stage's log fills: those of `SPECS`, and by family one for every metric left over.
+    """Draw the charts that a stage's log fills: the charts of `SPECS`, and by family a chart of every metric left over.
 
     A metric that every layer has is one chart. colour: palette number of the stage, which the first line of each chart takes.
     """
@@ -228,7 +228,7 @@ def family_of(name: str) -> Family:
 
 
 def in_families(names: Iterable[str]) -> list[tuple[Family, list[str]]]:
-    """Group names by family, both in their order; families without a name are left out."""
+    """Group names by family, keeping the order of both; families without a name are left out."""
     found: dict[Family, list[str]] = {}
     for name in names:
         found.setdefault(family_of(name), []).append(name)
@@ -244,7 +244,7 @@ def by_row(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def by_layer(names: Iterable[str]) -> tuple[list[str], dict[str, dict[int, str]]]:
-    """Return the metrics of the whole model, and for each metric that layers have its names by layer."""
+    """Return the metrics of the whole model, and the names by layer of each metric that layers have."""
     whole: list[str] = []
     layers: dict[str, dict[int, str]] = {}
     for name in names:

@@ -3,7 +3,7 @@
 Curves run over tokens seen, which runs with different batch sizes have in common. Runs of one stage are compared with each other,
 whatever their kind; runs with several stages, such as a quickstart, are compared stage by stage. Metrics that fewer than two runs
 have are left out, and so are metrics of single layers. Exams are compared question by question, where both runs' answers are
-stored; single checkpoints are compared by that alone.
+stored. Single checkpoints are compared by their exams alone.
 """
 
 import math
@@ -35,8 +35,8 @@ from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder
 
 LEFT_OUT = ("description",)  # fields that say nothing about a run
-CELL_WIDTH = 36  # of a configuration's value in the terminal: three of them fit; the page has values whole
-EXAM = "eval/<split>_accuracy"  # in METRICS
+CELL_WIDTH = 36  # characters of a configuration's value in the terminal, where three fit; the page has whole values
+EXAM = "eval/<split>_accuracy"  # a row of METRICS
 PAIRED = ["exam", "runs", "before", "after", "difference", "95% interval", "gained", "lost", "McNemar's p", "questions"]
 HOW_TO_PAIR = "`osler eval`, of each on the same exam, stores the answers that a test of scores question by question needs."
 
@@ -51,23 +51,23 @@ class Member(NamedTuple):
 
     @property
     def config(self) -> dict[str, Any]:
-        """The stage's configuration, or else that of the run it is a part of."""
+        """The stage's configuration, or else the configuration of its run."""
         return self.stage.config or self.run.own.config
 
     @property
     def exams(self) -> list[ExamScore]:
-        """The scores of the stage, or the last checkpoint's of a run that has no stages."""
+        """The stage's scores, or the scores of the last checkpoint for a run without stages."""
         labels = {self.stage.name, self.stage.name or (self.run.exams[-1].label if self.run.exams else "")}
         return [score for score in self.run.exams if score.label in labels]
 
 
-Table = list[tuple[str, list[str]]]  # rows: what, and a text for each run
+Table = list[tuple[str, list[str]]]  # each row: its title, and a text for each run
 
 
 def build_comparison(folders: Sequence[str], out: str | Path) -> tuple[str, Path | None]:
-    """Write the page and return the table for the terminal and the page's path; raises UserError when nothing compares.
+    """Write the page, return the terminal's table and the page's path; raises UserError when nothing can be compared.
 
-    There is no page of single checkpoints.
+    Single checkpoints get no page.
     """
     pairs = paired(folders)
     if any(is_checkpoint(Path(folder)) for folder in folders):
@@ -91,8 +91,8 @@ def build_comparison(folders: Sequence[str], out: str | Path) -> tuple[str, Path
 def paired(folders: Sequence[str]) -> list[list[str]]:
     """Return what changed from the first run or checkpoint to each other one, on the questions that both were asked.
 
-    The interval knows that questions which ask for one fact depend on each other; McNemar's test does not, so it is given for
-    independent questions alone.
+    The interval allows for questions that ask for the same fact and so depend on each other. McNemar's test does not, so it is
+    given for independent questions alone.
     """
     sheets = [_answers(Path(folder)) for folder in folders]
     rows = []
@@ -164,7 +164,7 @@ def numbers(members: Sequence[Member]) -> Table:
 
 
 def differences(members: Sequence[Member]) -> Table:
-    """Return the fields in which the configurations differ, then those of versions and machines."""
+    """Return the fields in which the configurations differ, then the versions and machines that differ."""
     every = [flat({**m.config, "versions": {**m.run.versions, **m.run.groups}}) for m in members]
     keys = dict.fromkeys(key for fields in every for key in fields if key not in LEFT_OUT)
     rows = []
@@ -192,7 +192,7 @@ def _open(folders: Sequence[str]) -> dict[str, RunRecord]:
 
 
 def _groups(runs: Mapping[str, RunRecord]) -> dict[str, list[Member]]:
-    """Group by title what is compared: all runs when each has one stage, else the stages of one name or kind."""
+    """Group the stages to compare, by title: all together when each run has one stage, else by name or kind."""
     every = [(name, colour, stage, run) for colour, (name, run) in enumerate(runs.items()) for stage in run.runs]
     members = [Member(*each) for each in every if each[2].curves]
     groups: dict[str, list[Member]] = {}
@@ -207,7 +207,7 @@ def _groups(runs: Mapping[str, RunRecord]) -> dict[str, list[Member]]:
 
 
 def _curves(members: Sequence[Member]) -> tuple[list[Figure], list[tuple[charts.Family, list[Figure]]]]:
-    """Draw each metric of two runs or more as one chart: the usual ones, then the others by family."""
+    """Draw each metric that two runs or more have as one chart: the usual ones, then the others by family."""
 
     def overlaid(pairs: Sequence[tuple[Spec, str]]) -> list[Figure]:
         drawn = []
@@ -224,7 +224,7 @@ def _curves(members: Sequence[Member]) -> tuple[list[Figure], list[tuple[charts.
             for name in shared.pop(row, []):
                 line = label or charts.inner(row, name)
                 one = replace(spec, lines=((row, line),))
-                if len(spec.lines) > 1 or not label:  # its sentence is about several lines beside one another
+                if len(spec.lines) > 1 or not label:  # the chart's sentence is about several lines side by side
                     one = replace(one, title=f"{spec.title}: {line}", good=charts.spec_of(name).good)
                 main.append((one, name))
     rest = []

@@ -1,7 +1,7 @@
-"""The curves of a ``metrics.jsonl`` as arrays, read as the file grows: a number takes 8 bytes here, and a log may hold millions.
+"""The curves of a ``metrics.jsonl`` as arrays, read as the file grows. A number takes 8 bytes here, and a log may hold millions.
 
-Each poll reads what was appended and nothing else. A torn last line waits for its rest. A file that is gone, was cut short, or
-was rewritten by a resume is read again from the start: the last bytes that were read are no longer in their place.
+Each poll reads what was appended and nothing else. A torn last line waits for its rest. A file that was cut short, or rewritten
+by a resume, is read again from the start, because the last bytes that were read are no longer in their place.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import numpy.typing as npt
 from osler.records.jsonl import MetricsLine
 from osler.runtime.errors import UserError
 
-MARK_BYTES = 64  # of the end of what was read: the same bytes at the same place are the same file
-PAUSE_SECONDS, PAUSE_GAPS = 60.0, 30  # a gap longer than this and than so many usual ones: stopped, or the machine slept
+MARK_BYTES = 64  # bytes kept from the end of what was read: while they are in their place, the file is the same
+PAUSE_SECONDS, PAUSE_GAPS = 60.0, 30  # a gap longer than both, in seconds and in usual gaps, is a pause
 
 Floats = npt.NDArray[np.float64]
 
@@ -43,7 +43,7 @@ class Series:
         return self if known.all() else Series(self.steps[known], self.values[known])
 
     def extended(self, steps: npt.NDArray[np.int64], values: Floats) -> Series:
-        """Return the curve with points appended; of a step that was logged twice the later point counts."""
+        """Return the curve with points appended; when a step was logged twice, the later point counts."""
         if len(self):
             steps, values = np.concatenate([self.steps, steps]), np.concatenate([self.values, values])
         if not (steps[1:] > steps[:-1]).all():
@@ -62,7 +62,7 @@ class MetricsLog:
 
     def _start_over(self) -> None:
         self.curves: dict[str, Series] = {}
-        self.tokens = Series()  # that were seen
+        self.tokens = Series()  # tokens seen
         self.times: Floats = np.array([])  # in unix seconds, of every line that has one, in the order of the file
         self.unreadable = 0  # lines
         self._position, self._mark = 0, b""
@@ -84,7 +84,7 @@ class MetricsLog:
     def _read(self, lines: Iterable[bytes]) -> None:
         """Take in all whole lines."""
         steps, tokens, times = array("q"), array("d"), array("d")
-        found: dict[str, tuple[array[int], array[float]]] = {}  # for each metric the numbers of its lines, and its values
+        found: dict[str, tuple[array[int], array[float]]] = {}  # metric -> the numbers of its lines, and its values
         for raw in lines:
             if not raw.endswith(b"\n"):  # torn
                 break
@@ -115,7 +115,7 @@ class MetricsLog:
 
 
 def time_at_work(times: Floats) -> tuple[float, list[float]]:
-    """Return the seconds from the first line to the last without pauses, NaN when there are not two, and the pauses' seconds.
+    """Return the seconds from the first line to the last without pauses (NaN for fewer than two lines), and each pause's seconds.
 
     A pause is a gap far longer than the usual ones.
     """

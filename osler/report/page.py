@@ -1,8 +1,8 @@
 """The report: one self-contained HTML page about a run, written into its folder as `report.html`; and the door to Jinja2.
 
-Whatever a run wrote is escaped. A page fetches nothing: style, script and
-charts are in it, the fonts are the reader's, and a content policy forbids the browser to load anything. All of it can be read
-without the script, which adds read-outs on the curves and the switch between light and dark.
+Whatever a run wrote is escaped. A page fetches nothing: style, script and charts are in it, the fonts are the reader's, and a
+content policy forbids the browser to load anything. The whole page can be read without the script, which adds read-outs on the
+curves and the switch between light and dark.
 """
 
 import math
@@ -30,14 +30,14 @@ from osler.runtime import format as fmt
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, write_atomic
 
-MOST_STAGES, MOST_QUESTIONS = 3, 24  # of the samples
-MOST_EVALUATIONS = 8  # in the table of validation sets
+MOST_STAGES, MOST_QUESTIONS = 3, 24  # stages and questions whose answers are shown
+MOST_EVALUATIONS = 8  # rows in the table of validation sets
 
 
 def build_report(run_folder: str | Path | RunRecord, out: str | Path | None = None) -> Path:
     """Write the page, into the run folder unless `out` names a file, and return its path.
 
-    Raises UserError when it is not a run folder, or when the file cannot be written.
+    Raises UserError when the folder holds no run, or when the file cannot be written.
     """
     run = read_run(run_folder)
     ends = [abs(v) for pair in run.comparisons for v in (*pair.interval, pair.difference) if math.isfinite(v)]
@@ -50,7 +50,7 @@ def build_report(run_folder: str | Path | RunRecord, out: str | Path | None = No
         summary=_summary(run),
         tiles=[tile for tile in _tiles(run) if tile[1] != fmt.MISSING],
         comparison_title="Before and after GRPO" if about_grpo else "Before and after",
-        reach=max(0.05, math.ceil(20 * max(ends, default=0.1)) / 20),  # of the axis of differences, on either side of zero
+        reach=max(0.05, math.ceil(20 * max(ends, default=0.1)) / 20),  # ends of the axis of differences, on both sides of zero
         questions=_questions(run),
         answers=[(sheet.name, _wrong_first(sheet)) for sheet in run.answers],
         details=[(score, list(_details(score))) for score in run.exams if score.measures],
@@ -61,9 +61,9 @@ def build_report(run_folder: str | Path | RunRecord, out: str | Path | None = No
 
 
 def write_page(path: Path, template: str, about: Mapping[str, str], **values: Any) -> Path:
-    """Fill the sections of a template with values, put the page with links to them around, write it, and return its path.
+    """Fill the sections of a template with values, put them into a page that links to them, write it, and return its path.
 
-    ``about``: name, what it is and what it was made of. Raises UserError when the path takes no file.
+    ``about``: the page's name, what it is and what it was made of. Raises UserError when the page cannot be written.
     """
     body = Markup(PAGES.get_template(template).render(values))
     links = [(anchor, Markup(title)) for anchor, title in re.findall('<section id="([^"]+)"><header><h2>([^<]+)', body)]
@@ -127,7 +127,7 @@ def _summary(run: RunRecord) -> str:
 
 
 def _tiles(run: RunRecord) -> Iterator[tuple[str, str, str]]:
-    """Yield the key numbers: label, value, and what it is of."""
+    """Yield the key numbers: label, value, and a remark on the value."""
     together = "all stages" if len(run.stages) > 1 or len(run.runs) > 1 else ""
     if score := words.headline_score(run):
         yield "Score", fmt.percent(score.accuracy), words.interval(score)
@@ -143,14 +143,14 @@ def _tiles(run: RunRecord) -> Iterator[tuple[str, str, str]]:
 
 
 def _times(run: RunRecord) -> list[tuple[str, float, int, str]]:
-    """Return title, seconds, colour and words of each stage; nothing when there are not two."""
+    """Return title, seconds, colour and words of each stage; nothing for fewer than two stages."""
     known = [(s.name, s.seconds, s.what) for s in run.stages] or [(r.name, r.seconds, "") for r in run.runs]
     times = [(stage_title(n), s, stage_colour(n, i), what) for i, (n, s, what) in enumerate(known) if s > 0]
     return times if len(times) > 1 else []
 
 
 def _questions(run: RunRecord) -> list[dict[str, SampledAnswer]]:
-    """Return for each question the answers of the last stages that were asked, by stage."""
+    """Return each question's answers by stage, from the last stages that were asked."""
     names = [stage.name for stage in run.stages]
     stages = sorted(dict.fromkeys(sample.stage for sample in run.samples), key=lambda name: stage_rank(name, names))
     stages = stages[-MOST_STAGES:]
@@ -162,7 +162,7 @@ def _questions(run: RunRecord) -> list[dict[str, SampledAnswer]]:
 
 
 def _wrong_first(sheet: AnswerSheet) -> list[dict[str, SampledAnswer]]:
-    """Return an answer to each question of an exam, as ``_questions`` does: first wrong ones, of which those it was surest of."""
+    """Return an answer to each question of an exam, as ``_questions`` does: wrong answers come first, the surest leading."""
     by_id: dict[str, SampledAnswer] = {}
     for answer in sorted(sheet.answers, key=lambda answer: (bool(answer.correct), -np.nan_to_num(answer.confidence))):
         by_id.setdefault(answer.id, answer)
@@ -170,7 +170,7 @@ def _wrong_first(sheet: AnswerSheet) -> list[dict[str, SampledAnswer]]:
 
 
 def _details(score: ExamScore) -> Iterator[tuple[str, float, float, float, float, float]]:
-    """Yield name, value, the ends of its interval, how many it is of, and the confidence that the value should have."""
+    """Yield name, value, the ends of its interval, the number of cases, and the confidence that the value should have."""
     for name, of in score.measures.items():
         found = as_dict(of)
         low, high = (*map(as_number, as_list(found.get("interval"))), math.nan, math.nan)[:2]

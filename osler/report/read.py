@@ -45,7 +45,7 @@ class StageLog:
         self.log = MetricsLog(self.folder.metrics)
         self.config: dict[str, Any] = {}
         self.config_text = ""
-        self.saved_model: dict[str, Any] = {}  # as its checkpoints describe it, {} without one
+        self.saved_model: dict[str, Any] = {}  # the model as the checkpoints describe it, {} without a checkpoint
         self.events: list[Event] = []  # oldest first
         self.problems: list[str] = []
         self._stamps: dict[Path, tuple[int, int]] = {}
@@ -65,7 +65,7 @@ class StageLog:
         return self._stamps[path] != old
 
     def _read_checkpoints(self) -> None:
-        """Read the model out of the newest readable checkpoint; all hold the same."""
+        """Read the model out of the newest readable checkpoint; all hold the same model."""
         for path in sorted(self.folder.checkpoints.glob(f"step-*/{MODEL_FILE}"), reverse=True):
             with suppress(UserError):
                 self.saved_model = self.saved_model or find_model(read_json(path))
@@ -106,7 +106,7 @@ class RunRecord:
             stage.refresh()
             self.problems += stage.problems
             self._count_unreadable(f"{stage.name}/metrics.jsonl".lstrip("/"), stage.log.unreadable)
-        runs = [self.own, *inner] if self.own.curves or self.own.events else inner  # those with anything to show
+        runs = [self.own, *inner] if self.own.curves or self.own.events else inner  # the folder's own log if it shows anything
         self.runs = sorted(runs, key=lambda stage: stage_rank(stage.name, names))  # in the order of training
         exams: list[ExamScore] = self._read(run.exams, read_exams) or []
         self.exams = sorted(exams, key=lambda score: stage_rank(score.label, names))
@@ -121,7 +121,7 @@ class RunRecord:
         self.notes = [as_text(note) for note in as_list(self._read(path / "notes.json", read_json)) if as_text(note)]
 
     def _read(self, path: Path, reader: Callable[[Path], T]) -> T | None:
-        """Return what a reader makes of a file; None when there is none, or (with a problem noted) when it cannot be read."""
+        """Return what a reader makes of a file; None when there is no file, or (with a problem noted) when it cannot be read."""
         try:
             return reader(path) if path.exists() else None
         except UserError:
@@ -134,7 +134,7 @@ class RunRecord:
 
 
 def read_run(folder: str | Path | RunRecord) -> RunRecord:
-    """Read a run folder; a run that was read already is returned as it is. Raises UserError when it has no config.yaml."""
+    """Read a run folder; a run that was read already is returned as it is. Raises UserError when there is no config.yaml."""
     if isinstance(folder, RunRecord):
         return folder
     path = Path(folder)
@@ -167,7 +167,7 @@ def stage_rank(label: str, names: Iterable[str] = ()) -> float:
 
 
 def sub_runs(folder: Path) -> list[Path]:
-    """Return the run folders inside a run folder, as the stages of a quickstart are."""
+    """Return the run folders inside a run folder, such as the stages of a quickstart."""
     return sorted(path for path in folder.iterdir() if is_run(path))
 
 
@@ -189,7 +189,7 @@ def find_model(config: object) -> dict[str, Any]:
 
 
 def count_parameters(model: dict[str, Any]) -> int | None:
-    """Return the number of parameters, None when the description is not that of a model or leaves something open."""
+    """Return the number of parameters, None when the description does not fit a model or leaves something open."""
     known = {f.name for f in dataclasses.fields(ModelConfig)}
     try:
         return None if not model else decode(ModelConfig, {k: v for k, v in model.items() if k in known}).num_parameters
@@ -198,7 +198,7 @@ def count_parameters(model: dict[str, Any]) -> int | None:
 
 
 def stamp(path: Path) -> tuple[int, int]:
-    """Return the time in nanoseconds and the size of a file, which has not changed while they are the same."""
+    """Return a file's time in nanoseconds and its size. While both are the same, the file has not changed."""
     try:
         stat = path.stat()
     except OSError:

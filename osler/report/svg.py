@@ -1,4 +1,4 @@
-"""Charts of lines as the numbers that the template draws (`chart` in `parts.html`): no library, themed by the page's CSS.
+"""Line charts as the numbers that the template draws (`chart` in `parts.html`), without a library, themed by the page's CSS.
 
 Colours are classes (`c0`, `c1`, ...) that the style sheet gives a colour in light and in dark. Coordinates are those of the
 viewBox.
@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from osler.runtime import format as fmt
 
-Numbers = npt.NDArray[Any]  # a list is taken as well where a chart is given one
+Numbers = npt.NDArray[Any]  # a chart takes a list as well
 
 WIDTH, HEIGHT = 520, 240
 LEFT, RIGHT, TOP, BOTTOM = 54, 12, 12, 26
@@ -37,7 +37,7 @@ class Line:
         self.x, self.y = np.asarray(self.x), np.asarray(self.y, np.float64)
 
     def last(self, kind: str) -> str:
-        """Return the last finite value, written as its chart's kind asks."""
+        """Return the last finite value as text, for a chart of this kind."""
         known = self.y[np.isfinite(self.y)]
         return fmt.value(known[-1], kind) if len(known) else fmt.MISSING
 
@@ -52,7 +52,7 @@ class Band(NamedTuple):
 
 @dataclass
 class Scale:
-    """A linear map from values to coordinates, of one decimal; a value outside lands on the edge."""
+    """A linear map from values to coordinates, rounded to one decimal; a value outside lands on the edge."""
 
     low: float
     high: float
@@ -77,7 +77,7 @@ def nice_ticks(low: float, high: float, target: int = 5) -> list[float]:
 
 
 def smoothed(y: Numbers) -> Numbers:
-    """Return a centred bell-weighted mean over about a twentieth of the curve: no lag, gaps stay gaps."""
+    """Return a centred bell-weighted mean over about a twentieth of the curve. It has no lag, and gaps stay gaps."""
     values = np.asarray(y, np.float64)
     radius = max(2, len(values) // 40)
     bell = np.exp(-0.5 * (2 * np.arange(-radius, radius + 1) / radius) ** 2)
@@ -88,7 +88,7 @@ def smoothed(y: Numbers) -> Numbers:
 
 
 def averaged(x: Numbers, y: Numbers, most: int = MAX_POINTS) -> tuple[Numbers, Numbers]:
-    """Return the means of at most so many stretches of equal length; one without a finite value is a gap."""
+    """Return the means of at most `most` stretches of equal length; a stretch without a finite value is a gap."""
     starts, known = np.arange(0, len(x), math.ceil(len(x) / most)), np.isfinite(y)
     counts, sums = np.add.reduceat(known.astype(np.float64), starts), np.add.reduceat(np.where(known, y, 0.0), starts)
     return np.add.reduceat(x, starts) / np.diff(starts, append=len(x)), sums / np.where(counts > 0, counts, math.nan)
@@ -112,7 +112,7 @@ def line_chart(
     lines: Sequence[Line], *, title: str, kind: str = "number", zero: bool = False, over: str = "step",
     marks: Sequence[tuple[float, str, str]] = (), band: Band | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Return the parts of a chart: curves over steps with axes and ticks; none when no line has a finite point.
+    """Return the parts of a chart: curves over steps with axes and ticks; nothing when no line has a finite point.
 
     kind: how values are written, see `format.value`. zero: the value axis starts at zero. over: what x counts, `step` or
     `tokens`. marks: (x, css class, meaning) of upright lines. band: an area behind the curves.
@@ -144,7 +144,7 @@ def line_chart(
         "rows": [(sy(y), fmt.tick(y, kind)) for y in rows],
         "columns": [(sx(x), fmt.tick(x)) for x in columns],
         "area": _points(*thinned(band.x, band.high), sx, sy) + _points(*thinned(band.x, band.low), sx, sy)[::-1] if band else [],
-        # At most one of a class on a pixel: a thousand alerts are one thick line and not a thousand.
+        # At most one mark of a class on a pixel: a thousand alerts are one thick line and not a thousand.
         "marks": {(round(sx(at)), css): meaning for at, css, meaning in marks if x_low <= at <= x_high},
         "curves": curves,
         "above": above,
@@ -165,7 +165,7 @@ def value_range(finite: Sequence[float] | Numbers, zero: bool) -> tuple[float, f
         low = min(low, 0.0)
     if not high > low:
         margin = abs(low) * 0.1 or 0.5
-        # Nothing but zeros stands on its axis: a share or a count has no room below.
+        # A curve of zeros stands on its axis, because a share or a count has no room below.
         low, high = (0.0, high * 2) if zero and high > 0 else (low - margin if low else 0.0, high + margin)
     return low, high, over
 
@@ -176,7 +176,7 @@ def _points(x: Numbers, y: Numbers, sx: Scale, sy: Scale) -> list[str]:
 
 
 def _path(x: Numbers, y: Numbers, sx: Scale, sy: Scale) -> tuple[str, list[list[str]]]:
-    """Return a path that NaN breaks; and the points that get a dot: those that stand alone, and all of a short line."""
+    """Return a path that NaN breaks, and the points that get a dot: lone points, and all points of a short line."""
     known, points = np.isfinite(y), _points(x, y, sx, sy)
     runs = [list(run) for is_known, run in groupby(range(len(y)), known.__getitem__) if is_known]
     path = " ".join("M" + " ".join(points[i] for i in run) for run in runs if len(run) > 1)

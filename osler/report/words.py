@@ -1,7 +1,7 @@
 """The sentences of a report: headline, verdict on a score, what happened, what deserves attention.
 
 The page and the summary for the terminal share them. A claim is made only if an interval supports it. The rules of
-``osler/monitor`` judged each stage while it trained, and their findings are in its events; this module adds what the exams
+``osler/monitor`` judged each stage while it trained, and their findings are in its events. This module adds what the exams
 show, pauses, and files that could not be read.
 """
 
@@ -25,14 +25,14 @@ STAGES = {  # title and palette number
     "grpo": ("GRPO", 2), "rl": ("Reinforcement learning", 2), "data": ("Data preparation", 4), "tokenizer": ("Tokenizer", 6),
     "untrained": ("Untrained", 5),
 }  # fmt: skip
-HEADLINE_CURVES = (  # without an exam the first that was measured leads; the words before and after its values
+HEADLINE_CURVES = (  # metric, words before and after its values; without an exam the first that was measured leads
     ("eval/bits_per_byte", "", " bits per byte of held-out text"), ("eval/loss", "held-out loss", ""),
     ("train/loss", "loss", ""), ("reward", "reward", ""),
 )  # fmt: skip
-GRAVE = ("incident", "rollback", "alert")  # what deserves attention, the gravest first; other kinds are only listed
+GRAVE = ("incident", "rollback", "alert")  # kinds of events that deserve attention, the gravest first; others are only listed
 STEPS_NAMED = 6
-UNPARSED_SHARE = 0.05  # of the answers
-HABIT_SHARE, HABIT_ANSWERS = 0.6, 40  # of the answers that are one letter, and questions in all
+UNPARSED_SHARE = 0.05  # a larger share of unreadable answers deserves attention
+HABIT_SHARE, HABIT_ANSWERS = 0.6, 40  # one letter is a habit above this share, in at least this many answers
 
 
 def stage_title(name: str) -> str:
@@ -52,7 +52,7 @@ def stage_colour(name: str, position: int = 0) -> int:
 def headline_score(run: RunRecord) -> ExamScore | None:
     """Return the score that the page leads with: the last checkpoint's, on the split called test or else on the first.
 
-    Both ends of a branch are left out: it shows what a step can do from an earlier checkpoint, not where the run ended.
+    Both ends of a branch are left out: a branch shows what a step can do from an earlier checkpoint, not where the run ended.
     """
     aside = {label for c in run.comparisons if c.branch for label in (c.before_label, c.after_label)}
     scores = [score for score in run.exams if score.label not in aside]
@@ -61,7 +61,7 @@ def headline_score(run: RunRecord) -> ExamScore | None:
 
 
 def seconds_of(run: RunRecord, stage: str = "") -> float:
-    """Return the time of the stages whose name contains a word, as they noted it or by their logs; NaN when neither tells."""
+    """Return the time of the stages whose name contains a word, as noted or else as logged; NaN when neither is known."""
     noted = [one.seconds for one in run.stages if stage in one.name.lower() and one.seconds >= 0]
     logged = [log.seconds for log in run.runs if stage in log.name.lower() and log.seconds >= 0]
     return sum(noted or logged or [NAN])
@@ -82,7 +82,7 @@ def model_of(run: RunRecord) -> tuple[dict[str, Any], float]:
 
 
 def headline(run: RunRecord) -> tuple[str, str, str]:
-    """Return the page's first sentence in three parts, the middle one to be set apart; parts may be empty."""
+    """Return the page's first sentence in three parts, of which the page sets the middle one apart; parts may be empty."""
     score, seconds = headline_score(run), seconds_of(run)
     took = f", in {fmt.duration(seconds)}" if math.isfinite(seconds) else ""
     if score is not None:
@@ -157,9 +157,9 @@ def difference_in_words(c: Comparison) -> str:
 
 
 class EventGroup(NamedTuple):
-    """Events of one kind and name, in words; time and message are those of the newest."""
+    """Events of one kind and name, in words; time and message are those of the newest event."""
 
-    weight: str  # how much it matters, as a css class: that of `GRAVE`, other, or edge for a usual start or end
+    weight: str  # how much it matters, as a css class: a kind in `GRAVE`, other, or edge for a usual start or end
     title: str
     when: str  # `step 120`, or `3 times, at steps 120, 130 and 840`
     clock: str
@@ -172,7 +172,7 @@ class EventGroup(NamedTuple):
 
 
 def grouped(events: Sequence[Event]) -> list[EventGroup]:
-    """Return events, oldest first, as groups, the newest first."""
+    """Group events, which come oldest first; the newest group comes first."""
     found: dict[tuple[str, str], list[Event]] = {}
     for event in reversed(events):
         found.setdefault((event.kind, event.name), []).append(event)

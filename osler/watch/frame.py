@@ -27,10 +27,10 @@ PANELS = (  # row of METRICS, title, whether the axis starts at zero
     ("train/lr", "learning rate", True),
 )  # fmt: skip
 PANEL_WIDTH, GAP = 36, 3
-HEIGHTS = (8, 6, 5, 4, 3, 2, 1)  # of a curve in lines: the first at which all fits
+HEIGHTS = (8, 6, 5, 4, 3, 2, 1)  # heights of a curve in lines; the first at which all fits is used
 PLAIN_HEIGHT = 4
 EVENTS, CHECKPOINTS = 5, 4
-SHOWN_OF_ROW = 6  # metrics that one row of METRICS declares, as of each source of the data
+SHOWN_OF_ROW = 6  # metrics shown of one METRICS row, such as the metrics of each data source
 EVENT_STYLES = {"incident": "bad", "rollback": "bad", "alert": "warn"}
 STATE_STYLES = {"running": "good", "finished": "good", "dead": "bad", "failed": "bad", "stopped": "warn"}
 
@@ -43,7 +43,7 @@ class Text(NamedTuple):
 
 
 def frame(watched: WatchedFolder, now: float, width: int, height: int | None = None) -> list[Text]:
-    """Return the lines, none longer than `width`, at most `height` of them; with None all."""
+    """Return at most `height` lines, or all of them for None; no line is longer than `width`."""
     run, lines = watched.current, list[Text]()
     top = [*_header(watched, run, now, width), *_stages(watched, run)]
     below = [*_happened(run, now), *_values(run)]
@@ -128,7 +128,7 @@ def _panel(title: str, curve: Series, name: str, zero: bool, width: int, rows: i
 
 
 def columns(curve: Series, width: int) -> Floats:
-    """Return `width` values of a curve at even distances, the means of what lies around them; NaN in its gaps."""
+    """Return `width` values of a curve at even distances, each a mean of the points around it; NaN in its gaps."""
     return np.interp(np.linspace(curve.steps[0], curve.steps[-1], width), *averaged(curve.steps, curve.values, width))
 
 
@@ -138,13 +138,13 @@ def blocks(values: Floats, rows: int, *, zero: bool = False) -> list[str]:
     if not known.any():
         return [" " * len(values)] * rows
     low, high, _ = value_range(values[known], zero)
-    steps = 8 * rows - 1  # the lowest value is one eighth high, so that it can be told from none
+    steps = 8 * rows - 1  # the lowest value is one eighth high, so that it can be told from no value
     heights = np.where(known, 1 + np.rint(steps * np.minimum(1.0, (values - low) / (high - low))), 0)
     return ["".join(BLOCKS[int(n)] for n in np.clip(heights - 8 * row, 0, 8)) for row in reversed(range(rows))]
 
 
 def _values(run: WatchedRun) -> list[Text]:
-    """Return the newest value of every metric, by family; of one that all layers have its range and the layer of its top."""
+    """Return the newest value of every metric, by family; of a metric by layer, the range and the layer with the most."""
     newest = {name: float(curve.values[-1]) for name, curve in run.curves.items()}
     lines = []
     for family, names in in_families(newest):
@@ -162,7 +162,7 @@ def _values(run: WatchedRun) -> list[Text]:
 
 
 def _happened(run: WatchedRun, now: float) -> list[Text]:
-    """Return the newest events and checkpoints; when the run began and how it ended is in its state."""
+    """Return the newest events and checkpoints; the run's state tells of its start and its end."""
     groups = grouped([event for event in run.events if event.kind not in LIFETIME])
     lines = [Text(group.in_words, EVENT_STYLES.get(group.weight, "")) for group in groups[:EVENTS]]
     best = run.best.step if run.best else None
@@ -176,6 +176,6 @@ def _show(name: str, value: float) -> str:
 
 
 def _short(name: str, family: Family) -> str:
-    """Return a name without its area, when its family has no other."""
+    """Return a name without its area, when its family has no other area."""
     area, slash, rest = name.partition("/")
     return rest if slash and family.prefixes == (f"{area}/",) else name

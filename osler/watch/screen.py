@@ -15,7 +15,7 @@ from osler.runtime.log import is_terminal
 from osler.watch.frame import Text, clean, frame
 from osler.watch.state import WatchedFolder
 
-# Another screen, no cursor, no wrapping of long lines; and back.
+# Switch to another screen, without a cursor or wrapping of long lines; and switch back.
 ENTER, LEAVE = "\x1b[?1049h\x1b[?25l\x1b[?7l", "\x1b[?7h\x1b[?25h\x1b[?1049l"
 HOME, CLEAR_LINE, CLEAR_BELOW, PLAIN = "\x1b[H", "\x1b[K", "\x1b[J", "\x1b[0m"
 STYLES = {"title": "\x1b[1m", "chart": "\x1b[36m", "good": "\x1b[32m", "warn": "\x1b[33m", "bad": "\x1b[31m", "dim": "\x1b[2m"}
@@ -54,7 +54,7 @@ def run(folder: str, *, every_seconds: float = 2.0, once: bool = False) -> int:
 def draw(lines: Sequence[Text]) -> None:
     """Draw a frame over the one before.
 
-    A line is cleared before it is written, because after a full line the cursor is on its last character, which would go too.
+    A line is cleared before it is written, because after a full line the cursor is on its last character, which clearing erases.
     """
     colours = not os.environ.get("NO_COLOR")
     styled = [f"{CLEAR_LINE}{STYLES.get(style, '') if colours else ''}{text}{PLAIN}" for text, style in lines]
@@ -78,5 +78,5 @@ def own_screen() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not come between
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not keep this screen
         print(LEAVE, end="", flush=True)

@@ -1,7 +1,7 @@
 """The state of a run, read from its folder: what it is, how far it is, whether a process still works on it.
 
 ``events.jsonl`` says when a process began and how it ended; a killed process wrote no end. On the machine where the process
-began, a folder without a lock shows that it is dead; on another machine only a long silence does.
+began, a folder without a lock shows that the process is dead; on another machine only a long silence does.
 """
 
 import math
@@ -22,9 +22,9 @@ from osler.runtime.errors import UserError
 from osler.runtime.files import is_locked, read_json
 
 QUICKSTART_STAGES = ("pretrain", "sft", "grpo")
-RECENT_LINES = 50  # say how long the gap between two lines usually is
+RECENT_LINES = 50  # these lines say how long the gap between two lines usually is
 QUIET_SECONDS, QUIET_GAPS = 10.0, 3.0  # a silence longer than both, in seconds and in usual gaps, is worth a word
-DEAD_SECONDS, DEAD_GAPS = 120.0, 20.0  # and one longer than these means that no process works on the run
+DEAD_SECONDS, DEAD_GAPS = 120.0, 20.0  # and a silence longer than these means that no process works on the run
 
 
 class State(NamedTuple):
@@ -42,7 +42,7 @@ class WatchedRun(StageLog):
         self.machine: dict[str, Any] = {}
         self.parameters: int | None = None
         self.checkpoints: list[Entry] = []  # the newest first
-        self.saved_at = 0.0  # when the newest was written, in unix seconds
+        self.saved_at = 0.0  # when the newest checkpoint was written, in unix seconds
         self.best: Best | None = None
 
     def refresh(self) -> None:
@@ -78,7 +78,7 @@ class WatchedRun(StageLog):
     def progress(self) -> tuple[float, float, str]:
         """The amount done, the total (NaN when it is not known), and their unit: tokens, or steps for GRPO.
 
-        A run with ``max_minutes`` fits its tokens to the time again and again, and says how many are left by the time they take.
+        A run with ``max_minutes`` fits its tokens to the time again and again. How many are left follows from its time and speed.
         """
         done, unit = (self.last_step, "steps") if self.kind == "grpo" else (self.tokens, "tokens")
         if self.stopped_early:
@@ -113,7 +113,7 @@ class WatchedRun(StageLog):
         gaps = np.diff(self.log.times[-RECENT_LINES:])
         gap = float(np.median(gaps[gaps > 0])) if (gaps > 0).any() else 0.0
         locked = is_locked(self.folder.root)
-        # A process that began here and has unlocked the folder wrote its end first, unless that was after the events were read.
+        # A process that began here writes its end and then unlocks the folder. Without an end in current events it was killed.
         killed = locked is False and event is not None and event.details.get("host") == gethostname()
         killed = killed and stamp(self.folder.events) == self._stamps.get(self.folder.events)
         for_so_long = f"no sign of it for {fmt.duration(silent)}"
@@ -157,6 +157,6 @@ class WatchedFolder:
         return max([*self.stages.values(), *own], key=lambda stage: stage.newest_sign)
 
     def names(self) -> list[str]:
-        """Return the stages in the order of training, also those to come; none for a single run."""
+        """Return the stages in the order of training, also the stages to come; none for a single run."""
         planned = QUICKSTART_STAGES if self.root.kind == "quickstart" else ()
         return sorted({*self.stages, *planned}, key=lambda name: stage_rank(name))
