@@ -1,6 +1,6 @@
 """``osler bench``: how fast a recipe trains on this machine.
 
-The training step itself (``train/trainer.py``) is timed, over batches from the real loader of random tokens, because zeros would
+The training step itself (``train/trainer.py``) is timed, over batches of random tokens from the real loader; zeros would
 flatter caches and branch predictors. FLOPs are counted by the PaLM convention. MFU is relative to the GPU's data sheet
 (``runtime/device.py``); on a CPU the rate is relative to that of a matmul, which is timed too. ``benchmarks/beside_peers.py``
 times other libraries' models in the same way.
@@ -130,7 +130,7 @@ def measure(config: TrainConfig, learner: Learner, steps: int) -> dict[str, Any]
 def stand_in(config: TrainConfig, folder: Path, *, pin_memory: bool = False) -> Loader:
     """Write shards of random tokens, enough for a few batches, and return the loader that training uses over them.
 
-    Of a curriculum it gives the longest rows.
+    For a curriculum the loader gives the longest rows.
     """
     rng = np.random.default_rng(0)
     vocab_size = config.model.vocab_size
@@ -149,7 +149,7 @@ def time_steps(
 ) -> dict[str, Any]:
     """Return the seconds of a step, of the first step (which compiles), and of the parts of a step.
 
-    On a CPU a step's seconds are the median; on a GPU, where steps are only queued, the mean with one wait at the end.
+    On a CPU a step's seconds are the median; on a GPU, where steps are only queued, they are the mean, with one wait at the end.
     """
     began = time.perf_counter()
     step(next(batches))

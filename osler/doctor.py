@@ -1,6 +1,6 @@
 """``osler doctor``: what this machine can do, found out by trying it rather than from version numbers.
 
-What is missing is advice and not an error: Osler trains on two CPU cores with nothing but its own requirements.
+A missing thing leads to advice and not to an error: Osler trains on two CPU cores with nothing but its own requirements.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MIN_DISK_BYTES = 5 * GIB
 _DISK_TRIAL_BYTES = 16 * 2**20
 _MATMUL_TRIAL_SECONDS = 0.2
 _NEIGHBOUR_SECONDS = 0.5
-_BUSY_CPUS = 0.25  # a desktop at rest stays below
+_BUSY_CPUS = 0.25  # a desktop at rest stays below this
 
 
 class Check(NamedTuple):
@@ -76,7 +76,7 @@ def render(checks: Sequence[Check]) -> str:
 
 
 def graded(name: str, finding: str, advice: str = "") -> Check:
-    """Return a check of what works, and could be faster where there is advice."""
+    """Return a check of something that works; where there is advice, it could be faster."""
     return Check(name, "slow" if advice else "ok", finding, advice)
 
 

@@ -42,7 +42,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = (), *, othe
 
     A shipped recipe is named as ``osler recipes`` lists it; a name that ends in .yaml or .yml is a file. The keys
     ``base`` and ``description`` belong to the file and are left out. Raises UserError for invalid YAML, a key given twice, a
-    circle of bases, an override that cannot be read, and an unknown recipe; it then proposes ``others`` too.
+    circle of bases, an override that cannot be read, and an unknown recipe, whose error also proposes ``others``.
     """
     return override(_load_file(_find(str(name_or_path), others=others), ()), overrides)
 
@@ -62,7 +62,7 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 def override(recipe: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Return a recipe changed by ``a.b=value`` texts, whose values are YAML; ``a[0]`` is the first element of a list.
 
-    Sections come before what is in them and a ``type`` before other fields, so that ``optim.lr=1 optim.type=muon`` means the
+    A section comes before the keys in it and a ``type`` before other fields, so that ``optim.lr=1 optim.type=muon`` means the
     same in either order; the last of two equal paths wins. Raises UserError where a text is malformed, or a path leads
     through something that is not a mapping, or to an element that is not there.
     """

@@ -23,7 +23,7 @@ from osler.runtime.errors import UserError
 
 T = TypeVar("T")
 
-# The range of a number is declared once, in its type; others are written out: Annotated[float, Ge(0), Lt(1)].
+# The range of a number is declared once, in its type. Ranges without a name are written out: Annotated[float, Ge(0), Lt(1)].
 PositiveInt = Annotated[int, Ge(1)]
 NonNegativeInt = Annotated[int, Ge(0)]
 PositiveFloat = Annotated[float, Gt(0)]
@@ -36,7 +36,7 @@ Seed = Annotated[int, Ge(0), Le(2**32 - 1)]  # every generator takes it, and a l
 def config(cls: type[T]) -> type[T]:
     """Make ``cls`` a frozen, keyword-only dataclass that ``decode`` reads strictly and that checks the ranges of its numbers.
 
-    Its own ``__post_init__`` comes after that, and raises ValueError for fields that do not fit each other.
+    The class's own ``__post_init__`` runs after the checks, and raises ValueError for fields that do not fit each other.
     """
     cls.__pydantic_config__ = {"extra": "forbid", "strict": True, "allow_inf_nan": False}  # type: ignore[attr-defined]
     check_fields_together = getattr(cls, "__post_init__", None)
@@ -51,7 +51,7 @@ def config(cls: type[T]) -> type[T]:
 
 
 class Without(NamedTuple):
-    """Mark a list of sections that have no use for some of their fields, which are not shown."""
+    """Mark a list of sections that have no use for some of their fields; those fields are not shown."""
 
     fields: tuple[str, ...]
 
@@ -133,7 +133,7 @@ def _check_ranges(value: object) -> None:
 def encode(value: Any, *, defaults: bool = True) -> Any:
     """Turn a config into plain dicts, lists and scalars that JSON and YAML can hold; ``decode`` is its inverse.
 
-    Without ``defaults``, fields that have their default are left out, but for the type.
+    Without ``defaults``, fields that have their default are left out, except the type.
     """
     if is_config_class(type(value)):
         given = {field: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
@@ -210,7 +210,7 @@ def _complete(annotation: Any, given: Any, default: Any = None) -> Any:
 
 
 def _told_by_a_key(members: Mapping[str, Any], given: Mapping[str, Any]) -> str:
-    """Return the `type` that a mapping needs not name, because a key of it is one that this type alone requires, else nothing."""
+    """Return the `type` that a mapping need not name, because this type alone requires one of its keys; else empty text."""
     fields = [field for member in members.values() for field in dataclasses.fields(member)]
     required = {field.name for field in fields if field.default is field.default_factory is dataclasses.MISSING}
     told = {name for name in required.intersection(given) if [field.name for field in fields].count(name) == 1}
@@ -229,7 +229,7 @@ _SHOULD = {
     **dict.fromkeys(("dataclass_type", "dataclass_exact_type", "dict_type"), "should be a mapping of keys to values"),
 }
 
-# Names of other libraries: what they are called here. Everything is counted in tokens.
+# What names of other libraries are called here. Everything is counted in tokens.
 _ELSEWHERE = {
     "learning_rate": ("lr",),
     "batch_size": ("batch_tokens", "prompts_per_step"),
@@ -302,13 +302,13 @@ def _unknown_key(cls: type, path: str, owner: Any) -> str:
 
 
 def _named(name: str, keys: Iterable[str], above: str) -> list[str]:
-    """Return the keys whose last part is ``name``: that of the section ``above`` if there is one, else the three highest."""
+    """Return the keys whose last part is ``name``: the key of the section ``above`` if it has one, else the three highest."""
     found = sorted((key for key in keys if key.rpartition(".")[2] == name), key=lambda key: (key.count("."), key))
     return [above + name] if above + name in found else found[:3]
 
 
 def _reachable(cls: Any, above: str = "") -> dict[str, str]:
-    """Return every key that an override can name but `type`, and what must be set too where only some types have it."""
+    """Return every key but `type` that an override can name, and the settings it needs where only some types have it."""
     keys: dict[str, str] = {}
     for name, annotation in hints(cls).items():
         if name == "type":
@@ -347,7 +347,7 @@ def _locate(annotation: Any, loc: Sequence[str | int]) -> tuple[str, Any, Any]:
 
 
 def nearest(name: str, known: Sequence[str], *, list_all: bool = True) -> str:
-    """Return the end of a message about a name that does not exist: the one that was meant, or all there are."""
+    """Return the end of a message about a name that does not exist: the name that may be meant, or all known names."""
     close = difflib.get_close_matches(name, known, n=1)
     if close:
         return f"; did you mean `{close[0]}`?"

@@ -2,7 +2,7 @@
 
 The rest of the model uses four things of an attention: ``forward`` to train, ``project`` to show queries and keys,
 ``cache_class`` for what decoding needs of past tokens, and ``for_decoding``, the same weights with ``prefill`` (whole prompts)
-and ``step`` (one more token of every row). Another kind is one more file with these and an entry in ``ATTENTIONS``
+and ``step`` (one more token of every row). Another kind is one more file with these four and an entry in ``ATTENTIONS``
 (``transformer.py``).
 
 Half of a decode step goes into calling small operators (two CPU cores, 64 rows, 4 layers x 128). So q, k and v are one matmul, q
@@ -71,9 +71,9 @@ class DecodeAttention:
             self._qk_weight_MH = torch.cat([q_H.expand(self.num_heads, -1), k_H.expand(self.num_kv_heads, -1)]).to(layout.dtype)
 
     def prefill(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache) -> Tensor:
-        """Attend from the last T tokens of some prompts, as ``Attention.forward`` does from all, and fill the cache with them.
+        """Attend from the last T tokens of some prompts, and fill the cache with them.
 
-        ``cache`` has exactly as many slots as the prompts have tokens; where these are more than T, ``mask`` (bool, [1, 1, T, S])
+        ``cache`` has exactly as many slots as the prompts have tokens; if those are more than T, ``mask`` (bool, [1, 1, T, S])
         is needed.
         """
         q_BTNH, new_BTKH, new_v_BTKH = self._project(x_BTD, rope)
@@ -84,7 +84,7 @@ class DecodeAttention:
         return self._o_proj(out_BNTH.transpose(1, 2).flatten(2))
 
     def step(self, x_BD: Tensor, rope: tuple[Tensor, Tensor], cached: CacheStep) -> Tensor:
-        """Attend from one more token of every row, which goes into the cache."""
+        """Attend from one more token of every row, and write it to the cache."""
         q_BNH, k_BKH, v_BKH = self._project(x_BD, rope)
         k_CHS, v_CSH = cached.write(self.layer, k_BKH, v_BKH)
         q_CGH = q_BNH.to(k_CHS.dtype).reshape(k_CHS.shape[0], -1, self.head_dim)

@@ -40,7 +40,7 @@ class Decoder:
         self._rope = [table.to(self.dtype) for table in rolled_tables(model.rope_cos, model.rope_sin)]
 
     def new_cache(self, rows: int, slots: int) -> KVCache:
-        """Return an empty cache for ``step``, on a CPU in fp32, because small batched matmuls are twice as slow in bf16 there."""
+        """Return an empty cache for ``step``. On a CPU it is in fp32: small batched matmuls are twice as slow in bf16 there."""
         dtype = torch.float32 if self.device.type == "cpu" else self.dtype
         return self._cache_class(self.config, rows, slots, dtype, self.device)
 
@@ -51,9 +51,9 @@ class Decoder:
         return cache, self.logits(x_PTD[torch.arange(len(prompts), device=self.device), last_P])
 
     def read(self, prompts: Sequence[Sequence[int]], past: KVCache | None = None) -> tuple[KVCache, Tensor]:
-        """Return a cache that prompts fill, and the hidden states after each of their tokens behind ``past``, [P, T, D].
+        """Return a cache that prompts fill, and the hidden states after each token that follows ``past``, [P, T, D].
 
-        ``past`` is a cache of one row with the first tokens of all prompts, at least one less than each has. Shorter prompts are
+        ``past`` is a cache of one row with the first tokens of all prompts; every prompt has more tokens. Shorter prompts are
         padded on the right, where causal attention never looks.
         """
         start, width = 0 if past is None else past.filled, max(len(prompt) for prompt in prompts)

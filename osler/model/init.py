@@ -28,7 +28,7 @@ from osler.model.config import ModelConfig
 from osler.model.rope import apply_rope, rope_tables
 from osler.runtime.sharded import put_whole, whole
 
-NEIGHBOUR_PAIRS = 4  # of the fastest RoPE pairs: enough to tell one position back from its neighbours
+NEIGHBOUR_PAIRS = 4  # fastest RoPE pairs in use: enough to tell one position back from its neighbours
 MATCH_DISTANCE = 50  # tokens over which a matching head must not be turned by more than a radian
 
 
@@ -61,7 +61,7 @@ def _draw(kind: str, shape: torch.Size, config: ModelConfig, generator: torch.Ge
     if kind in normal_stds:
         std = normal_stds[kind]
         return torch.randn(shape, generator=generator) * std if std else torch.zeros(shape)
-    # Uniform has no outliers; sqrt(3) makes its standard deviation the one of the table.
+    # Uniform has no outliers; sqrt(3) gives it the standard deviation of the table.
     bound = math.sqrt(3) * width
     return torch.rand(shape, generator=generator) * (2 * bound) - bound
 

@@ -1,4 +1,4 @@
-"""Keys and values of past tokens, one allocation for many rows that are each at their own position.
+"""Keys and values of past tokens in one allocation for many rows, each at its own position.
 
 ``bias_BKS``, which attention adds to its scores, hides the slots that a row has not filled, so rows begin and end at any step.
 Attention reads as far as the fullest row. Shapes: L layers, B rows, K key/value heads, C = B * K, S slots, H
@@ -20,7 +20,7 @@ class CacheStep(NamedTuple):
     """The parts of the cache that a decode step needs, prepared for all layers; each inner list has one entry per layer."""
 
     stored: Sequence[Sequence[Tensor]]  # keys and values to write, [C * S, H]
-    k_CHS: Sequence[Tensor]  # to read, as far as filled
+    k_CHS: Sequence[Tensor]  # keys to read, as far as the cache is filled
     v_CSH: Sequence[Tensor]
     slot_BK: Tensor  # where the new token of every row goes, in [C * S]
     bias_C1S: Tensor  # added to the scores
@@ -40,9 +40,9 @@ class KVCache:
         shape = (config.num_layers, rows, config.num_kv_heads, slots, config.head_dim)
         self.k, self.v = self.stored = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)]  # [L, B, K, S, H]
         self.bias_BKS = torch.full(shape[1:4], -torch.inf, dtype=dtype, device=device)
-        self.length_B = torch.zeros(rows, dtype=torch.int64, device=device)  # tokens of a row: the position of its next
+        self.length_B = torch.zeros(rows, dtype=torch.int64, device=device)  # tokens of a row, and the position of its next token
         self._first_BK = torch.arange(0, rows * shape[2] * slots, slots, device=device).view(rows, shape[2])
-        self.filled = 0  # no row that runs has more tokens, and a step reads so many slots
+        self.filled = 0  # no running row has more tokens; a step reads this many slots
 
     def put(self, row_R: Tensor, other: KVCache, from_R: Tensor) -> None:
         """Overwrite rows with rows of another cache, which may have another number of slots."""
@@ -56,7 +56,7 @@ class KVCache:
         self.filled = max(self.filled, other.filled)
 
     def beginning(self, row: int, length: int) -> KVCache:
-        """Return a cache of one row with the first tokens of a row."""
+        """Return a cache of one row that holds the first tokens of ``row``."""
         part = type(self)(self.config, 1, length, self.k.dtype, self.k.device)
         for copy, original in zip(part.stored, self.stored, strict=True):
             copy[:, 0] = original[:, row, :, :length]
@@ -65,7 +65,7 @@ class KVCache:
         return part
 
     def open_step(self) -> CacheStep:
-        """Make the new token of every row visible to it, and prepare the cache for all layers of a decode step."""
+        """Make the new token of every row visible to the row, and prepare the cache for all layers of a decode step."""
         self.filled = min(self.filled + 1, self.slots)
         slot_BK = self._first_BK + self.length_B[:, None]  # in [C * S]
         self.bias_BKS.view(-1).index_fill_(0, slot_BK.view(-1), 0.0)
@@ -79,5 +79,5 @@ class KVCache:
         )
 
     def close_step(self, running_B: Tensor) -> None:
-        """Move the rows that run on by one token; the others write over their last one in the next step."""
+        """Move running rows forward by one token. The other rows write over their last token in the next step."""
         self.length_B += running_B

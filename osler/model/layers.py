@@ -1,4 +1,4 @@
-"""The layers that blocks are made of, none with a bias, and what decoding makes of each: RMSNorm, linear layers, SwiGLU."""
+"""The layers of blocks and their forms for decoding: RMSNorm, linear layers, SwiGLU. No layer has a bias."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from osler.model.config import ModelConfig
 class RMSNorm(nn.Module):
     """Scale the last dimension to unit root mean square (arXiv 1910.07467); ``weight=False`` makes it parameter-free.
 
-    Statistics are in fp32, the result has the dtype of the input.
+    Statistics are in fp32, and the result has the dtype of the input.
     """
 
     def __init__(self, size: int, *, eps: float, weight: bool) -> None:
@@ -56,7 +56,7 @@ class Linear(nn.Module):
 def joint_linear(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     """Return the outputs of several layers on the same input, from one matmul where all of them are plain :class:`Linear`.
 
-    One wide matmul is faster than several narrow ones. Compiled, the weights are joined while they are cast, which costs nothing.
+    One wide matmul is faster than several narrow ones. A compiler joins the weights while it casts them, which costs nothing.
     """
     plain = [layer for layer in layers if type(layer) is Linear]
     if len(plain) < len(layers):
@@ -123,7 +123,7 @@ class FeedForward(nn.Module):
 
 
 class DecodeFeedForward:
-    """The same with its weights in the layout of decoding, the norm before it included."""
+    """The norm before SwiGLU and SwiGLU itself, with weights in the layout of decoding."""
 
     def __init__(self, trained: FeedForward, norm: RMSNorm, layout: Layout) -> None:
         self._gate_up = DecodeLinear(layout, trained.gate_proj.weight, trained.up_proj.weight, norm=norm)

@@ -1,7 +1,7 @@
 """The model, one plain single-device transformer for training, evaluation and export, and the loss that it is trained with.
 
-It ends at the hidden states: training and RL never compute all logits at once (``ops/cross_entropy.py``), and sampling runs the
-model through ``decoder.py``. Shapes: B batch, T tokens, D hidden, R features of the head, V vocabulary (padded), N = B * T.
+The model ends at the hidden states: training and RL never compute all logits at once (``ops/cross_entropy.py``), and sampling
+uses ``decoder.py``. Shapes: B batch, T tokens, D hidden, R features of the head, V vocabulary (padded), N = B * T.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Transformer(nn.Module):
         self.make_tables(torch.get_default_device())
 
     def make_tables(self, device: torch.device) -> None:
-        """Compute the tables of RoPE on a device; they are not weights, so a model that began on ``meta`` needs this too."""
+        """Compute RoPE's tables on a device. The tables are not weights, so a model that began on ``meta`` needs this too."""
         cos, sin = rope_tables(self.config.max_seq_len, self.config.head_dim, self.config.rope_theta)
         self.register_buffer("rope_cos", cos.to(device), persistent=False)
         self.register_buffer("rope_sin", sin.to(device), persistent=False)
@@ -69,7 +69,7 @@ class Transformer(nn.Module):
         init_weights(self, self.config, seed)
 
     def eager_copy(self, weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Transformer:
-        """Return a plain model, in ``dtype`` if given, that shares ``weights``, this one's state dict."""
+        """Return a plain model that shares ``weights``, the state dict of this model, and computes in ``dtype`` if given."""
         with torch.device("meta"):
             copy = Transformer(self.config, compute_dtype=dtype or self.compute_dtype)
         copy.load_state_dict(weights, assign=True)
@@ -104,7 +104,7 @@ class Transformer(nn.Module):
         return features, self.embed_tokens.weight
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return logits over the true vocabulary in fp32, [..., vocab_size]; training never computes so many at once."""
+        """Return logits over the true vocabulary in fp32, [..., vocab_size]; training never computes all of them at once."""
         features, weight = self.head(hidden)
         logits = (features @ weight.to(features.dtype).T)[:, : self.config.vocab_size].float()
         return logits.view(*hidden.shape[:-1], -1)
@@ -131,9 +131,9 @@ class SummedLoss(ModelLoss):
 
 
 def nan_gradient_unless_finite(loss: Tensor) -> Tensor:
-    """Return the same loss; one that is not finite gets gradients of NaN.
+    """Return the same loss; a loss that is not finite gets gradients of NaN.
 
-    Some of its gradients could be finite, and then one rank would skip the step and another would not.
+    Otherwise some of its gradients could be finite, and then one rank would skip the step and another would not.
     """
     scale = math.nan if poisoned("train-loss") else 0.0
     return loss * (1.0 + scale * loss.detach())  # 1, or NaN

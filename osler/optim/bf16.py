@@ -1,7 +1,7 @@
 """AdamW for weights in bf16: it computes the update in fp32 and rounds everything it keeps stochastically to bf16.
 
 Weight, gradient and moments take eight bytes per parameter instead of sixteen. Rounding to the nearest would lose updates smaller
-than half a step of bf16, 0.4 to 0.8 % of a number; rounding up or down at random makes the mean of many roundings the number
+than half a step; a step of bf16 is 0.4 to 0.8 % of a number. Rounding at random makes the number the mean of many roundings
 (arXiv 1502.02551, 2010.06192, 2502.20566). The random bits are a hash of (seed, number of the parameter, step, position), so
 resume is exact, and skipped steps and micro-batches change nothing. Gradients of several micro-batches are summed in fp32 and
 rounded once.
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from osler.ops.sampling import mix
 
-# Elements updated at a time, so that fp32 copies of a large embedding do not take the memory of a second model: on a CPU as many
-# as its caches hold, on a GPU enough to fill it.
+# Elements updated at a time, so that fp32 copies of a large embedding do not take the memory of a second model. A CPU's chunk
+# fits its caches, and a GPU's chunk is enough to fill the GPU.
 CPU_CHUNK, GPU_CHUNK = 1 << 16, 1 << 23
 _LOW_32, _LOW_16 = 0xFFFFFFFF, 0xFFFF
 
@@ -31,7 +31,7 @@ def keep_in_bf16(model: nn.Module) -> None:
 def random_bits(key: Tensor, first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return three independent draws of 16 bits (int64 [count]) for the positions from ``first`` on, on the device of ``key``.
 
-    ``key`` is an int64 scalar out of ``mix``: keys that differ in few bits would draw the same at neighbouring positions.
+    ``key`` is an int64 scalar out of ``mix``, because keys that differ in few bits would draw the same at neighbouring positions.
     """
     word = mix(torch.arange(first, first + count, device=key.device) ^ key)
     other = mix((word + 0x1B873593) & _LOW_32)
@@ -50,8 +50,8 @@ def round_stochastic(x: Tensor, bits: Tensor) -> Tensor:
 class Fp32GradientSums:
     """Adds up in fp32 the gradients that several backward passes give bf16 parameters.
 
-    Hooks do this before an engine sends a gradient to other ranks: within ``accumulating`` it goes into its sum and is freed; the
-    next pass outside of it leaves the sum with its own gradient added, rounded once.
+    Hooks do this before an engine sends a gradient to other ranks. Within ``accumulating`` a gradient goes into its sum and is
+    freed. The next pass outside adds its own gradient to the sum and leaves the total, rounded once.
     """
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
@@ -62,7 +62,7 @@ class Fp32GradientSums:
 
     @contextmanager
     def accumulating(self, outer: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
-        """Stand around a backward pass that is not the step's last, inside of the engine's own context ``outer``."""
+        """Sum gradients during a backward pass that is not the step's last; the engine's own context ``outer`` is entered too."""
         self.is_accumulating = True
         try:
             with outer():

@@ -63,7 +63,7 @@ OPTIMIZERS: dict[type, Callable[..., torch.optim.Optimizer]] = {AdamWConfig: bui
 def build_optimizer(
     model: nn.Module, config: AdamWConfig | MuonConfig, *, seed: int = 0, process_group: dist.ProcessGroup | None = None
 ) -> torch.optim.Optimizer:
-    """Build the optimizer of ``config`` over all of ``model``'s parameters; ``seed`` is that of stochastic rounding.
+    """Build the optimizer of ``config`` over all of ``model``'s parameters; ``seed`` is for stochastic rounding.
 
     The ranks of ``process_group`` hold the same model and gradients, and may share an update's work.
     """

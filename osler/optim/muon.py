@@ -46,10 +46,10 @@ def orthogonalize(matrices_SMN: Tensor, steps: int, dtype: torch.dtype) -> Tenso
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon on the group named ``matrices``, torch's fused AdamW on all others, whose options are AdamW's.
+    """Muon on the group named ``matrices``, torch's fused AdamW on all others; these have AdamW's options.
 
-    ``dtype`` is what Newton-Schulz runs in. The ranks of ``process_group`` hold the same parameters and gradients and share the
-    work; without one every rank does all of it.
+    Newton-Schulz runs in ``dtype``. The ranks of ``process_group`` hold the same parameters and gradients and share the
+    work; without a group every rank does all of it.
     """
 
     found_inf: Tensor | None = None
@@ -164,6 +164,6 @@ def equal_shapes(parameters: Iterable[Tensor], multiple: int) -> Iterator[list[T
 
 
 def local(tensor: Tensor | None) -> Tensor:
-    """Return what this rank holds of a tensor, sharing its memory."""
+    """Return this rank's part of a tensor, in the same memory."""
     assert tensor is not None
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

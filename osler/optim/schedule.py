@@ -80,7 +80,7 @@ class MomentumWarmup:
 
 
 def warmup_of(schedule: ScheduleConfig, total_tokens: int) -> int:
-    """Return the tokens over which the learning rate rises in a run of so many."""
+    """Return the tokens over which the learning rate rises in a run of ``total_tokens``."""
     return total_tokens // 25 if schedule.warmup_tokens is None else schedule.warmup_tokens
 
 

@@ -21,7 +21,7 @@ COMPILED_SHAPES = 4  # alive at once
 
 
 def should_compile(mode: str, device: torch.device, *, steps: int) -> bool:
-    """Return whether a run of so many steps compiles; ``auto`` does where it works and pays."""
+    """Return whether a run of ``steps`` steps compiles; ``auto`` compiles where that works and pays."""
     if mode == "never" or (mode == "auto" and steps < COMPILE_MIN_STEPS):
         return False
     works, reason = compile_works(device)
@@ -51,9 +51,9 @@ def compile_loss(loss: SummedLoss, *, by_block: bool) -> None:
 
 
 def with_few_shapes(compiled: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return the same function of a tensor and more, which drops all compiled code before a fifth shape of the tensor compiles.
+    """Return a function that does the same, and drops all compiled code before a fifth shape of its first tensor compiles.
 
-    torch keeps the code of every shape, and a ``fullgraph`` function fails at more of them than its ``recompile_limit`` (8).
+    torch keeps the code of every shape, and a ``fullgraph`` function fails at more shapes than its ``recompile_limit`` (8).
     """
     alive: set[torch.Size] = set()
 
@@ -80,7 +80,7 @@ def compile_works(device: torch.device) -> tuple[bool, str]:
 
     x = torch.ones(64, device=device)
     try:
-        # The cache outlives a compiler that was removed, so the compiler is asked for and the cache starts empty.
+        # The cache outlives a compiler that was removed, so this asks for the compiler and starts with an empty cache.
         cpp_builder.get_cpp_compiler()
         with fresh_cache():
             result = torch.compile(tiny, fullgraph=True)(x)

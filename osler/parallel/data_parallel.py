@@ -30,13 +30,13 @@ def apply_ddp(loss: ModelLoss, config: DdpConfig, world: World) -> ParallelEngin
     options: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
     wrapped = DistributedDataParallel(loss, gradient_as_bucket_view=True, **options)
     if any(parameter.dtype == torch.bfloat16 for parameter in loss.parameters()):
-        wrapped.register_comm_hook(None, lambda _, bucket: average_in_fp32(bucket))  # whose annotations must be none
+        wrapped.register_comm_hook(None, lambda _, bucket: average_in_fp32(bucket))  # a hook must have no annotations
     lay_out_buckets(wrapped, loss)
     return ParallelEngine(wrapped, world, wrapped.no_sync)
 
 
 def average_in_fp32(bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """Average gradients of bf16 parameters in fp32 and round once, as one process does that adds them up."""
+    """Average gradients of bf16 parameters in fp32 and round once, as one process does when it adds them up."""
     wide = bucket.buffer().float().div_(dist.get_world_size())
     summed = dist.all_reduce(wide, async_op=True).get_future()
     return summed.then(lambda future: bucket.buffer().copy_(future.value()[0]))
@@ -45,8 +45,8 @@ def average_in_fp32(bucket: dist.GradBucket) -> torch.futures.Future[torch.Tenso
 def lay_out_buckets(wrapped: DistributedDataParallel, loss: ModelLoss) -> None:
     """Run an empty backward pass, after which DDP lays out its gradient buckets for good.
 
-    The place of a gradient in its bucket decides in which order three or more ranks are summed. Laid out by the first step,
-    buckets would round the first step after a resume differently.
+    The place of a gradient in its bucket decides in which order three or more ranks are summed. If the first step laid out the
+    buckets, the first step after a resume would round differently.
     """
     learned = [parameter for parameter in loss.parameters() if parameter.requires_grad]
     loss.forward = lambda: sum(0.0 * parameter.sum() for parameter in learned)
@@ -68,7 +68,7 @@ def apply_fsdp(loss: ModelLoss, config: FsdpConfig, world: World) -> ParallelEng
     policy = MixedPrecisionPolicy(param_dtype=loss.model.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in loss.model.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
-    # Embeddings and head: needed first and last, so they stay from the forward into the backward pass.
+    # Embeddings and head are needed first and last, so they stay from the forward into the backward pass.
     root = fully_shard(loss, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     if any(parameter.is_meta for parameter in loss.parameters()):
         loss.to_empty(device=world.device)

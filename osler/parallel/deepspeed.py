@@ -2,7 +2,7 @@
 
 DeepSpeed averages and clips gradients and makes the step; ZeRO 2 and 3 reduce gradients in every micro-batch. Checkpoints are
 Osler's, so a run may change to ZeRO and back. DeepSpeed itself skips a step whose gradient is not finite, and waits for the
-device to know. Versions that make such a step are found by a trial before the first batch, and refused.
+device to know. A trial before the first batch finds versions that make such a step, and Osler refuses them.
 https://deepspeed.readthedocs.io
 """
 
@@ -151,7 +151,7 @@ class DeepSpeedEngine(ParallelEngine):
         """Raise UserError when DeepSpeed makes a step with a gradient of NaN, which would destroy the weights."""
         log = self.deepspeed.utils.logger
         level = log.level
-        log.setLevel("ERROR")  # it warns of every step that it skips
+        log.setLevel("ERROR")  # DeepSpeed warns of every step that it skips
         self._try_step(optimizer, math.nan)
         log.setLevel(level)
         if self.inner.was_step_applied():
@@ -161,9 +161,9 @@ class DeepSpeedEngine(ParallelEngine):
             )
 
     def _make_moments(self, optimizer: torch.optim.Optimizer) -> None:
-        """Make the moments, zeros, of the flat shards of stages 1 and 2 before the first step, at the learning rate 0 of a trial.
+        """Make the moments, all zero, of the flat shards of stages 1 and 2 before the first step; the trial's learning rate is 0.
 
-        DeepSpeed connects weights and moments once, after the first step of the first parameter group, so those of the other
+        DeepSpeed connects weights and moments once, after the first step of the first parameter group, so moments of the other
         groups must exist by then. Stage 3 has no such flat shards.
         """
         flats = [flat for group in optimizer.param_groups for flat in group["params"]]

@@ -61,7 +61,7 @@ class ParallelEngine:
     ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Return the parts of a checkpoint: whole tensors of model and optimizer, on rank 0 only, and the optimizer's JSON.
 
-        ``to_host(part, name, tensor)`` copies a tensor that was gathered for the checkpoint off the device, see ``gathered``.
+        ``to_host(part, name, tensor)`` copies a gathered tensor off the device; see ``gathered``.
         """
         weights, moments, state = self._tensors(model, optimizer)
         parts = {
@@ -83,7 +83,7 @@ class ParallelEngine:
     def plain_model(self, model: Transformer, dtype: torch.dtype | None = None) -> Transformer:
         """Return the model that evaluation and sampling use, neither sharded nor compiled; every rank must call this.
 
-        It computes in ``dtype``. It shares the weights, unless they are sharded: then it has gathered them, so drop it after use.
+        The plain model computes in ``dtype`` and shares the weights. Sharded weights are gathered for it, so drop it after use.
         """
         return model.eager_copy(self.whole_weights(model), dtype)
 

@@ -2,7 +2,7 @@
 
 The three matrix products of a projection run on 8-bit numbers: activations and weights as e4m3, gradients as e5m2 (arXiv
 2209.05433), each tensor scaled by its own largest value. Without gradients the ordinary product runs, so the ordinary model is
-evaluated, sampled and saved. It pays for wide models: nanochat reports it slower than bf16 at width 768, faster at 1,664.
+evaluated, sampled and saved. FP8 pays for wide models: nanochat reports it slower than bf16 at width 768, faster at 1,664.
 """
 
 import functools
@@ -22,11 +22,11 @@ from osler.runtime.errors import UserError
 logger = logging.getLogger(__name__)
 
 TILE = 16  # the hardware multiplies FP8 matrices in tiles of this size
-FIRST_CAPABILITY = (8, 9)  # of CUDA devices with FP8: Ada; 9.0 is Hopper
+FIRST_CAPABILITY = (8, 9)  # Ada, the first CUDA devices with FP8; 9.0 is Hopper
 
 
 def convert_to_fp8(model: Transformer, device: torch.device, *, tokens: Sequence[int]) -> None:
-    """Let the projections of ``model`` train in FP8, in place; ``tokens`` are those of a forward pass in each stage."""
+    """Let the projections of ``model`` train in FP8, in place; ``tokens`` has the count of a forward pass in each stage."""
     check_shapes(model.config, tokens)
     on_gpu = device.type == "cuda"
     if on_gpu:

@@ -1,4 +1,4 @@
-"""The one place that turns a single-device model into what the ranks train together, in an order that is fixed."""
+"""The one place that turns a single-device model into what the ranks train together, in a fixed order."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -38,13 +38,13 @@ def parallelize(
     """Make ``model`` ready for its training step, in place, and return the engine that makes the step.
 
     The optimizer is built after this, on the parameters that result. ``pass_tokens`` are the tokens of a forward pass of one
-    process in each stage. Only a ``SummedLoss`` can be compiled or trained by DeepSpeed. Raises UserError for what cannot train.
+    process in each stage. Only a ``SummedLoss`` can be compiled or trained by DeepSpeed. Raises UserError for bad settings.
     """
     check_strategy(config, world.size)
     # The dtype of the weights comes first, because buckets and shards are laid out by it.
     if precision == "pure-bf16":
         keep_in_bf16(model)
-    # FP8 exchanges layers, so it precedes whatever would hold on to the layers that go.
+    # FP8 replaces layers, so it comes before anything that would keep the old layers.
     if precision == "fp8":
         convert_to_fp8(model, pick_device(world.device), tokens=pass_tokens)
     # Recomputation is inside the compiled function, so that the compiler plans both forward passes of a block.

@@ -32,7 +32,7 @@ PEAK_FLOPS = {
     "V100": 125e12, "T4": 65e12, "MI300X": 1307e12, "MI250X": 383e12,
 }  # fmt: skip
 
-# The dtype of the activations; parallel/parallelize.py has what else a precision means.
+# The dtype of the activations; parallel/parallelize.py applies the rest of a precision.
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32, "pure-bf16": torch.bfloat16, "fp8": torch.bfloat16}
 
 _BF16_TRIAL_SECONDS = 0.6  # long enough to find quiet moments on a busy machine
@@ -124,8 +124,8 @@ def peak_flops_of(gpu_name: str) -> float | None:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Return what times and roundings depend on, to keep beside a measurement: hardware, versions, threads."""
-    processor, memory_bytes = platform.processor() or platform.machine(), None  # where the system does not tell more
+    """Return the facts that times and roundings depend on, to keep beside a measurement: hardware, versions, threads."""
+    processor, memory_bytes = platform.processor() or platform.machine(), None  # used where the system tells no more
     with contextlib.suppress(OSError):
         cpus = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
         if name := re.search(r"^model name\s*:\s*(.*)", cpus, re.MULTILINE):
@@ -156,8 +156,8 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
 def keep_freed_memory() -> None:
     """Ask glibc to keep freed memory for reuse; other C libraries are not asked.
 
-    By default it maps memory anew for each large tensor, so the kernel zeroes pages in every step; on virtual machines that can
-    cost more than the arithmetic.
+    By default glibc maps memory anew for each large tensor, so the kernel zeroes pages in every step; on virtual machines that
+    can cost more than the arithmetic.
     """
     if platform.libc_ver()[0] != "glibc":
         return
@@ -214,7 +214,7 @@ def resident_bytes() -> int | None:
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """Return the most that the GPU's allocator has held, or on a CPU the process with mapped files; None where unknown."""
+    """Return the peak of the GPU's allocator, or on a CPU of the process, mapped files included; None where unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

@@ -65,8 +65,8 @@ def locked(folder: Path, option: str | None = "--run") -> Iterator[None]:
 
     The message names the ``option`` that chooses another folder, if there is one.
 
-    The lock is the system's, on the folder itself. So it leaves no file (that of ``filelock`` can keep a killed run from being
-    resumed) and ends with the process. Without such locks (Windows, some network disks) nothing is locked.
+    The lock is the system's, on the folder itself. It ends with the process and leaves no file; a file of ``filelock`` can keep
+    a killed run from being resumed. Without such locks (Windows, some network disks) nothing is locked.
     """
     if fcntl is None:
         yield
@@ -87,7 +87,7 @@ def is_locked(folder: Path) -> bool | None:
     if fcntl is None:
         return None
     with contextlib.suppress(OSError), _opened(folder) as descriptor:
-        is_free = _try_lock(descriptor, fcntl.LOCK_SH)  # shared, and for this moment
+        is_free = _try_lock(descriptor, fcntl.LOCK_SH)  # shared, and only for a moment
         return None if is_free is None else not is_free
     return None
 
@@ -105,7 +105,7 @@ def _try_lock(descriptor: int, kind: int) -> bool | None:
 
 @contextlib.contextmanager
 def _opened(folder: str | os.PathLike[str]) -> Iterator[int]:
-    """Open a folder, which Windows cannot."""
+    """Open a folder; Windows cannot do that."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         yield descriptor
@@ -130,7 +130,7 @@ def fsync_file(path: str | os.PathLike[str]) -> None:
 
 def fsync_dir(path: str | os.PathLike[str]) -> None:
     """Make the names inside a folder durable: a rename is safe only once its folder is on the disk."""
-    if os.name == "nt":  # needs no such flush
+    if os.name == "nt":  # Windows needs no such flush
         return
     with _opened(path) as descriptor:
         try:
@@ -172,7 +172,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def no_pause(num_bytes: int = 0) -> None:
-    """Do nothing, where another process might be given time, or so many bytes room."""
+    """Do nothing; a function in its place may give another process time, or make room for ``num_bytes``."""
 
 
 def sha256_file(path: str | os.PathLike[str], pause: Callable[[], None] = no_pause) -> str:
@@ -219,8 +219,8 @@ class RunFolder:
     checkpoints = _Entry("checkpoints")  # folders named step-XXXXXXXXX
     report = _Entry("report.html")  # the self-contained page about the run
     exams = _Entry("exams.json")  # what the run's checkpoints scored
-    answers = _Entry("answers")  # what they answered, a file for each exam
-    evaluations = _Entry("evaluations.json")  # what its checkpoints scored on the validation sets
+    answers = _Entry("answers")  # the checkpoints' answers, a file for each exam
+    evaluations = _Entry("evaluations.json")  # what the run's checkpoints scored on the validation sets
     comparison = _Entry("comparison.json")  # pairs of checkpoints on the same questions
     stages = _Entry("stages.json")  # which stages of a quickstart are finished
 

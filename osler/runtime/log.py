@@ -5,8 +5,8 @@ printed now and then elsewhere. Output that cannot be written is dropped, so tha
 several processes that train together only rank 0 writes.
 
 A standard stream that is closed at the start is replaced by the null device, or the next file that is opened would take its
-number and receive what libraries print. One that fails must not make the interpreter complain at its end, where nobody can catch
-that.
+number and receive what libraries print. A stream that fails must not make the interpreter complain at its end, where nobody can
+catch the error.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def open_streams() -> None:
 
 
 def flush_or_silence() -> None:
-    """Flush the streams; one that fails is redirected to the null device, which takes the rest."""
+    """Flush the streams; a stream that fails is redirected to the null device, which takes the rest."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -92,7 +92,7 @@ _live: list[Progress] = []  # progress lines now on a terminal, so that say() do
 class Progress:
     """Shows progress through ``total`` units of work, and the time left at the rate of the last minute. A context manager.
 
-    ``initial`` is what an earlier run has done. The first update starts the clock, because loading and compiling are not slow
+    ``initial`` is the work that an earlier run did. The first update starts the clock, because loading and compiling are not slow
     work.
     """
 
@@ -103,7 +103,7 @@ class Progress:
         self.live = is_terminal(sys.stderr)
         self._done = initial
         self._fields: dict[str, object] = {}
-        self._marks: collections.deque[tuple[float, float]] = collections.deque()  # times, and what was done by then
+        self._marks: collections.deque[tuple[float, float]] = collections.deque()  # times, and the units done by then
         self._shown_at: float | None = None
         self._is_news = False
         if self.live:
@@ -182,7 +182,7 @@ def log_to_terminal() -> None:
 
 
 def complain(text: str, is_reporter: bool = True) -> None:
-    """Write what ends the program to stderr, if this is the one of several processes that reports it."""
+    """Write to stderr why the program ends, if this process is the one that reports it."""
     if is_reporter:
         with contextlib.suppress(OSError, ValueError):  # nobody is there to be told
             print(text, file=sys.stderr, flush=True)

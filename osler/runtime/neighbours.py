@@ -1,7 +1,7 @@
-"""Other work on the same CPUs: measure it, and let OpenMP's threads sleep instead of spin while it is there.
+"""Other work on the same CPUs: measure it, and let OpenMP's threads sleep instead of spin during such work.
 
 The threads of a team wait for each other thousands of times a second. Spinning is the fastest way on an idle machine and the
-slowest beside other work: a spinning thread uses up its share of a CPU just when it could go on
+slowest beside other work: a spinning thread has used up its share of a CPU when it could resume
 (``benchmarks/bench_neighbour.py``). GNU's OpenMP (libgomp, which torch brings on Linux) spins only for a moment while it has more
 threads than there are CPUs, so idle threads hold teams of their own while other processes are busy. The team that computes keeps
 its size, so no bit of a result changes. On other systems nothing happens. The user's own settings (``OWN_SETTINGS``) win.
@@ -17,17 +17,17 @@ from typing import NamedTuple
 
 OWN_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 POLL_SECONDS = 0.5
-CROWDED_CPUS = 0.2  # by which this process's threads and all others together exceed the CPUs of a crowded machine
-CALM_POLLS = 4  # in a row, before the threads spin again
-PARALLEL_NUMEL = 1 << 20  # an operation on so many elements uses the whole team
+CROWDED_CPUS = 0.2  # a machine is crowded when this process's threads and all others exceed its CPUs by more than this
+CALM_POLLS = 4  # calm polls in a row before the threads spin again
+PARALLEL_NUMEL = 1 << 20  # an operation on this many elements uses the whole team
 
 
 class CpuReading(NamedTuple):
     """CPU seconds used up to a moment."""
 
-    at: float  # of the monotonic clock
-    used: float  # by all processes on the CPUs that this process may use, and by other machines of the same hypervisor
-    own: float  # by this process
+    at: float  # seconds of the monotonic clock
+    used: float  # seconds of all processes on the CPUs that this process may use, and of other machines of the same hypervisor
+    own: float  # seconds of this process
 
 
 def read_cpus() -> CpuReading | None:
@@ -58,7 +58,7 @@ class IdleTeam(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        """Start the team, which the thread keeps until it ends, and sleep."""
+        """Start the team and sleep; the thread keeps its team until it ends."""
         import torch
 
         torch.ones(PARALLEL_NUMEL).add_(1.0)
@@ -83,7 +83,7 @@ class NeighbourMonitor:
         self.spin()
 
     def adapt(self, elsewhere: float) -> None:
-        """Choose the way of waiting while other processes keep so many CPUs busy."""
+        """Choose the way of waiting while other processes keep ``elsewhere`` CPUs busy."""
         import torch  # loaded already, or being loaded by another thread
 
         threads, cpus = torch.get_num_threads(), len(os.sched_getaffinity(0))

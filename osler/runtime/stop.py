@@ -19,7 +19,7 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-EXIT_STOPPED = 130  # a run that was asked to stop and saved; the same command goes on from there
+EXIT_STOPPED = 130  # a run that was asked to stop and saved; the same command resumes it
 SAME_REQUEST_SECONDS = 0.5
 REQUESTS = [  # SIGHUP last; Windows has only the first two
     signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)
@@ -27,7 +27,7 @@ REQUESTS = [  # SIGHUP last; Windows has only the first two
 
 _entered: list[StopFlag] = []
 _ending = False  # this process was asked to stop, and ends
-_interrupted = (0, 0.0)  # the signal that interrupted it last, and when by time.monotonic()
+_interrupted = (0, 0.0)  # the last signal that interrupted this process, and its time.monotonic()
 
 
 class Terminated(KeyboardInterrupt):
@@ -44,7 +44,7 @@ def asked() -> bool:
 
 
 def hear_requests() -> dict[int, Any]:
-    """Let SIGTERM, SIGUSR1 and SIGHUP interrupt the program as Ctrl-C does, and return the handlers before.
+    """Let SIGTERM, SIGUSR1 and SIGHUP interrupt the program as Ctrl-C does, and return the earlier handlers.
 
     An entered ``StopFlag`` handles all of them instead. Signals that have a handler or are ignored stay so, as under ``nohup``.
     """
@@ -70,7 +70,7 @@ def interruptible() -> Iterator[None]:
 def ended_by_requests() -> Iterator[None]:
     """Let a request end the process on the spot, because a call that waits inside a library hears no handler of Python.
 
-    Signals that have a handler of somebody else or are ignored stay so.
+    A signal that somebody else handles, or that is ignored, stays so.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -98,7 +98,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _install(handler: Any, numbers: list[signal.Signals]) -> dict[int, Any]:
-    """Set the handler of these signals, and return the handlers before."""
+    """Set the handler of these signals, and return the earlier handlers."""
     return {number: signal.signal(number, handler) for number in numbers}
 
 
@@ -108,9 +108,9 @@ def _restore(handlers: dict[int, Any]) -> None:
 
 
 class StopFlag:
-    """While entered, the first signal sets ``requested``, and one more than half a second later raises KeyboardInterrupt.
+    """While entered, the first signal sets ``requested``; a signal more than half a second later raises KeyboardInterrupt.
 
-    Trainers also set ``requested`` when another rank was asked; this process's first signal then is still its first. A process
+    Trainers also set ``requested`` when another rank was asked; the first signal to this process still counts as first. A process
     that leaves the context after a request ignores all signals from then on, because it ends.
     """
 

@@ -4,7 +4,7 @@ Every process runs the same program on its own rows. Tensors travel by NCCL betw
 gloo connections of their own, which never wait for a GPU and are patient enough for the preparation of data.
 
 A process that dies closes its connections, so the others fail when they next communicate; ``joined`` turns that into one clear
-error. One that ends with a UserError leaves it where the others find it, so it is printed once on each machine.
+error. A process that ends with a UserError leaves the error where the others find it, so each machine prints it once.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class World:
 
     rank: int = 0
     size: int = 1
-    device: str = "auto"  # what this process computes on, as a config names devices
+    device: str = "auto"  # the device of this process, as a config names it
     hosts: ProcessGroup | None = None  # gloo between the hosts
 
     @property
