@@ -1,8 +1,8 @@
-"""The checkpoint folders of a run: whether each is as it was saved, which is the newest, the best, and which are deleted.
+"""The checkpoint folders of a run: whether each is as it was saved, which are the newest and the best, and which to delete.
 
 A folder's manifest names its files with sizes and hashes, and has a hash of itself. It is written last, so a folder with a valid
 manifest was complete once; ``verify`` tells whether it still is. ``sequence`` counts the saves: the newest checkpoint is the one
-saved last, which after going back to an earlier step is not the one with the highest step. Torch-free.
+saved last. After going back to an earlier step, another may have a higher step. Torch-free.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 TENSORS_SUFFIX = ".safetensors"
 BEST = "best.json"  # in the root, beside the checkpoints
-HIDDEN = ".tmp-"  # begins the name of what is being written or deleted
+HIDDEN = ".tmp-"  # the names of folders that are being written or deleted begin with it
 # A checkpoint has the second name while another of its step takes its place; it is a full checkpoint until then.
 REPLACED_SUFFIX = ".replaced"
 FOLDER_NAME = re.compile(r"step-(\d{9,})(\.replaced)?")
 
 Damaged = list[tuple[Path, list[str]]]  # checkpoints with their problems
 
-_verified: dict[object, list[str]] = {}  # what this process found in a folder, by the signature that the folder had then
+_verified: dict[object, list[str]] = {}  # problems that this process found in a folder, by its signature
 
 
 # -- one checkpoint ------------------------------------------------------------------------------------------------------------
@@ -93,7 +93,7 @@ def folder_name(step: int) -> str:
 
 
 def padded(path: Path) -> Path:
-    """Return the checkpoint folder that a person means, who may leave out the zeros of its name."""
+    """Return the checkpoint folder that a person means. A person may leave out the zeros of its name."""
     match = re.fullmatch(r"step-(\d+)", path.name)
     return path.with_name(folder_name(int(match[1]))) if match and not path.is_dir() else path
 
@@ -107,8 +107,8 @@ def verify(path: str | Path, names: Collection[str] | None = None, *, pause: Cal
     """Return what is wrong with a checkpoint folder, one line per file; an empty list means that it is good.
 
     ``names`` restricts the hashing to the tensors of those names; every file is checked for presence and size all the same. A
-    file that the manifest does not list is a problem, because nothing would read it; hidden ones are not, because file managers
-    and network disks leave them. ``pause`` is called after each block that was hashed.
+    file that the manifest does not list is a problem, because nothing would read it. Hidden files are no problem, because file
+    managers and network disks leave them. ``pause`` is called after each block that was hashed.
     """
     folder = Path(path)
     signature = _signature(folder)
@@ -125,7 +125,7 @@ def verify(path: str | Path, names: Collection[str] | None = None, *, pause: Cal
             is_readable = False
             problems[name] = f"cannot be read ({error.strerror})"
     found = [f"{name}: {text}" for name, text in problems.items()]
-    if names is None and signature and is_readable:  # what cannot be read may be readable later
+    if names is None and signature and is_readable:  # an unreadable file may be readable later
         _verified[signature] = found
     return found
 
@@ -145,12 +145,12 @@ def _signature(folder: Path) -> object:
 
 
 def looks_whole(folder: Path) -> bool:
-    """Return whether manifest, names and sizes agree, which is known without reading the tensors."""
+    """Return whether manifest, names and sizes agree. This does not read the tensors."""
     return not _check_names_and_sizes(folder)[0]
 
 
 def _check_names_and_sizes(folder: Path) -> tuple[dict[str, str], Manifest | None]:
-    """Return what is wrong, by file, and the manifest if it can be read."""
+    """Return the problems by file, and the manifest if it can be read."""
     if not folder.is_dir():
         return {folder.name: "no such folder"}, None
     try:
@@ -204,7 +204,7 @@ def root_of(path: str | Path) -> Path:
 
 
 def refuse_checkpoint(path: str | Path) -> None:
-    """Raise UserError when a run folder is, or is inside of, a checkpoint or a folder of checkpoints."""
+    """Raise UserError when a run folder is a checkpoint or a folder of checkpoints, or lies inside one."""
     given, real = Path(path), Path(path).resolve()
     for folder in (given, *given.parents, real, *real.parents):
         match = FOLDER_NAME.fullmatch(folder.name) if folder.parent.name == "checkpoints" else None
@@ -264,9 +264,9 @@ def best_checkpoint(root: str | Path) -> Best | None:
 
 
 def mark_best(path: Path, metric: str, value: float | None) -> None:
-    """Record that a checkpoint is the best so far; rotation keeps it, and no longer the one before.
+    """Record that a checkpoint is the best so far. Rotation keeps it, and no longer the best before it.
 
-    When the disk refuses this only warns, since the checkpoint is safe, and the one before stays marked.
+    If the disk refuses, this function only warns, since the checkpoint is safe. The best before it then stays marked.
     """
     try:
         fault("save-best")
@@ -283,10 +283,10 @@ def is_better(metric: str, value: float, than: float) -> bool:
 def rotate(
     root: Path, newest: Path, keep_last: int, good_step: int | None = None, *, pause: Callable[[], None] = no_pause
 ) -> Damaged:
-    """Delete what is not kept, and return the checkpoints that proved to be damaged.
+    """Delete checkpoints that need not be kept, and return those that proved to be damaged.
 
-    Kept are ``newest``, which was verified when it was saved, the best, the milestones, the last ``keep_last`` that are good, and
-    the newest good one up to ``good_step``, which a rollback would take. Those that are counted on are read before anything is
+    ``newest`` is kept; it was verified when it was saved. Also kept are the best, the milestones, the last ``keep_last`` good
+    ones, and for a rollback the newest good one up to ``good_step``. Checkpoints that are counted on are read before anything is
     deleted, each once in a process; ``pause`` is called after each block. A checkpoint that cannot be read is kept, because it
     may be readable later.
     """
@@ -296,7 +296,7 @@ def rotate(
         kept = {newest} | ({marked.path} if marked else set())
         entries = by_age(root)
         whole = [entry for entry in entries if looks_whole(entry.path) and not entry.path.name.endswith(REPLACED_SUFFIX)]
-        steps: list[int] = []  # of the checkpoints that are counted on
+        steps: list[int] = []  # steps of the checkpoints that are counted on
         for entry in whole:
             if entry.milestone:
                 kept.add(entry.path)
@@ -317,7 +317,7 @@ def rotate(
             if entry.path not in kept and not entry.path.is_symlink():
                 fault("rotate")
                 remove(entry.path)
-    except (OSError, UserError) as error:  # the new checkpoint is safe, only the space is not freed
+    except (OSError, UserError) as error:  # the new checkpoint is safe; only the space is not freed
         logger.warning(f"old checkpoints in {root} were not removed: {error}")
     return damaged
 
@@ -327,4 +327,4 @@ def remove(folder: Path) -> None:
     hidden = folder.with_name(f"{HIDDEN}removed-{folder.name}")
     with suppress(FileNotFoundError):
         folder.rename(hidden)
-    shutil.rmtree(hidden, ignore_errors=True)  # it does not count, and the next save tries again
+    shutil.rmtree(hidden, ignore_errors=True)  # a remnant does no harm, and the next save tries again

@@ -2,7 +2,7 @@
 
 ``torch.optim`` numbers the parameters and casts their state to the parameter's dtype on loading. Here every entry is stored
 under the parameter's name and keeps its own dtype, so a resume is exact. Tensors are named ``<parameter>/<entry>``, for example
-``layers.0.q_proj.weight/exp_avg``. Hyperparameters are not stored: the config and the step say what they are.
+``layers.0.q_proj.weight/exp_avg``. Hyperparameters are not stored, because they follow from the config and the step.
 """
 
 from __future__ import annotations

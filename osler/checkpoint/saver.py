@@ -1,14 +1,14 @@
-"""Saves the checkpoints of a run while it trains: the trainer waits for a copy in memory and not for the disk.
+"""Saves the checkpoints of a run while it trains. The trainer waits for a copy in memory and not for the disk.
 
-The tensors are copied into buffers that are kept from save to save. One thread then writes, flushes, reads back and rotates,
-which is nearly all of a save's time. From a GPU the copies are only queued: the writer waits for them, and the next step cannot
+The tensors are copied into buffers that are kept from save to save. One thread then writes, flushes, reads back and rotates;
+this takes nearly all of a save's time. From a GPU the copies are only queued: the writer waits for them, and the next step cannot
 overtake them, because it is queued behind them on the same stream. When the CPU trains, hashing would take cores away from it,
 so the writer uses a small share of one core until somebody waits for it. One save is in flight at most, since a second would
-need a second set of buffers. The price is memory on the host for a copy of weights and moments (pinned beside a GPU, where torch
-rounds each tensor up to a power of two).
+need a second set of buffers. The price is memory on the host for a copy of weights and moments. Beside a GPU the memory is
+pinned, and torch rounds each tensor up to a power of two.
 
-The last save of a process is made in the foreground, from the tensors themselves (sharded ones were gathered into the buffers),
-because nothing is left to overlap with. The bytes on the disk are the same. Call ``wait`` before relying on a checkpoint.
+The last save of a process runs in the foreground, because no training is left to overlap with. It writes the tensors themselves
+(sharded ones were gathered into the buffers). The bytes on the disk are the same. Call ``wait`` before relying on a checkpoint.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from osler.runtime.files import fsync_file, no_pause
 
 logger = logging.getLogger(__name__)
 
-CPU_SHARE = 0.03  # of one core, for the writer beside a CPU that trains
+CPU_SHARE = 0.03  # share of one core that the writer may use while the CPU trains
 
 
 class Saver:
     """Owns the checkpoints folder of a run; leaving its context waits for the save in flight.
 
-    ``logs`` are files of the run that a resume needs: their lines are on the disk before a checkpoint is. ``on_damage`` is
+    ``logs`` are files of the run that a resume needs. Their lines reach the disk before a checkpoint does. ``on_damage`` is
     called in the thread that saves and waits, for older checkpoints that the writer found to be damaged.
     """
 
@@ -61,7 +61,7 @@ class Saver:
         self._buffers: dict[tuple[str, str], Tensor] = {}
         self._writer = ThreadPoolExecutor(max_workers=1)
         self._in_flight: Future[Damaged] | None = None
-        self._gpu: torch.device | None = None  # that tensors came from
+        self._gpu: torch.device | None = None  # the GPU that tensors came from
         self._hurry = threading.Event()  # set while somebody waits for the writer
         self._given_up = False
 
@@ -91,15 +91,15 @@ class Saver:
     ) -> None:
         """Save a checkpoint with the further ``contents`` of ``store.save``, then rotate; ``rotate`` explains ``good_step``.
 
-        The tensors may change when this returns, the contents may not. When the disk refuses this warns, in the background with
-        the next ``wait``. Raises UserError instead when the save is the ``last`` of this process, because its content would be
-        lost.
+        The tensors may change after this returns, the contents may not. If the disk refuses, this warns; a save in the background
+        warns with the next ``wait``. Raises UserError instead when the save is the ``last`` of this process, because its content
+        would be lost.
         """
         self.wait()
         write = partial(self._write, step, good_step, **contents)
         if last or not self.in_background:
             if self._gpu is not None:
-                torch.cuda.current_stream(self._gpu).synchronize()  # for what ``to_host`` has queued
+                torch.cuda.current_stream(self._gpu).synchronize()  # waits for the copies that ``to_host`` has queued
             self._finish(partial(write, tensors=tensors), needed=last)
             return
         copies = {part: {name: self.to_host(part, name, own) for name, own in named.items()} for part, named in tensors.items()}
@@ -115,7 +115,7 @@ class Saver:
 
     def _write(self, step: int, good_step: int | None, *, pause: Callable[[], None] = no_pause, **contents: Any) -> Damaged:
         for log in self.logs:
-            with suppress(OSError):  # it does not exist, or the disk refuses it and then the checkpoint too
+            with suppress(OSError):  # there is no such file, or the disk will refuse the checkpoint too
                 fsync_file(log)
         saved = store.save(self.root, step, pause=pause, **contents)
         return rotate(self.root, saved, self.keep_last, good_step, pause=pause)
@@ -147,7 +147,7 @@ class Saver:
             logger.warning(f"{error} The run goes on; earlier checkpoints are untouched.")
 
     def _pause(self, cpu_share: float) -> Callable[[], None]:
-        """Return what the writer calls after each block: it sleeps until the writer has used only its share of a core."""
+        """Return a function for the writer to call after each block. It sleeps to hold the writer to its share of a core."""
         used = time.thread_time()
 
         def pause() -> None:

@@ -2,12 +2,12 @@
 
 ``root/step-000000123/`` holds one ``<name>.safetensors`` per tensor dictionary, ``state.json``, further files as bytes, and
 ``manifest.json``. A save writes all of it into a hidden folder, flushes every file, writes the manifest last, renames the folder
-and flushes the root; then it reads everything back. There is no pickle anywhere. What was put in comes out bit for bit. One
+and flushes the root; then it reads everything back. There is no pickle anywhere. Contents come back bit for bit. One
 process saves into a root at a time.
 
 A file of tensors (https://huggingface.co/docs/safetensors) is eight bytes with the length of the header, a JSON header, then the
-raw bytes. The library reads it. Its ``save_file`` cannot write it, because a checkpoint needs a hash of the tensors and not of
-what was read back, only one tensor at a time off the device, and an ordinary OSError when the disk is full.
+raw bytes. The library reads it. Its ``save_file`` cannot write it. A checkpoint needs a hash of the tensors and not of the bytes
+read back, only one tensor at a time off the device, and an ordinary OSError when the disk is full.
 """
 
 from __future__ import annotations
@@ -73,10 +73,10 @@ def save(
 ) -> Path:
     """Save a checkpoint, verify it and return its folder.
 
-    ``tensors`` maps names of files to named tensors; ``state`` must be JSON with string keys; rotation never deletes a
-    ``milestone``. A checkpoint of the same step is replaced, and stays until the new one is complete on the disk. ``pause`` is
-    called after each block that was written or read back. Raises CheckpointSaveError when the disk is full or fails; then the
-    half-written folder is removed and the older checkpoints stay.
+    ``tensors`` maps names of files to named tensors. ``state`` must be JSON with string keys. Rotation never deletes a
+    ``milestone``. A checkpoint of the same step is replaced; the old one stays until the new one is complete on the disk.
+    ``pause`` is called after each block that was written or read back. Raises CheckpointSaveError when the disk is full or fails.
+    The half-written folder is removed then, and the older checkpoints stay.
     """
     contents = {STATE: json.dumps(state, indent=1).encode("utf-8"), **(files or {})}
     final = root / folders.folder_name(step)
@@ -89,7 +89,7 @@ def save(
         _write_folder(temporary, tensors, contents, Manifest(step, sequence, {}, milestone), pause)
         if final.exists():
             aside = final.with_name(final.name + folders.REPLACED_SUFFIX)
-            if aside.exists() and folders.verify(final, pause=pause):  # a replacement was killed: the good one stays aside
+            if aside.exists() and folders.verify(final, pause=pause):  # a kill cut a replacement short: keep the good one
                 folders.remove(final)
             else:
                 folders.remove(aside)
@@ -131,7 +131,7 @@ def _write_folder(
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor], pause: Callable[[], None]) -> FileRecord:
-    """Write one safetensors file, durably and block by block, hashing what is written."""
+    """Write one safetensors file, durably and block by block, and hash it on the way."""
     size, digest = 0, hashlib.sha256()
     with open_durable(path) as file:
         for block in _blocks(tensors):
@@ -143,7 +143,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor], pause: Callable[[]
 
 
 def _blocks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """Yield the header and then the tensors; those that share memory are written once per name.
+    """Yield the header and then the tensors; tensors that share memory are written once per name.
 
     Raises TypeError for a tensor that is sparse or of a dtype without a name in the format.
     """
@@ -168,10 +168,10 @@ def _blocks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
 
 
 def _tidy(root: Path) -> None:
-    """Delete what killed saves and deletions left, and give a set-aside checkpoint its name back if that is free."""
+    """Delete the remnants of killed saves and deletions. Give a set-aside checkpoint its name back if the name is free."""
     for path in root.glob(f"{folders.HIDDEN}*"):
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)  # what cannot be deleted, as while another reads it, does no harm
+            shutil.rmtree(path, ignore_errors=True)  # a remnant that another process is reading does no harm
     for path in root.glob(f".{folders.BEST}.*.tmp"):
         with suppress(OSError):  # a leftover that cannot be deleted is no reason not to save
             path.unlink()
@@ -182,9 +182,9 @@ def _tidy(root: Path) -> None:
 
 
 def load(path: str | Path, names: Collection[str] | None = None) -> Loaded:
-    """Verify a checkpoint folder and read it; ``names`` restricts both to those tensor dictionaries.
+    """Verify a checkpoint folder and read it; ``names`` restricts both to the tensor dictionaries it names.
 
-    Raises UserError that names the damaged file.
+    Raises UserError with the name of the damaged file.
     """
     folder = Path(path)
     problems = folders.verify(folder, names)
@@ -211,7 +211,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def resolve(path: str | Path, which: str = "newest") -> Path:
-    """Return the checkpoint folder that is meant by a checkpoint, a checkpoints folder, or a run folder.
+    """Return the checkpoint folder that a path means: a checkpoint, a checkpoints folder, or a run folder.
 
     A checkpoint is taken as it is (``load`` verifies it). Otherwise ``which`` picks the ``newest`` good one, with a warning when
     newer ones are damaged, or the ``best``. Raises UserError when there is none.

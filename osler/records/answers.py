@@ -1,12 +1,12 @@
-"""What a model answered to an exam, in a file that grows while it sits it, so that an interrupted exam goes on where it stopped.
+"""The answers of a model to an exam. Their file grows during the exam, so an interrupted exam continues where it stopped.
 
     answers/sft-medqa-letters.jsonl:
     {"label": "sft", "exam": "medqa", "method": "letters", "checkpoint": "step-000000400", "asked": 500, "identity": "3fd1..."}
     {"number": 0, "output": [[-1.25, 1, 1], ...], "id": "medqa-9e21aa", "question": "...", "correct": false, ...}
 
-The first line says which model is asked what and how; ``identity`` is a hash of the checkpoint, the questions as they are shown,
-and the settings. An exam goes on with a file whose first line is the same and in which answers are missing, and is sat again from
-its beginning otherwise. ``output`` is what the model gave; the fields behind it are for readers: the report and `osler compare`.
+The first line names the model, the exam and the method; ``identity`` is a hash of the checkpoint, the questions as they are
+shown, and the settings. If the first line is the same and answers are missing, an exam continues with the file. Otherwise it
+begins again. ``output`` is what the model gave. The report and `osler compare` read the fields after it.
 """
 
 import logging
@@ -24,9 +24,9 @@ logger = logging.getLogger(__name__)
 
 
 class AnswerLog:
-    """The outputs of a model so far by the number of what it was shown; in a file, where ``path`` names one.
+    """The outputs of a model so far, by the number of the question. They are kept in a file too if there is a ``path``.
 
-    ``tell`` is called with the number of answers after each of them.
+    After each answer ``tell`` is called with the number of answers.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class AnswerLog:
             self._write(lambda to: write_atomic(to, jsonl.to_line(head)))
 
     def add(self, number: int, output: list[Any], read: SampledAnswer) -> None:
-        """Keep what the model gave to the question of this number, and how it was read."""
+        """Keep the output of the model for the question of this number, and how it was read."""
         if number not in self.outputs:
             self.outputs[number] = output
             self._write(lambda to: jsonl.append(to, {"number": number, "output": output, **asdict(read)}))

@@ -1,10 +1,10 @@
-"""Files of JSON lines, and the two of them that a run appends to as it goes.
+"""Files of JSON lines, and the two such files that a run appends to while it trains.
 
     metrics.jsonl: {"step": 30, "tokens": 122880, "time": 1767225600.123, "train/loss": 3.25, "train/grad_norm": null}
     events.jsonl:  {"step": 30, "time": 1767225600.123, "kind": "alert", "name": "stalled-loss", "message": "..."}
 
 Times are in unix seconds, and null stands for a number that was not finite. ``kind`` is alert, incident, rollback, start, end and
-so on; what follows the message are details.
+so on. Details follow the message.
 
 A kill can tear the last line only. A reader skips lines that are not JSON objects, and a writer ends or removes a torn line
 before it appends. If the disk refuses a line, that line is lost and the run continues. Resume is exact: metrics are cut to the
@@ -31,10 +31,10 @@ from osler.runtime.files import plain, write_atomic
 
 logger = logging.getLogger(__name__)
 
-OWN_FIELDS = frozenset(("step", "tokens", "time"))  # of a line of metrics
+OWN_FIELDS = frozenset(("step", "tokens", "time"))  # every line of metrics has these
 START, END = LIFETIME = ("start", "end")  # kinds of event: a process of a run has begun, and has ended
-EARLY_STOP = "early-stop"  # kind and name of the event that a run ended at a step because it got no better
-FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"  # names of an end
+EARLY_STOP = "early-stop"  # kind and name of the event when a run ends because it got no better
+FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"  # names of the event when a process ends
 
 
 # -- any file of JSON lines --------------------------------------------------------------------------------------------
@@ -58,7 +58,7 @@ def step_of(fields: Mapping[str, Any] | None) -> int | None:
 def read_lines(path: Path) -> Iterator[bytes]:
     """Return the lines of a file one by one, with their newlines; none when there is no file.
 
-    They end at the newline byte alone, as in JSON. Raises UserError when the file is there and cannot be read.
+    A line ends at the newline byte alone, as in JSON. Raises UserError when the file is there and cannot be read.
     """
     try:
         with path.open("rb") as file:
@@ -90,7 +90,7 @@ def append(path: Path, fields: Mapping[str, Any]) -> None:
 
 
 def split(path: Path, last_step: int) -> tuple[list[bytes], list[bytes]]:
-    """Return the lines of a file up to a step, and those of later ones; a line that is torn is among the first."""
+    """Return the lines of a file up to a step, and the lines of later steps. A torn line is among the former."""
     kept: list[bytes] = []
     later: list[bytes] = []
     for line in read_lines(path):
@@ -110,7 +110,7 @@ def _warn(path: Path, reason: str) -> None:
 
 @dataclass
 class MetricsLine:
-    """One line: the step, the tokens seen, the time in unix seconds, and the metrics by name; NaN for what was not finite."""
+    """One line: the step, the tokens seen, the time in unix seconds, and the metrics by name; NaN for a number not finite."""
 
     step: int
     tokens: float
@@ -133,7 +133,7 @@ class MetricsLine:
 def read_metrics(path: Path, having: str = "") -> Iterator[MetricsLine]:
     """Return the whole lines of a file one by one; none when there is no file.
 
-    With ``having`` only the lines with that metric, and no others are parsed. Raises UserError when the file cannot be read.
+    With ``having`` only lines with that metric are parsed and returned. Raises UserError when the file cannot be read.
     """
     wanted = f'"{having}"'.encode() if having else b""
     parsed = (MetricsLine.parse(line) for line in read_lines(path) if wanted in line)
@@ -150,8 +150,8 @@ class MetricsFile:
         self.rewind(last_step)
 
     def rewind(self, last_step: float) -> None:
-        """Drop the lines after a step: a run that has gone back makes those steps again."""
-        self._last_step: float | None = last_step  # until the file has been healed
+        """Drop the lines after a step, because a run that has gone back makes those steps again."""
+        self._last_step: float | None = last_step  # kept until the file has been healed
         try:
             self._heal()
         except OSError as error:
@@ -172,7 +172,7 @@ class MetricsFile:
         if not is_whole or not all(is_kept):
             kept = compress(read_lines(self.path), is_kept)
             write_atomic(self.path, (line if line.endswith(b"\n") else line + b"\n" for line in kept))
-        self.path.open("a").close()  # it is there before its first line
+        self.path.open("a").close()  # creates the file before its first line
         self._last_step = None
 
     def write(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
@@ -182,7 +182,7 @@ class MetricsFile:
         numbers = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
         try:
             self._heal()
-            self._last_step = math.inf  # a line that is refused half way is torn
+            self._last_step = math.inf  # if the disk refuses half of the line, the next write heals it
             append(self.path, {"step": int(step), "tokens": int(tokens), "time": round(clock.time(), 3), **numbers})
             self._last_step = None
         except (OSError, UserError) as error:
@@ -194,7 +194,7 @@ class MetricsFile:
 
 @dataclass(frozen=True)
 class Event:
-    """One event: its step, its time in unix seconds (NaN when it is not known), what it is, and words for a person."""
+    """One event: its step, its time in unix seconds (NaN when it is not known), its kind and name, and a message."""
 
     step: int
     time: float

@@ -1,7 +1,7 @@
-"""The results of a run, in the files that the report reads. Fields that a file of an older version lacks are NaN or empty.
+"""The results of a run, in the files that the report reads. If a file of an older version lacks a field, it is NaN or empty.
 
 ``exams.json`` is {label of a checkpoint: {split: score}}, ``comparison.json`` a list of pairs of checkpoints, ``samples.jsonl``
-what checkpoints answered to a few questions, ``stages.json`` the finished stages of a quickstart, in their order. Accuracies,
+the answers of checkpoints to a few questions, ``stages.json`` the finished stages of a quickstart in their order. Accuracies,
 intervals and differences are fractions.
 """
 
@@ -34,11 +34,11 @@ class HasInterval:
 class ExamScore(HasInterval):
     """The accuracy of a checkpoint on a split, over ``n`` questions shown in ``presentations`` option orders altogether."""
 
-    label: str = ""  # of the checkpoint; empty, like the split, until the score is saved
+    label: str = ""  # the label of the checkpoint; it and the split are empty until the score is saved
     split: str = ""
     method: str = ""  # how it was asked
     n: float = NAN
-    presentations: float = NAN  # ``correct`` and the other counts are of these
+    presentations: float = NAN  # ``correct`` and the other counts count these
     correct: float = NAN
     accuracy: float = NAN
     interval: tuple[float, float] = (NAN, NAN)  # 95 %, aware of clusters
@@ -71,7 +71,7 @@ class Comparison(HasInterval):
 
 @dataclass(frozen=True)
 class SampledAnswer:
-    """One question and what one checkpoint answered to it."""
+    """One question, and the answer of one checkpoint."""
 
     id: str = ""  # of the question
     stage: str = ""  # label of the checkpoint
@@ -82,7 +82,7 @@ class SampledAnswer:
     correct_answer: str = ""
     correct: bool | None = None  # None: nobody judged it
     confidence: float = NAN  # the probability that the model gives its answer among the options
-    cluster: str = ""  # the same for questions that depend on each other
+    cluster: str = ""  # questions that depend on each other have the same cluster
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def read_exams(path: Path) -> list[ExamScore]:
 def add_exams(path: Path, label: str, scores: Mapping[str, ExamScore], *, last: str = "") -> None:
     """Add a checkpoint's scores by split to an ``exams.json``, beside those that it holds.
 
-    The checkpoint labelled ``last``, if there is one, becomes the last of the table, which the report leads with. Raises
+    The checkpoint labelled ``last``, if there is one, moves to the end of the table. The report leads with the end. Raises
     UserError when the file is damaged.
     """
     table = read_json(path) if path.exists() else {}

@@ -1,6 +1,6 @@
 """Values from files that may be partly wrong or of another version: an unusable value becomes NaN, empty, or a default.
 
-Nothing here raises for what a file holds.
+Nothing here raises an error because of the content of a file.
 """
 
 import json
@@ -56,7 +56,7 @@ READERS: dict[Any, Callable[[Any], Any]] = {
 
 
 def from_json(record: type[T], fields: Mapping[str, Any]) -> T:
-    """Return a record of a JSON object. Unknown keys are ignored; fields that the object lacks get their defaults."""
+    """Return a record from a JSON object. Unknown keys are ignored; fields that the object lacks get their defaults."""
     kinds = get_type_hints(record)
     return record(**{name: READERS[kinds[name]](raw) for name, raw in fields.items() if name in kinds})
 

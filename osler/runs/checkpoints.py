@@ -17,7 +17,7 @@ from osler.runtime.files import RunFolder
 
 
 def list_checkpoints(path: str) -> int:
-    """Print the checkpoints of a run, newest first, with what is known without reading their tensors."""
+    """Print the checkpoints of a run, newest first, without reading their tensors."""
     root, entries = _found(path)
     best = folders.best_checkpoint(root)
     unread = "bytes are not checked here: `osler checkpoint verify` does"
@@ -52,7 +52,7 @@ def verify_checkpoints(path: str) -> int:
         print("".join(f"  {problem}\n" for problem in problems), end="")
         run = RunFolder(checkpoint.absolute().parent.parent)
         if problems:
-            with suppress(OSError):  # so that the run that saved it, and verified it then, reads it again
+            with suppress(OSError):  # a new time makes the run that verified it once read it again
                 os.utime(checkpoint)
             if checkpoint.absolute().parent == run.checkpoints and run.config.is_file():
                 write_damage(EventLog(run.events), [(checkpoint, problems)])
@@ -62,7 +62,7 @@ def verify_checkpoints(path: str) -> int:
 def prune_checkpoints(path: str, *, keep_last: int) -> int:
     """Rotate by hand: delete all but the best, the milestones and the last ``keep_last`` good ones; print what that frees.
 
-    Raises UserError when none is good: then nothing may go, because a person may still mend one of them.
+    Raises UserError when none is good. Nothing is deleted then, because a person may still mend a checkpoint.
     """
     if keep_last < 1:
         raise UserError(f"--keep-last {keep_last}: at least one checkpoint stays.")
@@ -80,7 +80,7 @@ def prune_checkpoints(path: str, *, keep_last: int) -> int:
 
 
 def _found(path: str) -> tuple[Path, list[Entry]]:
-    """Return the checkpoints folder of a run and the checkpoints in it, newest first; raises UserError when there is none."""
+    """Return the checkpoints folder of a run and the checkpoints in it, newest first; raises UserError when there are none."""
     if folders.FOLDER_NAME.fullmatch(Path(path).name):
         raise UserError(f"{path} is one checkpoint: give the run folder that it is in.")
     root = folders.root_of(path)

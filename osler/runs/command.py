@@ -54,18 +54,18 @@ class Job:
     """A kind of training, as the command line knows it. The functions that check raise UserError."""
 
     config_class: type[RunConfig]
-    default_name: Callable[[Any], str]  # of the run of a config that no recipe names
-    check: Callable[[Any, RunFolder, store.Loaded | None], None]  # what a start needs, given the checkpoint it continues from
-    check_branch: Callable[[Any, store.Loaded], None]  # that a run with this config can continue from a checkpoint of another
+    default_name: Callable[[Any], str]  # the name of a run whose config has no recipe
+    check: Callable[[Any, RunFolder, store.Loaded | None], None]  # checks a start; it continues from the checkpoint
+    check_branch: Callable[[Any, store.Loaded], None]  # checks that this config can continue from another run's checkpoint
     check_processes: Callable[[Any, int], None]
     train: Callable[[Any, RunFolder, World], bool]
-    next_steps: Callable[[Any, RunFolder], str]  # what to do with a finished run
+    next_steps: Callable[[Any, RunFolder], str]  # says what to do with a finished run
     # measures a checkpoint (None: the newest) and returns what to print
     evaluate: Callable[[Any, RunFolder, int | None, World], str] | None = None
 
 
 def carry_out(job: Job, request: Request) -> int:
-    """Train as a person asks, or say with --dry-run what that would be; return the exit code."""
+    """Train as a person asks, or with --dry-run only print the plan; return the exit code."""
     config = config_of(job.config_class, request)
     name = run_name(request.recipe, request.kind) if request.recipe else job.default_name(config)
     folder = RunFolder(Path(request.run_dir or Path("runs") / name))
@@ -83,7 +83,7 @@ def carry_out(job: Job, request: Request) -> int:
             if world.is_first:
                 print(told)
         return 0
-    with joined(config.device) as world:  # connected first: then what all ranks find wrong is told once
+    with joined(config.device) as world:  # connected first, so that an error of all ranks is told once
         job.check_processes(config, world.size)
         with taken(folder, world):
             if request.back_to is not None:
@@ -100,7 +100,7 @@ def carry_out(job: Job, request: Request) -> int:
 
 
 def config_of(cls: type[RunConfig], request: Request) -> Any:
-    """Return the config that a start is given by a recipe or field by field, or takes from a run that is there."""
+    """Return the config of a start: from a recipe, from single fields, or from a run that exists."""
     recipe, run_dir, overrides = request.recipe, request.run_dir, request.overrides
     if request.eval_only and (recipe is not None or request.branch is not None or run_dir is None):
         raise UserError("--eval-only measures a checkpoint of --run FOLDER as that run is configured; give no recipe or branch.")

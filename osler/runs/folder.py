@@ -18,22 +18,22 @@ from osler.runtime.files import RunFolder, locked, write_atomic
 from osler.runtime.world import World
 
 if TYPE_CHECKING:
-    from osler.checkpoint.store import Loaded  # which loads torch
+    from osler.checkpoint.store import Loaded  # its module loads torch
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 MOST_NAMED = 5  # differences between two configs that an error spells out
-# Settings that change a run's results by rounding at most: these may differ from one start to the next.
+# These settings may differ from one start to the next, because they change a run's results by rounding at most.
 GIVEN_ANEW = (
     "parallel", "loader_workers", "micro_batch_tokens", "recompute", "checkpoint.in_background", "monitor",
     "allow_data_change", "preflight",  # permissions for one start
     "data.streaming", "data.disk_budget_gb",  # the batches are the same
 )  # fmt: skip
-# Paths of files may change too. Their contents may not, which the fingerprints of shards and checkpoints ensure.
+# Paths of files may change too. The contents may not: the fingerprints of shards and checkpoints ensure this.
 PLACES = re.compile(r"((.*\.)?data(\.sources\[\d+\])?|validation\[\d+\])\.(path|root)|tasks\[\d+\]\.task\.path")
 WHOLE = ("data.sources", "validation", "tasks")  # lists that are given whole
-DATA_SECTIONS = ("data", "validation", "tasks")  # what a run learns from and is evaluated on: of training, of GRPO
+DATA_SECTIONS = ("data", "validation", "tasks")  # a run learns from these and is evaluated on them
 
 
 @contextmanager
@@ -47,7 +47,7 @@ def taken(folder: RunFolder, world: World = World()) -> Iterator[None]:  # noqa:
         try:
             yield
         except BaseException:
-            with suppress(OSError):  # it holds something, so it is worth keeping
+            with suppress(OSError):  # a folder that holds something is worth keeping
                 folder.root.rmdir()
             raise
 
@@ -55,8 +55,8 @@ def taken(folder: RunFolder, world: World = World()) -> Iterator[None]:  # noqa:
 def claim(folder: RunFolder, config: Any) -> None:
     """Write ``config.yaml``, which makes the folder this run's, unless it is there already.
 
-    Call this after everything that a person may have got wrong was checked, so that a mistake can be corrected in the same
-    folder. With ``allow_data_change`` the run's data become those given now.
+    Call this after all checks of what a person may have got wrong, so that a mistake can be corrected in the same folder.
+    With ``allow_data_change`` the data given now become the run's data.
     """
     moved = refuse_another(folder, config)
     wanted = encode(config)
@@ -74,7 +74,7 @@ def claim(folder: RunFolder, config: Any) -> None:
 def refuse_another(folder: RunFolder, config: Any) -> dict[str, str]:
     """Raise UserError when the folder holds a run with another config.
 
-    Return, key to words, the paths of files that differ from the run's; what is in the files may not differ.
+    Return the paths of files that differ from the run's, as key to words; the contents of the files may not differ.
     """
     if not folder.config.exists():
         return {}
@@ -100,7 +100,7 @@ def _free_sections(config: Any) -> tuple[str, ...]:
 def differences(config: Any, stored: Mapping[str, Any], source: str, leave_out: Sequence[str] = GIVEN_ANEW) -> dict[str, str]:
     """Return the differences between a config and a ``stored`` one from ``source``: dotted key to a phrase, the kind first."""
     wanted, there = encode(config), dict(stored)
-    if there.get("kind") == wanted["kind"]:  # a field that came with a later Osler had its default when the run began
+    if there.get("kind") == wanted["kind"]:  # a field that the run's Osler did not have yet gets its default
         there = encode(decode(type(config), there, source=source))
     old, new = flat(there), flat(wanted)
     changed = {key for key in {*old, *new} if old.get(key) != new.get(key) and not _is_within(key, leave_out)}
@@ -193,7 +193,7 @@ def newest_checkpoint(folder: RunFolder, *, record: bool = False) -> Path | None
 
 
 def write_damage(events: EventLog, damaged: Damaged) -> None:
-    """Record that checkpoints of a run are not as they were saved any more."""
+    """Record that checkpoints of a run are no longer as they were saved."""
     for path, problems in damaged:
         match = FOLDER_NAME.fullmatch(path.name)
         message = f"{path.name} is damaged ({'; '.join(problems)}): it does not count among the checkpoints that are kept."

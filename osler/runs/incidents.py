@@ -2,8 +2,8 @@
 
 A gradient that is not finite costs its step and nothing else. When that happens many times in a row, or the loss spikes and
 ``recovery.spike.action`` says so, the run goes back to the last checkpoint from before the trouble and skips the data since
-then: the data's position is that of the step plus ``data_offset``. A run that has gone back too often, or that has no such
-checkpoint yet, ends with a diagnosis. Everything is a function of numbers that all ranks have in common, so all decide alike.
+then. The position in the data is that of the step plus ``data_offset``. A run that has gone back too often, or that has no such
+checkpoint yet, ends with a diagnosis. All ranks decide from the same numbers, so they decide alike.
 
 Resume is exact: a checkpoint keeps all of this, and one is written at once after a rollback. The loop reads ``cause`` and rolls
 back only when a line of metrics is due, so an interruption does not move a rollback. (A signal saves an extra checkpoint, so the
@@ -30,7 +30,7 @@ from osler.runtime.files import read_json
 
 logger = logging.getLogger(__name__)
 
-STEPS_BEFORE = 5  # good steps before an incident whose numbers a diagnosis shows
+STEPS_BEFORE = 5  # a diagnosis shows the numbers of so many good steps before an incident
 # Numbers of ``Incidents`` that a checkpoint keeps, besides the spikes and the steps before.
 KEPT = ("good_step", "skipped_in_a_row", "first_skipped", "not_finite_in_a_row", "cause", "rollbacks", "data_offset")
 
@@ -38,8 +38,8 @@ KEPT = ("good_step", "skipped_in_a_row", "first_skipped", "not_finite_in_a_row",
 class Incidents:
     """Watches the numbers of every step, reports and records what is wrong with them, and rolls the run back.
 
-    ``details`` returns the details of a step (1, 2 ...) as JSON: ``tokens``, ``lr``, and the names or numbers of its rows, with
-    a ``data_offset`` that the numbers leave out. Every rank has an instance; only rank 0 writes and logs.
+    ``details`` returns the details of a step (1, 2 ...) as JSON: ``tokens``, ``lr``, and the names or numbers of its rows.
+    Numbers leave out the ``data_offset``, which is given beside them. Every rank has an instance; only rank 0 writes and logs.
     """
 
     def __init__(self, config: RunConfig, run: Run, details: Callable[[int], Mapping[str, Any]]) -> None:
@@ -50,21 +50,21 @@ class Incidents:
         self.spikes = SpikeWindow(self.limits.spike)
         self.before: deque[list[Any]] = deque(maxlen=STEPS_BEFORE)  # step, loss and gradient norm of the last good steps
         self.skipped_in_a_row = 0
-        self.first_skipped = 0  # the first of these steps; steps without a token to learn may come between them
-        self.not_finite_in_a_row = 0  # steps of which at least one update was skipped
+        self.first_skipped = 0  # the first of the skipped steps in a row; steps without a token to learn may come between them
+        self.not_finite_in_a_row = 0  # steps in a row that skipped at least one update
         self.cause: str | None = None  # why the run has to go back
         self.rollbacks = 0
         self.data_offset = 0  # how far the data is ahead of the steps: tokens in train/, steps in rl/
-        self.good_step: int | None = None  # of the last checkpoint from before any trouble
+        self.good_step: int | None = None  # the step of the last checkpoint from before any trouble
 
     def observe(self, step: int, loss: float, grad_norm: float, *, skipped: bool, drift: float | None = None) -> None:
         """Check the numbers of a finished step; steps come in order. ``skipped``: all updates of the step were skipped.
 
-        Spikes are looked for in ``drift``, a part of the loss; None: in all of it.
+        Spikes are looked for in ``drift``, a part of the loss, or in the whole loss when it is None.
         """
         if math.isfinite(grad_norm):
             self.not_finite_in_a_row = 0
-        else:  # in rl/ also when one of several updates of the step was skipped
+        else:  # in rl/ this may be only one of several updates of the step
             message = "The gradient was not finite: the update was skipped and changed nothing."
             self._record(step, "skipped-step", message, loss, grad_norm, loudly=self.not_finite_in_a_row == 0)
             self.not_finite_in_a_row += 1
@@ -111,7 +111,7 @@ class Incidents:
             raise UserError(self._diagnosis(step, path))
         cause, rollbacks, there = self.cause, self.rollbacks + 1, position() + self.data_offset
         loaded = store.load(path)
-        restore(loaded)  # everything in here too
+        restore(loaded)  # this object too
         self.run.world.barrier()  # the caller replaces the checkpoint, which others may still be reading
         self.cause, self.rollbacks, self.data_offset = None, rollbacks, there - position()
         if self.run.world.is_first:
@@ -159,7 +159,7 @@ class Incidents:
         return "\n  ".join([f"{self.cause} {tried}{saved}", *facts])
 
     def checkpointed(self, step: int) -> dict[str, Any]:
-        """Return the state for the checkpoint of ``step``. Unless the run is in trouble, a rollback will return to that one."""
+        """Return the state for the checkpoint of ``step``. Unless the run is in trouble, a rollback will return to it."""
         if not (self.skipped_in_a_row or self.spikes.spikes or self.cause):
             self.good_step = step
         return {name: getattr(self, name) for name in KEPT} | {"spikes": self.spikes.state(), "before": list(self.before)}
@@ -173,9 +173,9 @@ class Incidents:
 
 
 def last_good(root: Path, good_step: int | None) -> tuple[Path | None, Damaged]:
-    """Return the checkpoint of ``good_step``, or the last good one before it if that is lost, and the damaged ones.
+    """Return the checkpoint of ``good_step``, or if it is lost the last good one before it, and the damaged ones.
 
-    The first is None if there is no good checkpoint.
+    The checkpoint is None if there is no good one.
     """
     damaged: Damaged = []
     for entry in sorted(by_age(root), key=lambda entry: entry.step, reverse=True):

@@ -52,7 +52,7 @@ class Trainer(ABC):
     """Base class of the trainers that ``Loop`` drives."""
 
     config: RunConfig
-    unit = "steps"  # of ``position`` and ``total``
+    unit = "steps"  # the unit of ``position`` and ``total``
     best_metric = ""  # decides which checkpoint is the best; lower is better when its name ends with "loss"
 
     def __init__(self, config: RunConfig, run: Run, learner: Learner, *, total: int, lines_every: int = 1) -> None:
@@ -133,7 +133,7 @@ class Trainer(ABC):
 
     @abstractmethod
     def evaluate(self) -> dict[str, float]:
-        """Return metrics of the current model. Raises AskedToStop when the run is asked to stop meanwhile."""
+        """Return metrics of the current model. Raises AskedToStop when the run is asked to stop during the evaluation."""
 
     def end_here(self) -> dict[str, float]:
         """Make the latest step the last; return what only the evaluation of a last step measures."""
@@ -168,10 +168,10 @@ class Loop:
             on_damage=self.incidents.found_damaged,
         )
         self.best: float | None = None  # value of the best metric so far
-        self.evaluation_interrupted = False  # because the run was asked to stop
+        self.evaluation_interrupted = False  # the run was asked to stop during it
         self.stopped_early = False
         self.nothing_shown_yet = True
-        self.stop: StopFlag  # these three live inside ``fit``
+        self.stop: StopFlag  # this and the next two exist inside ``fit`` only
         self.run_logger: RunLogger
         self.progress: Progress
 
@@ -179,7 +179,7 @@ class Loop:
         """Train to the end. Return False if the run was stopped early, after saving everything."""
         trainer, config, folder = self.trainer, self.trainer.config, self.run.folder
         with (
-            StopFlag() as self.stop,  # first, so that whoever sees the metrics file may send a signal
+            StopFlag() as self.stop,  # first, so that a signal is safe once there is a metrics file
             RunLogger(
                 config.monitor, folder, trainer.settings(), step=trainer.step, is_first=self.world.is_first
             ) as self.run_logger,
@@ -189,7 +189,7 @@ class Loop:
             closing(trainer),
         ):
             self.run.events = self.run_logger.events
-            # Before the first step, or where a kill came after the checkpoint and before its evaluation.
+            # This is before the first step, or after a kill between the checkpoint and its evaluation.
             if trainer.due().evaluation and not self.world.broadcast_from_first(self._was_evaluated):
                 self._evaluate()
             self._stop_early_if_due()
@@ -209,7 +209,7 @@ class Loop:
         trainer = self.trainer
         try:
             line = trainer.advance()
-        except AskedToStop:  # while it waited for data
+        except AskedToStop:  # the run was waiting for data
             self.save()
             self.world.broadcast_from_first(lambda: self.saver.wait(needed=True))
             return False
@@ -236,7 +236,7 @@ class Loop:
         return True
 
     def _agree_to_stop(self) -> bool:
-        """Whether the ranks stop, because one of them was asked to. A later signal is counted in the next vote."""
+        """Return whether the ranks stop, because one of them was asked to. The next vote counts a later signal."""
         (all_go_on,) = self.world.all_reduce_min(not self.stop.requested)
         self.stop.requested = self.stop.requested or not all_go_on
         return not all_go_on
@@ -262,7 +262,7 @@ class Loop:
             "step": trainer.step,
             "tokens": trainer.tokens,
             "stopped_early": self.stopped_early,
-            **trainer.state(),  # must be evaluated first: it passes the latest losses to ``incidents``
+            **trainer.state(),  # this must come first, because it passes the latest losses to ``incidents``
             "incidents": self.incidents.checkpointed(trainer.step),
             "fingerprints": trainer.fingerprints(),
             "optimizer": optimizer_state,
@@ -280,7 +280,7 @@ class Loop:
         self.world.broadcast_from_first(save)
 
     def restore(self, loaded: store.Loaded, *, is_branch: bool = False) -> None:
-        """Resume from a checkpoint of this run, or of the run that it branches from, whose end is not its own."""
+        """Resume from a checkpoint of this run. From a checkpoint of the run that it branches from, do not take over the end."""
         changes = self.run.events if self.trainer.config.allow_data_change else None
         check_fingerprints(loaded, self.run.fingerprints, changes=changes)
         self._load(loaded)
@@ -331,9 +331,9 @@ class Loop:
         trainer.exclude_time(time.monotonic() - before)
 
     def _stop_early_if_due(self) -> None:
-        """Make the present step the last when as many evaluations as the config says were no better than one before them.
+        """Make the present step the last when the config's number of evaluations in a row were no better than an earlier one.
 
-        It then has all that a last step has, and its checkpoint, which is written anew, says that the run ends there.
+        The step then has all that a last step has. Its checkpoint is written anew and says that the run ends there.
         """
         trainer, patience = self.trainer, self.trainer.config.early_stopping_patience
         if patience is None or trainer.done:
@@ -376,7 +376,7 @@ class Loop:
 
 
 def in_a_line(metrics: Mapping[str, float]) -> str:
-    """Return an evaluation in words. Of each validation set only its bits per byte are told, or where there are none its loss."""
+    """Return an evaluation in words. Each validation set is told by its bits per byte alone, or by its loss if there are none."""
     told = "bits_per_byte" if "eval/bits_per_byte" in metrics else "loss"
     sets = [f"{name.split('/')[1]} {value:.4f}" for name, value in metrics.items() if name.endswith(f"/{told}")][1:]
     words = []

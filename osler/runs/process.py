@@ -43,7 +43,7 @@ class Machine:
         return torch.float32 if self.device.type == "cpu" else self.dtype
 
     def describe(self) -> dict[str, Any]:
-        """Return what times and roundings depend on."""
+        """Return everything that times and roundings depend on."""
         return {
             **describe_machine(),
             "device": str(self.device) if self.device.type == "cpu" else torch.cuda.get_device_name(self.device),
@@ -103,11 +103,11 @@ class Run:
     folder: RunFolder
     world: World
     files: Mapping[str, bytes] = field(default_factory=dict)
-    more_files: Callable[[], Mapping[str, bytes]] = dict  # those that may be known later
+    more_files: Callable[[], Mapping[str, bytes]] = dict  # files that become known later
     fingerprints: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.started = time.monotonic()  # moved back on resume by the time that earlier processes spent
+        self.started = time.monotonic()  # a resume moves it back by the time that earlier processes spent
         self.events = EventLog(self.folder.events if self.world.is_first else os.devnull)
 
     def describe(self, machine: Machine, model: ModelConfig, tokenizer: Tokenizer) -> None:

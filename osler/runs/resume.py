@@ -1,13 +1,14 @@
-"""Resume: ``find_start`` finds the checkpoint from which a process goes on, ``resume`` restores a trainer and its loop from it.
+"""Resume: ``find_start`` finds the checkpoint that a process continues from, ``resume`` restores a trainer and its loop from it.
 
-That is the newest good checkpoint of the run, an earlier one (going back), one of another run (a branch), or none: step 0. The
-place in the data needs no restoring, because it is computed from the step (``data/order.py``).
+A process continues from the newest good checkpoint of the run, from an earlier one (going back), from one of another run (a
+branch), or from none: step 0. The place in the data needs no restoring, because it is computed from the step
+(``data/order.py``).
 
-Going back (``--from-step``) sets aside everything that the run wrote after that checkpoint, which becomes the newest again. The
-run then is, bit for bit, one that was stopped there.
+Going back (``--from-step``) sets aside everything that the run wrote after a checkpoint. This checkpoint is the newest again, and
+the run is, bit for bit, as if it had been stopped there.
 
-A branch (``--branch``) is a new run that continues from a checkpoint of another, with its optimizer and data position. The new
-config names that checkpoint, ``branch_from``, which is needed until the new run has saved one. The rest is an ordinary resume.
+A branch (``--branch``) is a new run that continues from a checkpoint of another, with its optimizer and data position. Its
+``branch_from`` names that checkpoint, which is needed until the new run has saved one. The rest is an ordinary resume.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ from osler.runtime.files import RunFolder, fsync_dir, write_atomic
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-CONFIG = "config.yaml"  # in a checkpoint
+CONFIG = "config.yaml"  # its name in a checkpoint
 ASIDE = "set-aside"  # in the run folder: checkpoints and lines from after the step that the run went back to
-REWIND = "rewind"  # the event
+REWIND = "rewind"  # the event that records going back
 
 
 class Start(NamedTuple):
@@ -53,10 +54,10 @@ class Start(NamedTuple):
 
 
 def find_start(config: Any, run: Run, check_branch: Callable[[Any, store.Loaded], None]) -> Start:
-    """Check that the folder may hold this run, and return where the run continues, which is the same on every rank.
+    """Check that the folder may hold this run, and return where it continues. All ranks return the same.
 
-    Raises UserError when the folder holds another run, when the ranks found different checkpoints, as on machines that do not
-    share the disk of the run folder, and when ``check_branch`` refuses a branch that begins.
+    Raises UserError when the folder holds another run, or when ``check_branch`` refuses a branch that begins. Raises it also when
+    the ranks found different checkpoints, because their machines do not share the disk of the run folder.
     """
     refuse_another(run.folder, config)
     check_trackers(config.monitor)
@@ -65,7 +66,7 @@ def find_start(config: Any, run: Run, check_branch: Callable[[Any, store.Loaded]
     start = Start(newest or branch_point(config), is_branch=newest is None and config.branch_from is not None)
     loaded = start.load(names=[])
     step = -1 if loaded is None else loaded.step
-    least, most = run.world.all_reduce_min(step, -step)  # before ranks could wait for different things
+    least, most = run.world.all_reduce_min(step, -step)  # agree early, before ranks wait for different things
     if least != -most:
         raise UserError(
             f"The processes found different checkpoints to go on from (steps {least} to {-most}, -1 is none): the run folder "
@@ -77,7 +78,7 @@ def find_start(config: Any, run: Run, check_branch: Callable[[Any, store.Loaded]
 
 
 def resume(trainer: Trainer, start: Start, loaded: store.Loaded) -> Loop:
-    """Return the loop of a trainer, both restored from a checkpoint; the beginning of a branch is logged and recorded."""
+    """Restore a trainer from a checkpoint and return its loop. The beginning of a branch is logged and recorded."""
     loop, events = Loop(trainer), trainer.run.events
     loop.restore(loaded, is_branch=start.is_branch)
     if start.is_branch:
@@ -101,7 +102,7 @@ def resume(trainer: Trainer, start: Start, loaded: store.Loaded) -> Loop:
 
 
 def warn_of_endless_warmup(schedule: ScheduleConfig, total_tokens: int, total: str = "total_tokens") -> None:
-    """Warn when a run, shortened on the command line perhaps, ends inside its warm-up and learns next to nothing."""
+    """Warn when a run ends inside its warm-up and learns next to nothing, perhaps because it was shortened."""
     warmup_tokens = warmup_of(schedule, total_tokens)
     if warmup_tokens >= total_tokens:
         logger.warning(
@@ -114,7 +115,7 @@ def warn_of_endless_warmup(schedule: ScheduleConfig, total_tokens: int, total: s
 
 
 def find_step(root: Path, step: int) -> Entry:
-    """Return the good checkpoint of a step. Raises UserError, which lists the steps there are, when it is missing or damaged."""
+    """Return the good checkpoint of a step. Raises UserError with the steps there are when it is missing or damaged."""
     entries = folders.by_age(root)
     what = f"There is no checkpoint of step {step} in {root}"
     for entry in entries:
@@ -130,11 +131,11 @@ def find_step(root: Path, step: int) -> Entry:
 def go_back(folder: RunFolder, step: int) -> None:
     """Take a run back to the checkpoint of ``step``, and move later checkpoints, metrics and events to another folder.
 
-    The newest checkpoint moves first, so a kill half way leaves a run that was stopped at one of them.
+    The newest checkpoint moves first, so a kill half way leaves a run that was stopped at one of the checkpoints.
     """
     rewinds = [event.step for event in read_events(folder.events) if event.kind == REWIND]
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and rewinds[-1:] == [step]:
-        return  # torchrun starts the same command again after a failure: once is enough
+        return  # torchrun repeats the command after a failure, and to go back once is enough
     target = find_step(folder.checkpoints, step)
     others = [entry for entry in folders.by_age(folder.checkpoints) if entry.path != target.path]
     later = [entry for entry in others if entry.step > target.step or entry.sequence > target.sequence]
@@ -151,7 +152,7 @@ def go_back(folder: RunFolder, step: int) -> None:
 def _set_aside(
     folder: RunFolder, step: int, later: Sequence[Entry], lines: Mapping[Path, tuple[list[bytes], list[bytes]]]
 ) -> Path:
-    """Move checkpoints, and of each file the second part of its lines, to a new folder in the run's, and return that."""
+    """Move checkpoints, and the second part of each file's lines, to a new folder in the run folder; return the new folder."""
     best = folders.best_checkpoint(folder.checkpoints)
     if best is not None and best.path in {entry.path for entry in later}:
         (folder.checkpoints / folders.BEST).unlink()  # the next evaluation marks another
@@ -184,7 +185,7 @@ def branch_config(cls: type[T], kind: str, branch: str, step: int | None, overri
     folders.refuse_checkpoint(folder.root)
     path = folders.padded(Path(branch))
     stored = read_config(folder) if folder.config.exists() else {}
-    begun = stored.get("branch_from")  # where the new run has begun, if it has
+    begun = stored.get("branch_from")  # the checkpoint that the new run began from, if it has begun
     there = Path(begun or "")
     is_begun = path == there or (path in there.parents and (step is None or there.name == folders.folder_name(step)))
     if begun is None or not is_begun:
@@ -195,7 +196,7 @@ def branch_config(cls: type[T], kind: str, branch: str, step: int | None, overri
 
 
 def _checkpoint_of(path: Path, step: int | None) -> Path:
-    """Return the good checkpoint at ``path``, or in the run folder ``path`` that of ``step`` (None: the newest)."""
+    """Return the good checkpoint at ``path``. In a run folder it is the checkpoint of ``step`` (None: the newest)."""
     if match := folders.FOLDER_NAME.fullmatch(path.name):
         if step not in (None, int(match[1])):
             raise UserError(f"{path} is step {int(match[1])}, and --from-step says {step}: leave one of them out.")
@@ -244,7 +245,7 @@ def same_data(config: Any, loaded: store.Loaded) -> bool:
 
 
 def describe_branch(config: Any, loaded: store.Loaded) -> str:
-    """Return one line about a branch: where it begins, and how its config differs from that of its run."""
+    """Return one line about a branch: where it begins, and how its config differs from the run that it branches from."""
     leave_out = ("branch_from", "description", "monitor")
     changed = differences(config, config_in(loaded), str(loaded.path / CONFIG), leave_out)
     what = f"What differs from its run: {named(list(changed.values()))}." if changed else "Nothing differs from its run."

@@ -21,7 +21,7 @@ def make_loader(
     *,
     pin_memory: bool = False,
 ) -> Loader:
-    """Return the loader of this rank's batches. A stage goes on in each source where the one before it ended there."""
+    """Return the loader of this rank's batches. In each source a stage begins where the last stage ended."""
     orders = {source.name: Order(source.train, config.seed) for source in prepared.sources}
     first_tokens = dict.fromkeys(orders, 0)
     stages = []
@@ -35,9 +35,9 @@ def make_loader(
 
 
 def weights_of(config: TrainConfig, prepared: Prepared, span: Span) -> list[float]:
-    """Return the weight of each source in a stage: the stage's, or those of the data.
+    """Return the weight of each source in a stage. The stage gives the weights, or else the data.
 
-    Raises UserError when a stage names other sources than there are.
+    Raises UserError when the sources that a stage names are not those of the data.
     """
     of_data = {source.name: source.weight for source in prepared.sources}
     if not isinstance(config.data, PreparedData):  # the shards may have been prepared under other names, with other weights
@@ -49,7 +49,7 @@ def weights_of(config: TrainConfig, prepared: Prepared, span: Span) -> list[floa
 
 
 def packing_of(config: TrainConfig, order: Order, seq_len: int, first_token: int) -> StreamPacking | WholePacking:
-    """Return how documents become rows. In pretraining every token is learned, in fine-tuning what the loss masks say."""
+    """Return how documents become rows. Pretraining learns every token, and fine-tuning the tokens that loss masks select."""
     prompt_loss = config.kind == "pretrain"
     if config.packs_whole:
         return WholePacking(order, seq_len, prompt_loss=prompt_loss, drop_torn=config.drops_torn)

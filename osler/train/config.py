@@ -28,7 +28,7 @@ from osler.runs.config import CheckpointConfig, RunConfig
 from osler.tokenizer.config import SMALLEST_VOCABULARY, BPEConfig, TokenizerConfig
 
 DataConfig = Annotated[TextData | PreparedData, TAGGED]
-# Of the tokens of a run, so many are read by its evaluations at most. Each takes a third of the time of one that is learned.
+# Evaluations read at most this share of the tokens that a run learns. Reading a token takes a third of the time of learning it.
 EVALUATED_SHARE = 0.2
 
 
@@ -110,7 +110,7 @@ class TrainConfig(RunConfig):
                 f"{self.kind}) keeps documents whole, in rows of one length; set packing=stream, or leave the curriculum out"
             )
         _ = self.timeline  # raises ValueError for stages that contradict each other
-        for number, stage in enumerate(self.curriculum, start=1):  # shards tell their sources later
+        for number, stage in enumerate(self.curriculum, start=1):  # sources of shards are known later
             if stage.weights is None or isinstance(self.data, PreparedData):
                 continue
             if problem := wrong_weights(number, stage.weights, sources_of(self.data)):
@@ -173,7 +173,7 @@ class TrainConfig(RunConfig):
         return -(-self.total_tokens // count)
 
     def evaluated_tokens(self, num_sets: int) -> int:
-        """Return how many tokens an evaluation reads of each of so many sets; of whole shards, and of one at least."""
+        """Return how many tokens an evaluation reads of each of ``num_sets`` sets. It reads whole shards, and at least one."""
         share = int(min(self.evaluation_tokens, self.total_tokens) * EVALUATED_SHARE)
         return min(max(share // num_sets, FIRST_SHARD_TOKENS), VALIDATION_TOKENS)
 
@@ -184,7 +184,7 @@ class TrainConfig(RunConfig):
         return tokens if self.max_minutes is None else f"{self.max_minutes:g} minutes (at most {tokens})"
 
     def training_flops(self, model: ModelConfig) -> int:
-        """FLOPs of the whole run on this model, each stage at its own length."""
+        """FLOPs of the whole run on this model, each stage at its own row length."""
         return sum(tokens * model.flops_per_token(span.seq_len) for span, tokens in self.timeline.shares(self.total_tokens))
 
     def numbers(self, model: ModelConfig | None = None) -> dict[str, str]:

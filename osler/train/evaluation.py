@@ -1,7 +1,7 @@
-"""What supervised runs measure on text that they do not learn: each validation set, and all of them together.
+"""Supervised runs are measured on text that they do not learn: on each validation set, and on all of them together.
 
-The sets are those of the config's `validation`, or without one what is held out of each source. The first shards of each are
-read, as many tokens as `TrainConfig.evaluated_tokens` says, so the result of an evaluation depends on the checkpoint alone.
+The config names the sets in `validation`; without it they are the held-out part of each source. Of each set the first shards
+are read, up to `TrainConfig.evaluated_tokens`, so the result of an evaluation depends on the checkpoint alone.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ def held_out_scores(
 
 
 def heads(config: TrainConfig, sets: Mapping[str, ShardSet]) -> dict[str, ShardSet]:
-    """Return what is read of each set that has a document: its first shards, also while later ones are being prepared.
+    """Return the first shards of each set that has a document, also while later ones are being prepared.
 
-    Of a set without one some ranks may know that before they open the data, so it counts on none of them.
+    A set without a document counts on no rank, because some ranks may know that it is empty before they open the data.
     """
     sets = {name: shards for name, shards in sets.items() if shards.head(1).num_documents}
     return {name: shards.head_within(config.evaluated_tokens(len(sets))) for name, shards in sets.items()}
 
 
 def held_out_batches(config: TrainConfig, shards: ShardSet) -> Iterator[tuple[Tensor, ...]]:
-    """Yield windows of documents that do not overlap, or whole examples that do not see each other, whose loss masks count."""
+    """Yield windows that do not overlap. In fine-tuning yield whole examples, which do not see each other, with loss masks."""
     if config.kind == "pretrain":
         yield from batches(windows(shards.documents(), seq_len=config.seq_len, start_id=shards.eos_id))
         return
@@ -72,13 +72,13 @@ def held_out_batches(config: TrainConfig, shards: ShardSet) -> Iterator[tuple[Te
 
 
 def values_of(config: TrainConfig, score: TextScore) -> dict[str, float]:
-    """Return what is told of a score. Where only answers are learned, their bytes are not known."""
+    """Return the values of a score that are told. If only answers are learned, their bytes are not known."""
     values = {"loss": score.loss, "bits_per_byte": score.bits_per_byte, "token_accuracy": score.token_accuracy}
     return {name: value for name, value in values.items() if config.kind == "pretrain" or name != "bits_per_byte"}
 
 
 def as_metrics(config: TrainConfig, prepared: Prepared, scores: Mapping[str, TextScore]) -> dict[str, float]:
-    """Return the metrics of an evaluation: `eval/loss` and so on of all sets together, and `eval/SET/loss` of each.
+    """Return the metrics of an evaluation: `eval/loss` and the like for all sets together, `eval/SET/loss` for each set.
 
     A single set without a name is not told twice.
     """
@@ -91,9 +91,9 @@ def as_metrics(config: TrainConfig, prepared: Prepared, scores: Mapping[str, Tex
 
 
 def evaluate_checkpoint(config: TrainConfig, folder: RunFolder, step: int | None, world: World) -> str:
-    """Measure a checkpoint of a run, the newest good one where no step is given, and write the scores into its folder.
+    """Measure a checkpoint of a run (without a step the newest good one), write the scores into the run folder, return a table.
 
-    Returns a table. Each rank loads the whole model; nothing else in the folder changes, so the run may be at work meanwhile.
+    Each rank loads the whole model. Nothing else in the folder changes, so the run may be training at the same time.
     """
     path = world.broadcast_from_first(
         lambda: newest_checkpoint(folder) if step is None else find_step(folder.checkpoints, step).path

@@ -1,4 +1,4 @@
-"""From a recipe to a finished run folder: ``osler pretrain`` and ``osler sft``; ``runs/command.py`` does what GRPO does too."""
+"""From a recipe to a finished run folder: ``osler pretrain`` and ``osler sft``; ``runs/command.py`` has what GRPO shares."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
     # drawn before training, so that a split that does not exist fails now
     exam = {split: load_clinic(split=split, limit=probe.items) for split in probe.splits} if probe.every_tokens else {}
     checkpoint = start.load()
-    # A run by the clock takes as many steps as it can: from a minute on compiling pays.
+    # A run by the clock takes as many steps as it can, so compiling pays from one minute on.
     steps = config.total_steps if config.max_minutes is None else int(config.max_minutes * COMPILE_MIN_STEPS)
     machine = agree_on_machine(world, start.checkpoint, precision=config.precision, compile_mode=config.compile, steps=steps)
     model, tokenizer, fill = setup.make_model(config, machine, checkpoint, processes=world.size)
@@ -77,9 +77,9 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
         compile=machine.compile,
     )
     fill()
-    del fill  # and what it loaded
+    del fill  # frees the weights that it loaded
     prepared, preparer = prepare_run(config, folder, tokenizer, checkpoint, model.config) if world.is_first else (None, None)
-    world.barrier()  # what rank 0 wrote, the others read
+    world.barrier()  # the other ranks read what rank 0 wrote
     prepared = prepared or open_prepared(shards_of(config, folder), tokenizer, growing=streams(config))
     optimizer = build_optimizer(model, config.optim, seed=config.seed, process_group=world.group)
     loader = make_loader(config, prepared, world, pin_memory=machine.device.type == "cuda")
@@ -121,7 +121,7 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
 def tending(
     config: TrainConfig, folder: RunFolder, preparer: Preparer | None, loader: Loader
 ) -> Callable[[float], None]:
-    """Return what looks after the preparation of a stream, if this process does: see ``wait_together``."""
+    """Return the function that looks after the preparation of a stream, if this process does; see ``wait_together``."""
     if preparer is None or isinstance(config.data, PreparedData):
         return untended
     if config.data.disk_budget_gb is None:
@@ -191,7 +191,7 @@ def next_steps(config: TrainConfig, folder: RunFolder) -> str:
 
 
 def check_start(config: TrainConfig, folder: RunFolder, start: store.Loaded | None) -> None:
-    """Raise UserError when a start lacks something; ``start`` is the checkpoint that it continues from."""
+    """Raise UserError when a start lacks something; ``start`` is the checkpoint to continue from."""
     setup.check_plan(config, is_new=start is None)
     check_data(config, folder, start)
 

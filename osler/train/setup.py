@@ -49,11 +49,11 @@ from osler.train.config import TrainConfig
 logger = logging.getLogger(__name__)
 
 DATA = "data"  # in the run folder: the shards that are prepared for it
-ROUND_LENGTH = 64  # a row length that is proposed is a multiple of it
-# Passes over the data that are told at the start. Text: Muennighoff et al. 2023, arXiv 2305.16264, found up to 4 to be nearly as
-# good as new text, and hardly a gain after 16. Fine-tuning is often many passes over few examples.
+ROUND_LENGTH = 64  # a proposed row length is a multiple of this
+# A run with more passes over the data than this is told so at the start. Muennighoff et al. 2023, arXiv 2305.16264, found up to
+# 4 passes over text nearly as good as new text, and hardly a gain after 16. Fine-tuning often repeats few examples many times.
 WORTHWHILE_EPOCHS = {"pretrain": 4, "sft": 16}
-LOOKED_AT = 64  # documents whose start is decoded again before a run begins, to see what its tokenizer loses
+LOOKED_AT = 64  # before a run begins, so many documents show what its tokenizer loses
 
 
 def check_plan(config: TrainConfig, *, is_new: bool) -> None:
@@ -73,7 +73,7 @@ def check_plan(config: TrainConfig, *, is_new: bool) -> None:
 
 
 def check_disk_budget(config: TrainConfig, data: TextData) -> None:
-    """Raise UserError when a budget of disk cannot hold what a run needs at once."""
+    """Raise UserError when the disk budget cannot hold the data that a run needs at once."""
     if data.disk_budget_gb is None:
         return
     sources, checkpoint = list(sources_of(data).values()), config.checkpoint
@@ -82,9 +82,9 @@ def check_disk_budget(config: TrainConfig, data: TextData) -> None:
     tokens += len(sources) * SHARD_TOKENS
     weights = sum(source.weight for source in sources)
     num_sets = sum(isinstance(source, ClinicData) or source.holdout_fraction > 0 for source in sources)
-    # What an evaluation reads of a source, and the shard that is too much. It waits until so much is held out.
+    # An evaluation waits until so much of a source is held out: the tokens that it reads, and one more shard.
     held_out = min(config.evaluated_tokens(max(1, num_sets)) + FIRST_SHARD_TOKENS, VALIDATION_TOKENS)
-    ahead = [  # tokens that are prepared until then
+    ahead = [  # tokens that are prepared before an evaluation begins
         held_out / source.holdout_fraction * weights / source.weight
         for source in sources
         if not (config.validation or isinstance(source, ClinicData)) and source.holdout_fraction
@@ -102,7 +102,7 @@ def check_disk_budget(config: TrainConfig, data: TextData) -> None:
 
 
 def check_early_stopping(config: TrainConfig, prepared: Prepared) -> None:
-    """Raise UserError when a run would wait for the end of its progress on text, of which it has none."""
+    """Raise UserError when early stopping is asked for and no text is held out to measure progress on."""
     if config.early_stopping_patience is not None and not prepared.validation_sets:
         raise UserError(
             "early_stopping_patience counts evaluations on text that is held out, and nothing is: give validation=[...] or a "
@@ -139,7 +139,7 @@ def check_branch(config: TrainConfig, start: store.Loaded) -> None:
 
 
 def _shares_until(config: TrainConfig, tokens: int) -> list[dict[str, float]]:
-    """Return the share of each source in every stage that begins before so many tokens; empty for those that shards tell."""
+    """Return the share of each source in every stage that begins before ``tokens``; empty if only the shards tell it."""
     of_data = {} if isinstance(config.data, PreparedData) else {name: s.weight for name, s in sources_of(config.data).items()}
     reached = len(config.timeline.shares(tokens))
     weights = [stage.weights or of_data for stage in config.curriculum[:reached]] or [of_data]
@@ -149,10 +149,10 @@ def _shares_until(config: TrainConfig, tokens: int) -> list[dict[str, float]]:
 def make_model(
     config: TrainConfig, machine: Machine, checkpoint: store.Loaded | None, *, processes: int = 1
 ) -> tuple[Transformer, Tokenizer | None, Callable[[], None]]:
-    """Return the model to train and its tokenizer: from the run's own checkpoint, from ``init_from``, or new (no tokenizer).
+    """Return the model to train and its tokenizer: from ``checkpoint``, from ``init_from``, or new (no tokenizer).
 
-    The weights of ``checkpoint`` are loaded later, by ``Loop.restore``. A model that FSDP is going to shard is on ``meta``; the
-    function returned as third value fills in the weights after that.
+    The weights of ``checkpoint`` are loaded later, by ``Loop.restore``. A model that FSDP is going to shard is on ``meta``. The
+    third value is a function that fills in its weights after the sharding.
     """
     source = checkpoint
     if checkpoint is None and config.init_from is not None:
@@ -180,7 +180,7 @@ def make_model(
 
 
 def check_processes(config: TrainConfig, processes: int) -> None:
-    """Raise UserError for what several processes cannot train together."""
+    """Raise UserError for a config that this number of processes cannot train together."""
     check_strategy(config.parallel, processes)
     strategy, optimizer = config.parallel.type, "pure-bf16" if config.precision == "pure-bf16" else config.optim.type
     # These optimizers need whole parameters.
@@ -241,7 +241,7 @@ def fitted(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
 def check_lengths(config: TrainConfig, prepared: Prepared, max_seq_len: int) -> None:
     """Raise UserError for examples whose answers would be cut from their questions, or warn how many ``too_long=drop`` drops.
 
-    ``max_seq_len`` is the model's. Raises UserError also when a split would be left empty.
+    ``max_seq_len`` is the limit of the model. Raises UserError also when a split would be left empty.
     """
     if config.kind != "sft" or not config.packs_whole or not prepared.is_complete:
         return
@@ -268,7 +268,7 @@ def check_lengths(config: TrainConfig, prepared: Prepared, max_seq_len: int) -> 
 
 def tell_of_repeats(config: TrainConfig, prepared: Prepared, consumed: ConsumedData) -> None:
     """Warn when the data are less than one row; note when the run repeats them so often that repeats teach little."""
-    if not prepared.is_complete:  # it becomes known while the run goes on
+    if not prepared.is_complete:  # the number of tokens becomes known later
         return
     tokens, most = prepared.num_tokens, WORTHWHILE_EPOCHS[config.kind]
     if tokens < config.seq_len:

@@ -38,7 +38,7 @@ from osler.train.setup import DATA, check_disk_budget, check_early_stopping, che
 logger = logging.getLogger(__name__)
 
 PARTIAL = ".data.partial"  # in the run folder: shards that are taken over from another run
-CHECKED_BYTES = 4 * 2**30  # of shards at most are read when a process starts, at about 0.7 GB/s
+CHECKED_BYTES = 4 * 2**30  # larger shards are not read when a process starts; reading takes 1 s for about 0.7 GB
 
 
 def shards_of(config: TrainConfig, run: RunFolder) -> Path:
@@ -54,10 +54,10 @@ def streams(config: TrainConfig) -> bool:
 def prepare_run(
     config: TrainConfig, run: RunFolder, tokenizer: Tokenizer, start: store.Loaded | None, model: ModelConfig
 ) -> tuple[Prepared, Preparer | None]:
-    """Write into the run folder what every rank then reads: the shards, ``config.yaml``, the tokenizer.
+    """Write the shards, ``config.yaml`` and the tokenizer into the run folder, where every rank then reads them.
 
-    ``start`` is the checkpoint that the run continues from. With data.streaming a process goes on writing shards, which the
-    caller closes; None when there is none.
+    ``start`` is the checkpoint that the run continues from. With data.streaming another process may still be writing shards; the
+    caller closes the Preparer of that process, which is None if there is no such process.
     """
     try:
         prepared, preparer = _open(config, run, tokenizer, start)
@@ -66,13 +66,13 @@ def prepare_run(
         if not moved:
             raise
         raise UserError(f"{', '.join(moved.values())}. {error}") from error
-    if start is not None and not config.allow_data_change:  # with it the change is recorded when the run goes on
+    if start is not None and not config.allow_data_change:  # if allowed, a change is recorded when the run resumes
         tend = untended if preparer is None else preparer.tend
         current = wait_together(lambda: fingerprints_of(prepared, tokenizer, start), World(), "The run", tend)
         check_fingerprints(start, current)
     if prepared.reused:
         _check_bytes(prepared, run)
-    if config.allow_data_change or not run.config.exists():  # a run that has begun goes on
+    if config.allow_data_change or not run.config.exists():  # a run that has begun continues
         check_early_stopping(config, prepared)
         check_lengths(config, prepared, model.max_seq_len)
     claim(run, config)
@@ -85,7 +85,7 @@ def prepare_run(
 
 
 def fingerprints_of(prepared: Prepared, tokenizer: Tokenizer, start: store.Loaded | None) -> dict[str, str]:
-    """Return what identifies tokenizer and data of a run; the data as in its checkpoint, where they have gone on from there."""
+    """Return what identifies tokenizer and data of a run. Data that have only grown keep the checkpoint's value."""
     data = prepared.fingerprint
     if start is not None and go_on_from(prepared.train, recorded := str(start.state["fingerprints"].get("data"))):
         data = recorded
@@ -100,7 +100,7 @@ def _open(
         whose = "of the run" if start is not None or config.init_from is None else f"of {config.init_from}"
         return open_prepared(data.path, tokenizer, whose), None
     at_hand = shards_at_hand(config, run, start)
-    shutil.rmtree(run.root / PARTIAL, ignore_errors=True)  # what a killed process leaves; this one has locked the run folder
+    shutil.rmtree(run.root / PARTIAL, ignore_errors=True)  # a killed process left it; this process has the lock
     if at_hand is not None and at_hand != folder:
         _take_over(at_hand, folder)
     if at_hand is not None and is_finished(folder) and is_source_gone(config, run):
@@ -110,29 +110,29 @@ def _open(
             check_present(data, config.validation, folder, "allow_data_change=true")
         return open_prepared(folder, tokenizer), None
     consent = None if config.allow_data_change else "allow_data_change=true"
-    # A checkpoint that knows all of the data can only be compared with all of them.
+    # A checkpoint that identifies all of the data can only be compared with all of the data.
     knows_all = start is not None and not is_of_part(str(start.state["fingerprints"].get("data")))
     if not data.streaming or knows_all or is_finished(folder):
         return prepare_sources(data, tokenizer, folder, validation=config.validation, consent=consent), None
     check_disk_budget(config, data)
-    pinned, validation = at_known_commits(data, config.validation, folder)  # here, where the hub was asked before
+    pinned, validation = at_known_commits(data, config.validation, folder)  # this process has asked the hub before
     preparer = Preparer(pinned, tokenizer, folder, consent=consent, validation=validation)
     logger.info(f"The data are being prepared while the run trains; what that process says is in {preparer.log}.")
     return open_prepared(folder, tokenizer, growing=True), preparer
 
 
 def exams_in_data(config: TrainConfig, shards: Path, start: store.Loaded | None) -> Callable[[], Mapping[str, bytes]]:
-    """Return what gives the file that a checkpoint has of the exam items in what the model has learned from.
+    """Return a function that gives the file of a checkpoint about exam items in the data that the model has learned from.
 
-    That is what the run learns from, and what the model learned from that it begins with. `start` is the checkpoint that the run
-    continues from, which knows of everything up to there, unless data were being prepared: nothing is known of them meanwhile.
+    The model has learned from the data of this run, and before from the data of the model that the run begins with. The run
+    continues from `start`, which knows of all data up to there. Nothing is known of data while they are being prepared.
     """
     before = None
     if start is not None and (EXAMS_FILE in start.files or config.allow_data_change):
         before = ExamsInData.from_files(start.files)
     elif config.init_from is not None:
         before = ExamsInData()
-        with suppress(UserError):  # a run that goes on does not need it any more
+        with suppress(UserError):  # a resumed run no longer needs it
             before = ExamsInData.from_files(store.load(store.resolve(config.init_from), names=[]).files)
 
     @functools.lru_cache(1)
@@ -146,7 +146,7 @@ def exams_in_data(config: TrainConfig, shards: Path, start: store.Loaded | None)
 
 
 def _check_bytes(prepared: Prepared, run: RunFolder) -> None:
-    """Raise UserError when a shard rotted since it was written; many gigabytes are left to `osler data inspect`."""
+    """Raise UserError when a shard has rotted on the disk; many gigabytes are left to `osler data inspect`."""
     splits, folder = [*prepared.train, *prepared.validation], prepared.folder
     if sum(split.file_bytes for split in splits) > CHECKED_BYTES:
         logger.info(f"The shards in {folder} are too large to be checked at every start; `osler data inspect {folder}` does it.")
@@ -184,9 +184,9 @@ def is_source_gone(config: TrainConfig, run: RunFolder) -> bool:
 
 
 def shards_at_hand(config: TrainConfig, run: RunFolder, start: store.Loaded | None) -> Path | None:
-    """Return shards that are known to be the run's: in its folder, or in the folder of the run that it branches from."""
+    """Return the folder of shards that are the run's: in its own folder, or in that of the run that it branches from."""
     own = shards_of(config, run)
-    if start is None:  # the config is claimed when the shards are whole
+    if start is None:  # the config is written after the shards are whole
         return own if run.config.exists() and (own / DATA_MANIFEST).is_file() else None
     above = runs_above(start.path) if not own.exists() and same_data(config, start) else []
     for folder in (own, *(parent / DATA for parent in above)):
@@ -196,7 +196,7 @@ def shards_at_hand(config: TrainConfig, run: RunFolder, start: store.Loaded | No
 
 
 def _is_data_of(folder: Path, start: store.Loaded, *, whole: bool) -> bool:
-    """Return whether a folder holds the shards of a checkpoint's run; with ``whole`` all of them, of which none was deleted."""
+    """Return whether a folder holds the shards of a checkpoint's run; with ``whole`` all must be there, none deleted."""
     manifest, of_start = read_data_manifest(folder), start.state["fingerprints"]
     shards = [ShardSet.open(folder, source, SPLITS[0], growing=True) for source in manifest["sources"]]
     if manifest["tokenizer_fingerprint"] != of_start.get("tokenizer"):
@@ -210,7 +210,7 @@ def _is_data_of(folder: Path, start: store.Loaded, *, whole: bool) -> bool:
 
 
 def runs_above(checkpoint: Path) -> list[Path]:
-    """Return the run folder of a checkpoint, and for a checkpoint that was set aside also the run folder around that."""
+    """Return the run folder of a checkpoint. If the checkpoint was set aside, add the run folder around it."""
     parents = list(checkpoint.absolute().parents)
     return [parents[1], *(parents[3:4] if len(parents) > 3 and parents[2].name == ASIDE else [])]
 
@@ -221,7 +221,7 @@ def _missing(config: TrainConfig) -> list[str]:
 
 
 def _sources(config: TrainConfig) -> list[AnySource]:
-    """Return what a run learns from and is evaluated on, unless that is prepared already."""
+    """Return the sources that a run learns from and is evaluated on; none if its data were given as shards."""
     if isinstance(config.data, PreparedData):
         return []
     return [*sources_of(config.data).values(), *sets_of(config.validation, config.data).values()]

@@ -37,7 +37,7 @@ from osler.runs.process import Learner, Run
 from osler.runs.resume import warn_of_endless_warmup
 from osler.train.config import TrainConfig
 
-PLANNED_SHARE = 0.97  # of the minutes asked for: the rest is for the last checkpoint and evaluation
+PLANNED_SHARE = 0.97  # share of the minutes that training takes; the rest is for the last checkpoint and evaluation
 
 
 class StepResult(NamedTuple):
@@ -66,7 +66,7 @@ class TrainStep:
     ) -> None:
         """``mark`` is called at the end of each part of a step: forward, backward, optimizer.
 
-        ``around_update`` is a context around the update, while the gradients are there; its function returns the batch's rows.
+        ``around_update`` returns a context for the update, while the gradients exist. Its function returns the batch's rows.
         """
         self.parameters = [parameter for parameter in learner.model.parameters() if parameter.requires_grad]
         self.optimizer, self.engine, self.device = learner.optimizer, learner.engine, learner.device
@@ -76,7 +76,7 @@ class TrainStep:
 
     def __call__(self, batch: Batch) -> StepResult:
         """Update the parameters from ``batch``, which is on the CPU, with the current settings of the optimizer."""
-        # Counted on the CPU copy, over the whole batch: micro-batches then weigh by their learned tokens.
+        # Learned tokens are counted on the CPU over the whole batch, so micro-batches weigh by their learned tokens.
         world = self.engine.world
         found_tokens = world.all_reduce_mean(torch.full((), float(batch.num_loss_tokens), device=self.device))
         learned_tokens = found_tokens.clamp_min(1 / world.size)
@@ -131,17 +131,17 @@ class SupervisedTrainer(Trainer):
             mark=self.collector.mark,
             around_update=self.collector.update,
         )
-        self.train_loss: float | None = None  # of the last line
+        self.train_loss: float | None = None  # the loss of the last line
         self.window: list[list[float]] = []  # loss, gradient norm and skip flag of each step since the last line
-        self.on_device: list[StepResult] = []  # the same, not fetched yet
-        self.first_step = 0  # that this process makes
-        self.iterator: Generator[Batch, None, None] | None = None  # from ``begin`` to ``close``
+        self.on_device: list[StepResult] = []  # results of steps that are not fetched yet
+        self.first_step = 0  # the first step of this process
+        self.iterator: Generator[Batch, None, None] | None = None  # open from ``begin`` to ``close``
         self.has_replanned = False
         self.since = (0, 0.0)  # tokens and time from which the next line measures the speed
 
     def fingerprints(self) -> dict[str, str]:
         found = dict(self.run.fingerprints)
-        if is_of_part(found.get("data", "")):  # when this process began
+        if is_of_part(found.get("data", "")):  # the data were incomplete when this process began
             found["data"] = fingerprint_of(list(self.loader.sources.values()))
         return found
 
@@ -179,7 +179,7 @@ class SupervisedTrainer(Trainer):
         assert self.iterator is not None
         self.on_device.append(self.train_step(self.collector.fetch(self.iterator, self.step + 1)))
         self.step += 1
-        # What compiles tells neither the speed nor the time left.
+        # A step that compiles says nothing about the speed or the time left.
         if self.step in (self.first_step, self.timeline.at_step(self.step - 1).first_step + 1):
             self.since = self.tokens, time.monotonic()
             self.collector.restart_clock()
@@ -200,7 +200,7 @@ class SupervisedTrainer(Trainer):
         return middle, lr_scale(self.config.schedule, middle, self.total)
 
     def details(self, step: int) -> dict[str, Any]:
-        """Return the details of an incident at ``step``; its rows are those of its stage, without data that were skipped."""
+        """Return the details of an incident at ``step``; its rows are counted in its stage, without skipped data."""
         rows, learning_rate = self.timeline.rows_at(step - 1), self.config.optim.lr * self._schedule(step - 1)[1]
         place = {"rows": [rows.start, rows.stop - 1], "data_offset": self.incidents.data_offset}
         return {"tokens": self.timeline.tokens_before(step), "lr": learning_rate, **place}
@@ -208,7 +208,7 @@ class SupervisedTrainer(Trainer):
     # -- the clock -------------------------------------------------------------------------------------------------------
 
     def _watch_clock(self) -> None:
-        """End the run when its minutes are over, should the steps since the last plan have been slower than planned."""
+        """End the run when its minutes are over, because steps may be slower than the last plan expected."""
         if self.config.max_minutes is None:
             return
         if self.run.seconds > self.config.max_minutes * 60 * PLANNED_SHARE:
@@ -216,7 +216,7 @@ class SupervisedTrainer(Trainer):
         (self.total,) = self.world.all_reduce_min(self.total)
 
     def _replan(self, tokens_per_second: float) -> None:
-        """Fit the tokens of the run to the clock: as many whole steps as the rest of the time allows at this speed."""
+        """Fit the run to the clock: it takes as many whole steps as the rest of the time allows at this speed."""
         assert self.config.max_minutes is not None
         left = max(0.0, self.config.max_minutes * 60 * PLANNED_SHARE - self.run.seconds)
         steps = self.timeline.steps_within(self.tokens + int(left * tokens_per_second))
@@ -233,7 +233,7 @@ class SupervisedTrainer(Trainer):
     # -- metrics ---------------------------------------------------------------------------------------------------------
 
     def _fetch(self) -> None:
-        """Bring what the steps left on the device to the host: the only wait for the device between evaluations."""
+        """Bring the results of the steps to the host. Between evaluations nothing else waits for the device."""
         if not self.on_device:
             return
         rows = self.world.all_reduce_mean(torch.stack([torch.stack(result) for result in self.on_device])).tolist()
