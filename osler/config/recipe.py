@@ -42,7 +42,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = (), *, othe
 
     A shipped recipe is named as ``osler recipes`` lists it; a name that ends in .yaml or .yml is a file. The keys
     ``base`` and ``description`` belong to the file and are left out. Raises UserError for invalid YAML, a key given twice, a
-    circle of bases, an override that cannot be read, and an unknown recipe, whose error also proposes ``others``.
+    circle of bases, an override that cannot be read, and an unknown recipe. ``others`` are more names that this error proposes.
     """
     return override(_load_file(_find(str(name_or_path), others=others), ()), overrides)
 
@@ -62,9 +62,9 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 def override(recipe: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Return a recipe changed by ``a.b=value`` texts, whose values are YAML; ``a[0]`` is the first element of a list.
 
-    A section comes before the keys in it and a ``type`` before other fields, so that ``optim.lr=1 optim.type=muon`` means the
-    same in either order; the last of two equal paths wins. Raises UserError where a text is malformed, or a path leads
-    through something that is not a mapping, or to an element that is not there.
+    Whatever their order, a section is set before the keys in it and a ``type`` before the fields beside it, so that
+    ``optim.lr=1 optim.type=muon`` means the same in either order; the last of two equal paths wins. Raises UserError where a text
+    is malformed, or a path leads through something that is neither a mapping nor a list, or to an element that is not there.
     """
     given = []
     for text in overrides:
@@ -85,7 +85,7 @@ def override(recipe: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, A
 
 
 def _set(node: Any, keys: Sequence[str], value: Any) -> None:
-    """Lay a value over what a config has at a path; raises ValueError where there is no such path."""
+    """Lay a value over what a config has at a path, and make mappings that are missing; raises ValueError for a wrong path."""
     place = ""
     for number, name in enumerate(keys, 1):
         key: Any = int(name[1:-1]) if name.startswith("[") else name
@@ -125,7 +125,10 @@ def _load_file(path: Path, users: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _find(name: str, *, folder: Path | None = None, user: str = "", others: Iterable[str] = ()) -> Path:
-    """Return the file that a recipe or a base names; ``folder`` is the folder of the recipe that asks for it."""
+    """Return the file of the recipe or base called ``name``.
+
+    ``folder`` is the folder of the recipe that asks for it, and ``user`` begins the messages.
+    """
     given = Path(name).expanduser()
     is_file_name = given.suffix in (".yaml", ".yml")
     named = [(folder or Path()) / given] if is_file_name else [RECIPES / f"{name}.yaml", (folder or RECIPES) / f"{name}.yaml"]
@@ -184,7 +187,7 @@ def as_comments(numbers: Mapping[str, str]) -> list[str]:
 
 @functools.cache
 def _yaml_classes() -> tuple[Any, Any]:
-    """Return a loader by the rules of this module, and a dumper that quotes what YAML 1.1 or 1.2 would not read as text."""
+    """Return a loader by the rules of this module, and a dumper that quotes texts that YAML would take for something else."""
     import yaml
 
     resolvers = [(f"tag:yaml.org,2002:{name}", re.compile(rf"(?:{pattern})$")) for name, pattern in _SCALARS.items()]

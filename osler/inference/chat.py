@@ -35,7 +35,8 @@ def generate(checkpoint: str, prompt: str, sampling: SamplingParams, stop: Seque
 def chat(checkpoint: str, sampling: SamplingParams, stop: Sequence[str] = (), *, reasoning: bool | None = None) -> int:
     """Answer the questions of stdin until it ends: the command ``chat``.
 
-    Question k of a session is drawn with the seed plus k, so asking again may give another answer and a session can be repeated.
+    The answer to question k (from 0) is drawn with the seed plus k. So the same question may later get another answer, while a
+    whole session can be repeated.
     With ``reasoning`` None the model thinks first if it learned to. Ctrl-C stops an answer, or the session if questions are piped
     in.
     """

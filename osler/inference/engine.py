@@ -37,7 +37,7 @@ class InferenceEngine:
         self.max_rows, self.poll_steps = max_rows, poll_steps
 
     def open(self, slots: int, new_tokens: int, max_rows: int, can: Capabilities) -> Batch:
-        """Return an empty batch with the model's present weights, for requests that come one by one."""
+        """Return an empty batch with a copy of the model's present weights; the other arguments are those of ``Batch``."""
         return Batch(Decoder(self.model, Layout(self.dtype, max_rows)), slots, new_tokens, max_rows, can)
 
     def complete(self, requests: Sequence[Request]) -> Iterator[tuple[int, Continuation]]:
@@ -62,9 +62,9 @@ class InferenceEngine:
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, *, samples_per_prompt: int = 1, first_row: int = 0
     ) -> list[Continuation]:
-        """Draw ``samples_per_prompt`` completions of every prompt; row r belongs to prompt r // samples_per_prompt.
+        """Draw ``samples_per_prompt`` completions of every prompt; result r (from 0) continues prompt r // samples_per_prompt.
 
-        A row's random numbers belong to its number, which counts from ``first_row``, so a call can do a part of a larger one.
+        Its random numbers are those of row ``first_row`` + r, so several calls can share a larger one and draw the same.
         Raises UserError where ``check_request`` does.
         """
         for index, prompt in enumerate(prompts):
@@ -80,7 +80,7 @@ class InferenceEngine:
         batch = self.open(len(prompt) + sampling.max_new_tokens, sampling.max_new_tokens, 1, can)
         number, shown = batch.add(request), 0
         while batch:
-            batch.step(min(shown, 1))  # joining draws the first token
+            batch.step(min(shown, 1))  # the first token is drawn when the request joins the batch
             yield from batch.so_far(number, shown)
             shown += 1
             batch.collect()
