@@ -286,10 +286,14 @@ class TestRecipes:
             top="{description: x, base: [one, left, two.yaml], c: 3, d: 3}",
             mid="base: pure-tiny\nmodel: {num_layers: 2}",
             chain="base: mid\nmodel: {head_dim: 32}",
+            stages="first: {base: left, d: 9}\nsecond: {base: two.yaml}",
+            shorter="base: stages\nfirst: {a: 0}",
         )
         assert load_recipe(tmp_path / "top.yaml", ["d=4"]) == {"a": 1, "b": 2, "c": 3, "d": 4}
         model = load_recipe(tmp_path / "chain.yaml")["model"]
         assert (model["num_layers"], model["head_dim"], model["hidden_size"]) == (2, 32, 512)
+        stages = {"first": {"a": 0, "b": 1, "c": 1, "d": 9}, "second": {"b": 2, "c": 2, "d": 2}}
+        assert load_recipe(tmp_path / "shorter.yaml") == stages
 
     def test_circle_is_refused(self, tmp_path):
         self.write(tmp_path, x="base: y", y="base: z", z="base: x")

@@ -113,15 +113,22 @@ def _load_file(path: Path, users: tuple[Path, ...]) -> dict[str, Any]:
         circle = " → ".join(item.stem for item in [*users[users.index(path) :], path])
         raise UserError(f"{path}: recipes may not be their own base ({circle})")
     content = _read(path)
-    bases = content.pop("base", [])
+    content.pop("description", None)
+    return _laid_over_bases(content, path, (*users, path))
+
+
+def _laid_over_bases(content: Mapping[str, Any], path: Path, users: tuple[Path, ...]) -> dict[str, Any]:
+    """Return a recipe, or a section of one such as a stage of a pipeline, laid over its bases."""
+    bases = content.get("base", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise UserError(f"{path}: `base` should be the name of a recipe or a list of names, given {shown(bases)}")
-    content.pop("description", None)
     merged: dict[str, Any] = {}
     for base in bases:
-        merged = merge(merged, _load_file(_find(base, folder=path.parent, user=f"{path}: "), (*users, path)))
-    return merge(merged, content)
+        merged = merge(merged, _load_file(_find(base, folder=path.parent, user=f"{path}: "), users))
+    own = {key: value for key, value in content.items() if key != "base"}
+    has_base = [key for key, value in own.items() if isinstance(value, Mapping) and "base" in value]
+    return merge(merged, own | {key: _laid_over_bases(own[key], path, users) for key in has_base})
 
 
 def _find(name: str, *, folder: Path | None = None, user: str = "", others: Iterable[str] = ()) -> Path:

@@ -21,7 +21,7 @@ from osler.config.schema import (
     config,
 )
 from osler.data.mixture import Mixture
-from osler.tasks.config import ExamInFile
+from osler.tasks.config import ExamInFile, Fold
 
 FIRST_SHARD_TOKENS = 1 << 17  # each next shard may be twice as large as the one before, so that a run on data to come begins soon
 VALIDATION_TOKENS = 1 << 20  # a validation set keeps this many, and one more document at most: no evaluation reads more
@@ -158,6 +158,7 @@ class HubData(Source):
     revision: str = "main"  # a commit, branch or tag of the hub's repository; the commit is kept with the shards
     path: str = ""  # a file or folder of the same schema, instead of the hub
     root: str = ""  # a folder that has such a folder for each source by name; empty: the mixture's
+    fold: Fold = "all"  # of an exam that is also examined with: train, or held-out, a fifth of its questions by hash
     reasoning: bool = True  # learn the reasoning between question and answer where rows have one
     holdout_fraction: HoldoutFraction = 0.001  # share of the documents kept for validation; 0: none
     seed: Seed = 0  # of the order in which files are taken
@@ -253,7 +254,7 @@ def check_validation(sets: Sources, data: TextData) -> None:
 
 def _texts(source: AnySource) -> tuple[str, str]:
     """Return a value that is equal for sources that read the same texts."""
-    return source.place, source.title if isinstance(source, HubData) else ""
+    return source.place, f"{source.title} {source.fold}" if isinstance(source, HubData) else ""
 
 
 def sources_of(data: TextData) -> dict[str, AnySource]:

@@ -34,7 +34,7 @@ from osler.tasks.config import (
     PubmedqaTask,
 )
 from osler.tasks.exam_files import SCHEMAS, ExamRow, ending_number
-from osler.tasks.item import render_answer, render_question
+from osler.tasks.item import is_in_fold, render_answer, render_question
 from osler.tokenizer.chat import Turn
 
 logger = logging.getLogger(__name__)
@@ -131,6 +131,8 @@ def exam(rows: Iterable[Row], data: HubData, *, task: type[ExamFile]) -> Iterato
         if data.name == "medmcqa" and row.values.get("cop", "") in (None, -1):
             continue
         item = read_item(ExamRow(row, config))
+        if not is_in_fold(item, data.fold):
+            continue
         turn = Turn(render_question(item), item.thinking if data.reasoning else None, render_answer(item))
         yield Document(turn=turn, where=row.where)
 
@@ -253,6 +255,10 @@ def open_hub(data: HubData, key: str) -> Corpus:
     commit, files = _files(data, source, subset, split, key)
     parts: Parts | list[Part] = [Part(file) for file in files] if source.reads_whole_files else Parts(files)
     options = {"name": data.name, "subset": subset, "split": split, "reasoning": data.reasoning, "commit": commit}
+    if data.fold != "all":
+        if getattr(source.documents, "func", None) is not exam or subset == "pqa_unlabeled":
+            raise UserError(f"{key}.fold={data.fold}: {data.title} has no questions that an exam asks, and so no folds.")
+        options["fold"] = data.fold
     about = {"licence": source.licence, "revision": commit or "local files", "home": source.repo or data.place}
     corpus = Corpus(parts, partial(read_named, data), options, None, data.holdout_fraction, data.seed)
     return replace(corpus, about=about)

@@ -19,6 +19,7 @@ from osler.runtime.files import read_json
 from osler.tasks.answers import read_number
 from osler.tasks.config import (
     ExamFile,
+    Fold,
     Gsm8kTask,
     HellaswagTask,
     HumanevalTask,
@@ -29,7 +30,7 @@ from osler.tasks.config import (
     QuestionsTask,
     TriviaqaTask,
 )
-from osler.tasks.item import LETTERS, ExamItem, plain, shared_questions, wording
+from osler.tasks.item import LETTERS, ExamItem, is_in_fold, plain, shared_questions, wording
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +123,8 @@ def load_exam_file(task: ExamFile) -> list[ExamItem]:
     items = _load(task, "task.path")
     if not task.shots:
         return items
-    shots = _load(replace(task, path=task.shots_path, split="", limit=task.shots, seed=None), "task.shots_path")
+    fold: Fold = "train" if task.fold == "held-out" else "all"
+    shots = _load(replace(task, path=task.shots_path, split="", fold=fold, limit=task.shots, seed=None), "task.shots_path")
     if len(shots) < task.shots:
         raise UserError(f"{shown(task.shots_path)} has {len(shots)} questions, fewer than shots={task.shots}.")
     if shared := shared_questions(shots, items):
@@ -156,6 +158,9 @@ def read_exam(task: ExamFile, given: Iterable[Row]) -> list[ExamItem]:
         raise UserError(f"{twice[0]}: two options in '{task.options_field}' have the same text; change or remove one of them.")
     if twice:
         log_once(f"{shown(task.path)}: {len(twice):,} questions print an option twice, first {twice[0]}; if right, both count.")
+    items = [item for item in items if is_in_fold(item, task.fold)]
+    if not items:
+        raise UserError(f"{shown(task.path)}: none of its {len(rows):,} questions is in the fold {task.fold}.")
     if task.limit is None or task.seed is None:
         return items[: task.limit]
     drawn = sorted(range(len(items)), key=lambda number: hashlib.sha256(f"{task.seed}:{items[number].id}".encode()).digest())

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from osler.tasks.config import HELD_OUT_SHARE, Fold
+
 Form = Literal["answer", "letters", "cloze"]  # "text (B)", as answers are taught; the letter alone; the option's text alone
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _NO_PUNCTUATION = dict.fromkeys(map(ord, string.punctuation + "‘’´`"), " ")
@@ -187,6 +189,16 @@ def shared_questions(items: Sequence[ExamItem], others: Iterable[ExamItem]) -> l
         if same is not None:
             pairs.append((item, same))
     return pairs
+
+
+def is_in_fold(item: ExamItem, fold: Fold) -> bool:
+    """Return whether an item is in a fold of its exam, by a hash of its question.
+
+    Questions that are the same, however they are written, are in the same fold.
+    """
+    digest = hashlib.sha256(_content_words(f"{item.context} {item.question}").encode()).digest()
+    is_held_out = int.from_bytes(digest[:8], "big") < HELD_OUT_SHARE * 2**64
+    return fold == "all" or is_held_out == (fold == "held-out")
 
 
 def _options_agree(item: ExamItem, other: ExamItem) -> bool:

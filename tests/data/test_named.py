@@ -20,6 +20,9 @@ from osler.data.sources import at_known_commits, check_present, check_sources, o
 from osler.files.hub import hub_files
 from osler.runtime import faults
 from osler.runtime.errors import UserError
+from osler.tasks.config import MedqaTask
+from osler.tasks.item import render_question
+from osler.tasks.registry import load_task
 from tests.data.hub_server import COMMIT, cut, serving, status, times
 
 ITEM = {"question": "Which metal do red cells need?", "options": {"A": "Iron", "B": "Gold"}, "answer": "Iron", "answer_idx": "A"}
@@ -364,3 +367,18 @@ def test_sources_are_listed_and_a_row_is_shown(tmp_path, capsys):
     for misspelt, meant in (("pumbed", "pubmed"), ("text-10mni", "text-10min")):
         assert main(["data", "peek", misspelt]) == 2
         assert f"there is no recipe or source `{misspelt}`; did you mean `{meant}`?" in capsys.readouterr().err
+
+
+def test_training_rows_and_exam_share_no_question_and_miss_none(tmp_path):
+    rows = [ITEM | {"question": f"Which metal does enzyme {number} need?"} for number in range(60)]
+    rows += [row | {"question": row["question"].upper()} for row in rows]
+    file = write_rows(tmp_path / "medqa.jsonl", rows)
+    held, learned = (load_task(MedqaTask(path=str(file), fold=fold)) for fold in ("held-out", "train"))
+    turns = local(tmp_path, "rows", rows, name="medqa", fold="train")
+    assert [question for question, _ in turns] == list(map(render_question, learned))
+    assert 12 <= len(held) <= 36 and len(held) + len(learned) == 120
+    assert {item.question.lower() for item in held}.isdisjoint(item.question.lower() for item in learned)
+    with pytest.raises(UserError, match="has no questions that an exam asks"):
+        local(tmp_path, "rows", rows, name="humaneval", fold="train")
+    with pytest.raises(UserError, match="none of its 1 questions is in the fold held-out"):
+        load_task(MedqaTask(path=str(write_rows(tmp_path / "one.jsonl", rows[:1])), fold="held-out"))
