@@ -11,10 +11,10 @@ from __future__ import annotations
 import logging
 import math
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.util import find_spec
 from socket import gethostname
 
@@ -22,21 +22,15 @@ from osler.monitor.alerts import Alert, Alerter, replay
 from osler.monitor.config import MonitorConfig
 from osler.monitor.history import RunSettings
 from osler.monitor.sinks import parse_command
-from osler.monitor.tracker import CLOSE_SECONDS, TrackerProcess
+from osler.monitor.tracker import CLOSE_SECONDS, Trackers
 from osler.records.jsonl import END, FAILED, FINISHED, START, STOPPED, EventLog, MetricsFile, still_wrong
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder
 
 logger = logging.getLogger(__name__)
 
-SINKS = {  # field of the config -> name in messages, and class of the sink
-    "alert_command": ("monitor.alert_command", "AlertCommand"),
-    "webhook": ("monitor.webhook", "Webhook"),
-    "tensorboard": ("TensorBoard", "TensorBoard"),
-    "wandb": ("Weights & Biases", "Wandb"),
-    "clearml": ("ClearML", "Clearml"),
-}
-EXTRAS = ("tensorboard", "wandb", "clearml")  # each names a field, a package, and an extra of the installation
+LIBRARIES = {"tensorboard": "TensorBoard", "wandb": "Wandb", "clearml": "Clearml"}  # field of the config, package and extra
+SINKS = {"alert_command": "AlertCommand", "webhook": "Webhook", **LIBRARIES}  # field of the config -> class of the sink
 
 
 class RunLogger:
@@ -46,28 +40,23 @@ class RunLogger:
     """
 
     def __init__(self, config: MonitorConfig, run: RunFolder, settings: RunSettings, *, step: int, is_first: bool = True) -> None:
-        self.trackers: list[TrackerProcess] = []
         self.alerter: Alerter | None = None
         self.file = MetricsFile(run.metrics if is_first else os.devnull, last_step=step or -1)
-        self.events = EventLog(run.events if is_first else os.devnull, self._tell)
         if is_first:
             self.alerter = replay(replace(settings, section=_section(run)), run.metrics)
             self.alerter.history.forget_speed()  # another process may have other devices, or more of them
-            for field, (name, sink) in SINKS.items():
-                if wanted := getattr(config, field):
-                    given = (run.trackers / f"{field}.log", wanted, str(run.root), step + 1 if step else 0)
-                    self.trackers.append(TrackerProcess(name, f"osler.monitor.sinks:{sink}", *given))
-
-    def _tell(self, step: int, name: str, severity: str, message: str) -> None:
-        for tracker in self.trackers:
-            tracker.alert(Alert(step, name, severity, message))
+        fields = [field for field in SINKS if is_first and getattr(config, field)]
+        where = (str(run.root), step + 1 if step else 0)
+        self.trackers = Trackers(
+            run.trackers, {field: (f"osler.monitor.sinks:{SINKS[field]}", getattr(config, field), *where) for field in fields}
+        )
+        self.events = EventLog(run.events if is_first else os.devnull, partial(self.trackers.send, "alert"))
 
     def write(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
         """Write one line of metrics, and raise the alerts that follow from it."""
         self.file.write(step, tokens, metrics)
         finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
-        for tracker in self.trackers:
-            tracker.write(step, tokens, finite)
+        self.trackers.send("write", {"step": step, "tokens": tokens, "metrics": finite})
         for alert in self.alerter.observe(step, tokens, metrics) if self.alerter else ():
             logger.log(logging.getLevelName(alert.severity.upper()), f"step {alert.step}: {alert.message}")
             self._record(alert)
@@ -120,11 +109,7 @@ class RunLogger:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        deadline = time.monotonic() + (0.0 if kind is KeyboardInterrupt else CLOSE_SECONDS)  # nobody waits after a second signal
-        for tracker in self.trackers:
-            tracker.end()
-        for tracker in self.trackers:
-            tracker.close(max(0.0, deadline - time.monotonic()))
+        self.trackers.close(0.0 if kind is KeyboardInterrupt else CLOSE_SECONDS)  # nobody waits after a second signal
 
 
 def in_a_line(error: BaseException) -> str:
@@ -137,11 +122,11 @@ def in_a_line(error: BaseException) -> str:
 
 def check_trackers(config: MonitorConfig) -> None:
     """Raise UserError when a tracker's package or the alert command's program is not there, before anything is trained."""
-    for field in EXTRAS:
+    for field in LIBRARIES:
         if getattr(config, field) and find_spec(field) is None:
             raise UserError(
-                f"monitor.{field} needs the package of {SINKS[field][0]}: pip install -e '.[{field}]' in Osler's source tree, or "
-                f"leave monitor.{field} out."
+                f"monitor.{field} needs the package {field}: pip install -e '.[{field}]' in Osler's source tree, or leave "
+                f"monitor.{field} out."
             )
     if config.alert_command is not None:
         parse_command(config.alert_command)

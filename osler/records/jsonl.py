@@ -6,8 +6,8 @@
 Times are in unix seconds, and null stands for a number that was not finite. ``kind`` is alert, incident, rollback, start, end and
 so on. Details follow the message.
 
-A kill can tear the last line only. A reader skips lines that are not JSON objects, and a writer ends or removes a torn line
-before it appends. If the disk refuses a line, that line is lost and the run continues. Resume is exact: metrics are cut to the
+A kill can tear the last line only. A reader skips lines that are not JSON objects, and a writer ends a torn line before it
+appends. If the disk refuses a line, that line is lost and the run continues. Resume is exact: metrics are cut to the
 step of the checkpoint, so each step occurs once. Events are never cut: a step made twice, after a kill or a rollback, may occur
 twice.
 """
@@ -21,13 +21,12 @@ import time as clock
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import compress
 from pathlib import Path
 from typing import Any
 
 from osler.records.values import NAN, as_dict, as_list, as_number, as_text
 from osler.runtime.errors import UserError
-from osler.runtime.files import plain, write_atomic
+from osler.runtime.files import plain
 
 logger = logging.getLogger(__name__)
 
@@ -144,36 +143,25 @@ class MetricsFile:
     """Appends to ``metrics.jsonl``; after a kill it continues at the step of the checkpoint."""
 
     def __init__(self, path: str | Path, *, last_step: float = math.inf) -> None:
-        """Remove torn lines and lines after ``last_step``, the step of the checkpoint; -1 removes every line."""
+        """Cut the file behind its last line of a step up to ``last_step``, the checkpoint's; -1 leaves no line."""
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.rewind(last_step)
 
     def rewind(self, last_step: float) -> None:
-        """Drop the lines after a step, because a run that has gone back makes those steps again."""
-        self._last_step: float | None = last_step  # kept until the file has been healed
+        """Drop the lines after a step, because a run that has gone back makes those steps again; torn lines go with them."""
+        end = size = 0
+        for line in read_lines(self.path):
+            size += len(line)
+            step = step_of(parse(line))
+            if step is not None and step <= last_step:
+                end = size
         try:
-            self._heal()
+            with self.path.open("ab") as file:  # creates the file before its first line
+                if end < size:
+                    file.truncate(end)
         except OSError as error:
             _warn(self.path, str(error))
-
-    def _heal(self) -> None:
-        """Remove lines that are torn, have no step, or have a later one; leave a good file untouched.
-
-        The file is read line by line, because it may be larger than the memory that a model leaves free.
-        """
-        if self._last_step is None:
-            return
-        is_whole, is_kept = True, bytearray()
-        for line in read_lines(self.path):
-            is_whole = line.endswith(b"\n")
-            step = step_of(parse(line))
-            is_kept.append(step is not None and step <= self._last_step)
-        if not is_whole or not all(is_kept):
-            kept = compress(read_lines(self.path), is_kept)
-            write_atomic(self.path, (line if line.endswith(b"\n") else line + b"\n" for line in kept))
-        self.path.open("a").close()  # creates the file before its first line
-        self._last_step = None
 
     def write(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
         """Append one line; raises ValueError when a metric has the name of one of the line's own fields."""
@@ -181,11 +169,8 @@ class MetricsFile:
             raise ValueError(f"a metric cannot be called {min(taken)!r}: the line itself has a field of that name")
         numbers = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
         try:
-            self._heal()
-            self._last_step = math.inf  # if the disk refuses half of the line, the next write heals it
             append(self.path, {"step": int(step), "tokens": int(tokens), "time": round(clock.time(), 3), **numbers})
-            self._last_step = None
-        except (OSError, UserError) as error:
+        except OSError as error:
             _warn(self.path, str(error))
 
 
@@ -205,9 +190,9 @@ class Event:
 
 
 class EventLog:
-    """Appends events; ``tell`` is called with step, name, severity and message of events that people should be told about."""
+    """Appends events; ``tell`` gets step, name, severity and message of events that people should be told about."""
 
-    def __init__(self, path: str | Path, tell: Callable[[int, str, str, str], None] | None = None) -> None:
+    def __init__(self, path: str | Path, tell: Callable[[dict[str, Any]], None] | None = None) -> None:
         self.path, self._tell = Path(path), tell
 
     def write(self, step: int, kind: str, name: str, message: str, *, tell: bool = True, **details: Any) -> None:
@@ -218,7 +203,8 @@ class EventLog:
         except OSError as error:
             _warn(self.path, str(error))
         if tell and self._tell:
-            self._tell(step, name, details.get("severity", "warning"), message)
+            severity = details.get("severity", "warning")
+            self._tell({"step": step, "name": name, "severity": severity, "message": message})
 
 
 def read_events(path: str | Path) -> list[Event]:

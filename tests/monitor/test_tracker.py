@@ -1,15 +1,16 @@
 """A tracker that fails, hangs, crashes or is slow costs the run nothing but a word."""
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from osler.monitor import tracker as trackers
-from osler.monitor.alerts import Alert
-from osler.monitor.tracker import TrackerProcess
+from osler.monitor.tracker import Trackers
 
-ALERT = Alert(7, "dead-layers", "critical", "layer 3 is dead – look")
+ALERT = {"step": 7, "name": "dead-layers", "severity": "critical", "message": "layer 3 is dead – look"}
 PATIENCE_SECONDS = 300.0
 LIBRARY = """
 import os, pathlib, sys, threading, time
@@ -30,7 +31,7 @@ class Library(Tracker):
             os.abort()
         if self.fate == "raises" and step == 3:
             raise ConnectionError("no route to host")
-        while self.fate == "hangs" or self.fate == "waits" and not self.path.exists():
+        while self.fate == "hangs":
             time.sleep(0.01)
         self.take(f"{step} {tokens} {metrics} ")
     def alert(self, alert):
@@ -53,16 +54,22 @@ def start(tmp_path, monkeypatch):
     """Start a tracker with a fate; what is left of it is killed after the test."""
     (tmp_path / "library.py").write_text(LIBRARY)
     monkeypatch.syspath_prepend(str(tmp_path))
-    started: list[TrackerProcess] = []
+    started = []
 
-    def build(fate: str) -> TrackerProcess:
-        started.append(TrackerProcess("Far", "library:Library", tmp_path / "run" / "printed", str(tmp_path), fate))
-        return started[-1]
+    def build(fate: str) -> Trackers:
+        trackers = Trackers(tmp_path / "run", {"far": ("library:Library", str(tmp_path), fate)})
+        started.extend(trackers.running.values())
+        return trackers
 
     yield build
-    for tracker in started:
-        tracker.process.kill()
-        tracker.process.wait()
+    for child in started:
+        child.kill()
+        child.wait()
+
+
+def write(trackers: Trackers, *steps: int, name: str = "train/loss") -> None:
+    for step in steps:
+        trackers.send("write", {"step": step, "tokens": 10 * step, "metrics": {name: 0.5}})
 
 
 def wait_until(true: Callable[[], object]) -> None:
@@ -72,16 +79,19 @@ def wait_until(true: Callable[[], object]) -> None:
         time.sleep(0.002)
 
 
+def lines(*steps: int) -> str:
+    return "".join(f"{step} {10 * step} {{'train/loss': 0.5}} " for step in steps)
+
+
 def test_a_tracker_gets_everything_in_order_and_prints_into_a_file(start, got, capsys):
-    tracker = start("works")
-    for step in range(50):
-        tracker.write(step, 10 * step, {"train/loss": 0.5})
-    tracker.alert(ALERT)
-    tracker.close(PATIENCE_SECONDS)
-    tracker.close()
-    lines = [f"{step} {10 * step} {{'train/loss': 0.5}} " for step in range(50)]
-    assert got.read_text() == "".join(lines) + "dead-layers closed"
-    assert capsys.readouterr().err == "" and tracker.printed.read_text() == "a banner\n"
+    trackers = start("works")
+    write(trackers, *range(50))
+    trackers.send("alert", ALERT)
+    trackers.close(PATIENCE_SECONDS)
+    trackers.close()
+    assert got.read_text() == lines(*range(50)) + "dead-layers closed"
+    assert capsys.readouterr().err == "" and [path.name for path in trackers.folder.iterdir()] == ["far.log"]
+    assert (trackers.folder / "far.log").read_text() == "a banner\n"
 
 
 @pytest.mark.parametrize(
@@ -89,62 +99,67 @@ def test_a_tracker_gets_everything_in_order_and_prints_into_a_file(start, got, c
 )
 @pytest.mark.parametrize("when", ["while the run goes on", "at its end"])
 def test_a_tracker_that_fails_is_told_once_and_left_alone(start, fate, said, when, capsys):
-    tracker = start(fate)
-    for step in range(1, 5):
-        tracker.write(step, step, {})
+    trackers = start(fate)
+    write(trackers, *range(1, 5))
     if when == "while the run goes on":
-        wait_until(lambda: tracker.write(9, 9, {}) or tracker.is_gone)
-    tracker.close(PATIENCE_SECONDS)
+        wait_until(lambda: write(trackers, 9) or not trackers.running)
+    trackers.close(PATIENCE_SECONDS)
     told = capsys.readouterr().err
-    assert told.startswith("Warning: Far failed (") and said in told and told.count("\n") == 1
-    assert "printed). The run goes on without it." in told
+    assert told.startswith("Warning: monitor.far failed (") and said in told and told.count("\n") == 1
+    assert "far.log). The run goes on." in told
 
 
 def test_what_cannot_be_started_is_told(tmp_path, capsys):
     (tmp_path / "run").write_text("no folder")
-    tracker = TrackerProcess("Far", "library:Library", tmp_path / "run" / "printed")
-    tracker.write(1, 1, {})
-    tracker.close()
-    assert capsys.readouterr().err.count("Far could not be started") == 1
+    trackers = Trackers(tmp_path / "run", {"far": ("library:Library",)})
+    write(trackers, 1)
+    trackers.close()
+    assert capsys.readouterr().err.count("far could not be started") == 1
 
 
 def test_an_alert_that_does_not_arrive_is_told_once_and_the_next_is_tried(start, got, capsys):
-    tracker = start("undelivered")
+    trackers = start("undelivered")
     for _ in range(2):
-        tracker.alert(ALERT)
-    tracker.write(1, 1, {})
-    tracker.close(PATIENCE_SECONDS)
-    assert got.read_text() == "1 1 {} closed"
-    assert capsys.readouterr().err == "Warning: Far failed (no such channel). The run goes on; the next alert tries it again.\n"
+        trackers.send("alert", ALERT)
+    write(trackers, 1)
+    trackers.close(PATIENCE_SECONDS)
+    assert got.read_text() == lines(1) + "closed"
+    assert capsys.readouterr().err.count("failed (no such channel; more in") == 1
+    assert (trackers.folder / "far.log").read_text().count("no such channel") == 2
 
 
 @pytest.mark.parametrize("fate", ["hangs", "holds the end"])
 def test_a_tracker_that_hangs_stops_no_step_and_holds_up_the_end_a_little(start, fate, got, capsys):
-    tracker = start(fate)
-    for step in range(200 if fate == "hangs" else 1):
-        tracker.write(step, step, {"x" * 1000: 1.0})  # more than a pipe takes
+    trackers = start(fate)
+    (child,) = trackers.running.values()
+    write(trackers, *range(200 if fate == "hangs" else 1), name="x" * 1000)
     if fate == "holds the end":
-        tracker.end()
+        trackers.send("close", {})
         wait_until(lambda: got.exists() and "closed" in got.read_text())
-    tracker.close(0.2)
-    assert tracker.process.poll() is None and "Far has not finished within 0.2 s" in capsys.readouterr().err
+    trackers.close(0.2)
+    assert child.poll() is None and "far has not finished within 0.2 s" in capsys.readouterr().err
 
 
-def test_a_slow_tracker_loses_lines_and_they_are_counted(start, got, capsys, monkeypatch):
-    monkeypatch.setattr(trackers, "QUEUE_BYTES", 5000)
-    tracker, wide = start("waits"), {"x" * 2000: 1.0}
-    wait_until(lambda: tracker.write(1, 1, wide) or tracker.dropped)
-    for _ in range(4):
-        tracker.write(2, 2, wide)
-    got.touch()
-    tracker.close(PATIENCE_SECONDS)
-    assert got.read_text().startswith("1 1 {'xxx") and got.read_text().endswith("closed") and "2 2 " not in got.read_text()
-    assert "too slow for 5 lines" in capsys.readouterr().err
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is Linux's")
+def test_a_full_disk_costs_calls_and_no_later_one(start, got):
+    trackers = start("works")
+    calls = trackers._calls
+    with open("/dev/full", "wb", buffering=0) as trackers._calls:
+        write(trackers, 1)
+    calls.write(b'{"write": {"ste')  # as the disk took it before it was full
+    trackers._calls = calls
+    write(trackers, 2)
+    trackers.close(PATIENCE_SECONDS)
+    assert got.read_text() == lines(2) + "closed"
 
 
-def test_a_tracker_finishes_what_it_has_when_the_run_is_killed(start, got):
-    tracker = start("works")
-    tracker.write(1, 1, {})
-    tracker._to_child.close()  # as the system does
-    wait_until(lambda: tracker.process.poll() is not None)
-    assert got.read_text() == "1 1 {} closed"
+def test_a_tracker_finishes_what_it_has_when_the_run_is_killed(tmp_path, got):
+    (tmp_path / "library.py").write_text(LIBRARY)
+    script = (
+        "import os, sys, pathlib\nfrom osler.monitor.tracker import Trackers\nfolder = sys.argv[1]\nsys.path.insert(0, folder)\n"
+        "trackers = Trackers(pathlib.Path(folder) / 'run', {'far': ('library:Library', folder, 'works')})\n"
+        "trackers.send('write', {'step': 1, 'tokens': 10, 'metrics': {'train/loss': 0.5}})\nos.kill(os.getpid(), 9)\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=Path(__file__).parents[2], check=False)
+    wait_until(lambda: got.exists() and got.read_text().endswith("closed"))
+    assert got.read_text() == lines(1) + "closed"
