@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from osler.cli.commands import COMMANDS, Command, run
 from osler.runtime.errors import UserError
-from osler.runtime.log import OUTPUT, complain, flush_or_silence, log_to_terminal, open_streams, silence
+from osler.runtime.log import complain, flush_or_silence, log_to_terminal, open_streams, silence
 from osler.runtime.neighbours import sharing_cpus
 from osler.runtime.stop import REQUESTS, hear_requests, ignore_requests, interruptible
 from osler.runtime.world import is_distributed, is_reporter, is_silent
@@ -36,6 +36,7 @@ Exit codes:
 REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free some of the disk; the same command then goes on."),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Name another place, or ask whose it is for the permission."),
+    errno.EBADF: "Lead the output to where it can be written.",
 }  # advice for errors of the operating system
 
 
@@ -86,10 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         silence(sys.stdout)  # the reader (`| head`) is gone, and the interpreter would complain when it flushes stdout at exit
         return 141
     except OSError as error:
-        if error.errno not in REMEDIES and error.filename != OUTPUT:
+        if error.errno not in REMEDIES:
             raise
         what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-        complain(f"osler: {what}. {REMEDIES.get(error.errno or 0, 'Lead it to where it can be written.')}")
+        complain(f"osler: {what}. {REMEDIES[error.errno]}")
         return 2
 
 

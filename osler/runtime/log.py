@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import io
 import logging
 import math
 import os
@@ -25,43 +24,12 @@ from osler.runtime import format as fmt
 from osler.runtime.errors import UserError
 from osler.runtime.world import is_silent
 
-OUTPUT = "standard output"  # the file name of its errors
-
-
-class _Output(io.TextIOWrapper):
-    """Standard output whose errors name it; ``flush`` raises an error of ``write`` again, because argparse hides that one."""
-
-    _error: OSError | None = None
-
-    def write(self, text: str) -> int:
-        try:
-            return super().write(text)
-        except OSError as error:
-            self._error = error
-            error.filename = OUTPUT
-            raise
-
-    def flush(self) -> None:
-        error, self._error = self._error, None
-        try:
-            if error is not None:
-                raise error
-            super().flush()
-        except OSError as error:
-            error.filename = OUTPUT
-            raise
-
 
 def open_streams() -> None:
-    """Open standard streams that are closed, and let the errors of standard output name it."""
-    stdout = sys.stdout
+    """Open standard streams that are closed."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # in the order of the numbers that they take
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - open to the end
-    if isinstance(stdout, io.TextIOWrapper):
-        sys.stdout = _Output(
-            stdout.buffer, encoding=stdout.encoding, line_buffering=stdout.line_buffering, write_through=stdout.write_through
-        )
 
 
 def flush_or_silence() -> None:

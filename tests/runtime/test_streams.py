@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-OUTPUT = "osler: standard output:"
 LOST = {
     ">&-": (0, ""),
-    ">/dev/full": (2, f"{OUTPUT} No space left on device. Free some of the disk; the same command then goes on.\n"),
-    "1</dev/null": (2, f"{OUTPUT} Bad file descriptor. Lead it to where it can be written.\n"),
+    ">/dev/full": (2, "osler: No space left on device. Free some of the disk; the same command then goes on.\n"),
+    "1</dev/null": (2, "osler: Bad file descriptor. Lead the output to where it can be written.\n"),
 }
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs POSIX file descriptors")
@@ -24,7 +23,8 @@ def osler(tmp_path: Path, arguments: str, redirection: str) -> tuple[int, str, s
         pytest.skip("no /dev/full")
     out, err = tmp_path / "out", tmp_path / "err"
     command = f"exec {sys.executable} -m osler.cli {arguments} >{out} 2>{err} {redirection}"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # Without a buffer argparse hides that its help could not be written.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
     done = subprocess.run(["sh", "-c", command], stdin=subprocess.DEVNULL, check=False, env=environment)
     return done.returncode, out.read_text(), err.read_text()
 
