@@ -118,12 +118,7 @@ LAYER = re.compile(r"(.+)/(?:layer_)?(\d+)")
 MARKED = ("Loss", "Reward")  # the charts that show when things happened
 
 
-class Figure(NamedTuple):
-    """A chart with the text next to it; without a finite point the drawing is empty."""
-
-    spec: Spec
-    lines: list[Line]
-    drawing: dict[str, Any]
+Figure = dict[str, Any]  # a chart for the template: its parts, its `spec`, its `lines`; empty without a finite point
 
 
 def figure(
@@ -131,8 +126,8 @@ def figure(
 ) -> Figure:
     """Draw a chart; only the charts of `MARKED` get the marks."""
     own = marks if spec.title in MARKED else ()
-    drawing = line_chart(lines, title=spec.title, kind=spec.kind, zero=spec.zero, over=over, marks=own, band=band)
-    return Figure(spec, lines, drawing)
+    parts = line_chart(lines, title=spec.title, kind=spec.kind, zero=spec.zero, over=over, marks=own, band=band)
+    return parts and {**parts, "spec": spec, "lines": lines}
 
 
 def charts_of(
@@ -143,36 +138,37 @@ def charts_of(
     A metric that every layer has is one chart. colour: palette number of the stage, which the first line of each chart takes.
     """
     palette = [colour, *(c for c in (2, 1, 0, 3, 4, 6, 7, 5) if c != colour)]
-    rows, used = by_row(sorted(run.curves)), set[str]()
+    left = dict.fromkeys(sorted(run.curves))  # the metrics that no chart has drawn yet
 
     def drawn(spec: Spec, names: Iterable[tuple[str, str]]) -> Figure:
         lines = [line_of(run, name, label, c) for (name, label), c in zip(names, cycle(palette), strict=False)]
         return figure(spec, lines, marks=marks)
 
     def filled(specs: Iterable[Spec]) -> Iterator[Figure]:
+        rows = by_row(left)
         for spec in specs:
             names = [(name, label or inner(row, name)) for row, label in spec.lines for name in rows.get(row, [])]
-            used.update(name for name, _ in names)
+            for name, _ in names:
+                left.pop(name, None)
             yield drawn(spec, names)
 
     def left_over(family: Family, names: Iterable[str]) -> Iterator[Figure]:
         yield from filled(family.charts)
-        whole, layers = by_layer(name for name in names if name not in used)
+        whole, layers = by_layer(name for name in names if name in left)
         for base, of in sorted(layers.items()):
             spec = spec_of(next(iter(of.values())))
             good = f"{spec.good} The grey area spans all {len(of)} layers."
             lines, band = bundle({layer: run.curves[name] for layer, name in of.items()})
             yield figure(replace(spec, title=f"{base} by layer", good=good), lines, band=band)
-        for row, alike in by_row(sorted(whole)).items():
+        for row, alike in by_row(whole).items():
             for start in range(0, len(alike), COLOURS):
                 some = alike[start : start + COLOURS]
                 labels = [inner(row, name) if len(some) > 1 else name.split("/")[-1] for name in some]
                 spec = replace(spec_of(some[0]), title=row if len(some) > 1 else some[0])
                 yield drawn(spec, zip(some, labels, strict=True))
 
-    main = [chart for chart in filled(SPECS) if chart.drawing]
-    families = in_families(name for name in run.curves if name not in used)
-    return main, [(family, [chart for chart in left_over(family, names) if chart.drawing]) for family, names in families]
+    main = list(filter(None, filled(SPECS)))
+    return main, [(family, list(filter(None, left_over(family, names)))) for family, names in in_families(left)]
 
 
 def spec_of(name: str) -> Spec:

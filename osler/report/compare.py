@@ -209,29 +209,25 @@ def _groups(runs: Mapping[str, RunRecord]) -> dict[str, list[Member]]:
 def _curves(members: Sequence[Member]) -> tuple[list[Figure], list[tuple[charts.Family, list[Figure]]]]:
     """Draw each metric that two runs or more have as one chart: the usual ones, then the others by family."""
 
-    def overlaid(pairs: Sequence[tuple[Spec, str]]) -> list[Figure]:
-        drawn = []
-        for spec, name in pairs:
-            lines = [charts.line_of(m.stage, name, m.name, m.colour, "tokens") for m in members if name in m.stage.curves]
-            drawn.append(charts.figure(spec, [line for line in lines if len(line.x)], over="tokens"))
-        return [chart for chart in drawn if chart.drawing]
+    def overlaid(spec: Spec, name: str) -> Figure:
+        lines = [charts.line_of(m.stage, name, m.name, m.colour, "tokens") for m in members if name in m.stage.curves]
+        return charts.figure(spec, [line for line in lines if len(line.x)], over="tokens")
 
     counts = Counter(name for member in members for name in member.stage.curves)
-    shared = charts.by_row(sorted(name for name, count in counts.items() if count > 1))
-    main = []
+    left = dict.fromkeys(sorted(name for name, count in counts.items() if count > 1))
+    rows, main = charts.by_row(left), []
     for spec in SPECS:
         for row, label in spec.lines:
-            for name in shared.pop(row, []):
+            for name in rows.get(row, []):
+                del left[name]
                 line = label or charts.inner(row, name)
                 one = replace(spec, lines=((row, line),))
                 if len(spec.lines) > 1 or not label:  # the chart's sentence is about several lines side by side
                     one = replace(one, title=f"{spec.title}: {line}", good=charts.spec_of(name).good)
-                main.append((one, name))
-    rest = []
-    for family, names in charts.in_families(sorted(name for row in shared.values() for name in row)):
-        whole, _ = charts.by_layer(names)  # layers of several runs over one another could not be told apart
-        rest.append((family, overlaid([(charts.spec_of(name), name) for name in whole])))
-    return overlaid(main), rest
+                main.append(overlaid(one, name))
+    whole, _ = charts.by_layer(left)  # layers of several runs over one another could not be told apart
+    rest = [(family, [overlaid(charts.spec_of(name), name) for name in names]) for family, names in charts.in_families(whole)]
+    return list(filter(None, main)), [(family, list(filter(None, drawn))) for family, drawn in rest]
 
 
 def _as_text(title: str, members: Sequence[Member]) -> str:
