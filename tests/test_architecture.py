@@ -48,6 +48,7 @@ DOORS: dict[str, set[str]] = {
     "huggingface_hub": {"files/hub.py"},
     "jinja2": {"report/page.py"},
     "markupsafe": {"report/page.py"},
+    "lm_eval": {"eval/harness.py"},
     "deepspeed": {"parallel/deepspeed.py"},
     "torchao": {"parallel/fp8.py"},
     "wandb": {"monitor/sinks.py"},

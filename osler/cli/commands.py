@@ -54,6 +54,7 @@ EVAL_HELP = """\
   osler eval runs/clinic-sft task.split=validation task.limit=100
   osler eval runs/mine task=medqa:test.jsonl     (or medmcqa, pubmedqa, gsm8k; task.type=medqa task.path=test.jsonl is the same)
   osler eval runs/mine task=medqa:test.jsonl,gsm8k:test.parquet,clinic subset=200     (200 random questions of each)
+  osler eval runs/mine --harness "--tasks hellaswag --limit 100"     (lm-evaluation-harness asks; `--harness --help`)
   osler eval runs/mine text=notes/     (bits per byte; text that it was not trained on)
 
 With neither task nor text a model is examined on what it was trained for. Other fields: method=likelihood (or generation,
@@ -288,7 +289,12 @@ COMMANDS: tuple[Command, ...] = (
         "Sit exams with a model: scores and their confidence intervals",
         "osler eval runs/clinic-sft",
         "osler.eval.run:run",
-        (CHECKPOINT, OVERRIDES, option("--json", dest="json_file", metavar="FILE", help="also write the scores as JSON")),
+        (
+            CHECKPOINT,
+            OVERRIDES,
+            option("--json", dest="json_file", metavar="FILE", help="also write the scores as JSON"),
+            option("--harness", metavar="OPTIONS", help="let lm-evaluation-harness ask instead, with these options of its own"),
+        ),
         EVAL_HELP,
     ),
     Command(

@@ -24,12 +24,15 @@ class EvalConfig:
     # a list of options, it finds most likely; likelihood: the option as it was taught to answer, or without that both of these;
     # both: generation and likelihood; auto: generation unless the model was trained on plain text alone
     method: Literal["auto", "generation", "likelihood", "letters", "cloze", "both"] = "auto"
+    # taught: the template, if the model learned it; plain: as lm-evaluation-harness asks, with the same score of every item
+    prompt: Literal["taught", "plain"] = "taught"
     permutations: PositiveInt = 1  # option orders in which every question is shown; "All of the above" and the like stay put
     samples: PositiveInt = 1  # answers written to each question; two or more, at a temperature, give pass@k and majority vote
     reasoning: bool | None = None  # think before the answer; null: as the model was trained
     max_new_tokens: PositiveInt = 128  # thinking and answer together
     temperature: float = 0.0  # 0: always the likeliest token
-    normalise: Literal["bytes", "tokens", "none"] = "bytes"  # divides an option's log-likelihood; the raw score is shown beside
+    # divides an option's log-likelihood; the raw score is shown beside. lm-evaluation-harness's acc_norm divides by characters
+    normalise: Literal["bytes", "characters", "tokens", "none"] = "bytes"
     seed: Seed = 0  # of option orders, subsets and sampling
     rows: PositiveInt = 256  # answers written at once; fewer need less memory
 

@@ -30,12 +30,14 @@ from osler.records.answers import AnswerLog
 from osler.runtime.errors import UserError
 from osler.runtime.stop import AskedToStop, asked
 from osler.runtime.world import World
-from osler.tasks.answers import read_answer
+from osler.tasks.answers import Reading, read_answer
 from osler.tasks.item import ExamItem, Form, answer_texts, bare, permute, render_plain, render_question, reorder
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.chat import Completion, encode_prompt, parse_completion
 
-Normalise = Literal["bytes", "tokens", "none"]
+Normalise = Literal["bytes", "characters", "tokens", "none"]
+Read = Callable[[ExamItem, Completion], Reading]
+STOPS = ("Question:", "</s>", "<|im_end|>")  # what ends a written answer to a plain prompt
 ITEM_ROWS = 256  # about how many rows of hidden states one item has
 
 
@@ -51,9 +53,14 @@ def score_by_generation(
     sampling: SamplingParams,
     *,
     reasoning: bool = True,
+    template: bool = True,
+    read: Read = read_answer,
     answers: AnswerLog | None = None,
 ) -> ScoredExam:
     """Let the model write an answer to every item that is shown and score it; ``answers`` may already hold some of them.
+
+    Without ``template`` the prompt is ``render_plain``. The answer then ends before one of ``STOPS``, and before the end of its
+    line unless it is a solution or a program.
 
     Prompt and completion must fit the model's ``max_seq_len``; a context passage is shortened from its front to fit, a question
     is not.
@@ -68,10 +75,17 @@ def score_by_generation(
         )
 
     def encode(item: ExamItem) -> list[int]:
+        if not template:
+            return tokenizer.encode(render_plain(item, "letters"))
         return encode_prompt(tokenizer, render_question(item), reasoning=reasoning)
 
     def keep(number: int, ids: list[int]) -> None:
-        results[number] = grade(shown[number], parse_completion(tokenizer, ids, reasoning=reasoning))
+        item = shown[number]
+        if template:
+            completion = parse_completion(tokenizer, ids, reasoning=reasoning)
+        else:
+            completion = parse_text(tokenizer, ids, (*STOPS, "\n") if item.options or item.aliases else STOPS)
+        results[number] = grade(item, completion, read)
         answers.add(number, ids, results[number].sample(""))
 
     results = [Result(item, TOO_LONG, right=False) for item in shown]
@@ -92,6 +106,14 @@ def score_by_generation(
         if asked():  # a trainer asks all ranks whether to stop, and then discards this score
             break
     return summarise(results, max_seq_len=longest)
+
+
+def parse_text(tokenizer: Tokenizer, ids: Sequence[int], stops: Sequence[str]) -> Completion:
+    """Return as an answer the text that was written before the end-of-text token and the first of ``stops``."""
+    body = list(takewhile(lambda token: token != tokenizer.eos_id, ids))
+    whole = tokenizer.decode(body, skip_special=True)
+    end = min((whole.index(stop) for stop in stops if stop in whole), default=len(whole))
+    return Completion("", whole[:end], finished=end < len(whole) or len(body) < len(ids), well_formed=False)
 
 
 def _row_number(item: ExamItem, visit: int) -> int:
@@ -140,9 +162,9 @@ def presentations(items: Iterable[ExamItem], permutations: int, seed: int) -> It
             yield reorder(base, [(visit + k) % n for k in range(n)])
 
 
-def grade(item: ExamItem, completion: Completion) -> Result:
+def grade(item: ExamItem, completion: Completion, read: Read = read_answer) -> Result:
     """Read the completion's answer and compare it with the item's."""
-    reading = read_answer(item, completion)
+    reading = read(item, completion)
     status = ANSWERED if reading.readable else UNPARSED if completion.finished else CUT
     return Result(item, status, reading.right, reading.choice, completion.answer or "", completion.thinking)
 
@@ -162,7 +184,7 @@ def score_by_likelihood(
     With ``template`` the prompt is the chat template up to the answer, with no thinking. Without it the prompt is
     ``render_plain``, where the form "letters" lists the options on lines of their own.
 
-    The log-likelihood is divided by the UTF-8 bytes of what is scored (lm-evaluation-harness's ``acc_norm`` where that is ASCII),
+    The log-likelihood is divided by the UTF-8 bytes of what is scored, by its characters (lm-evaluation-harness's ``acc_norm``),
     by its tokens, or by nothing (the harness's ``acc``, where short options win). Of equal scores the earlier option wins.
     Without a divisor the scores are log-probabilities, and the results say how sure the model is.
     """
@@ -177,16 +199,19 @@ def score_by_likelihood(
             decoder = decoder or Decoder(model, Layout(model.compute_dtype, ITEM_ROWS))
             sums = sum_logprobs(decoder, [ids for ids, _ in rows], rows[0][1]) if rows else []
             sizes = [len(text.encode()) for text in answer_texts(item, form)]
-            output = [[total, size, len(ids) - start] for total, size, (ids, start) in zip(sums, sizes, rows, strict=False)]
-        results.append(_likeliest(item, output, normalise))
+            output = [[total, size, len(ids) - start] for (total, _), size, (ids, start) in zip(sums, sizes, rows, strict=False)]
+        results.append(_likeliest(item, form, output, normalise))
         answers.add(number, output, results[-1].sample(""))
     return summarise(results, max_seq_len=longest)
 
 
-def _likeliest(item: ExamItem, output: Sequence[Sequence[float]], normalise: Normalise) -> Result:
+def _likeliest(item: ExamItem, form: Form, output: Sequence[Sequence[float]], normalise: Normalise) -> Result:
     if not output:
         return Result(item, TOO_LONG, right=False)
-    scores = [total / {"bytes": size, "tokens": tokens, "none": 1}[normalise] for total, size, tokens in output]
+    scores = [
+        total / {"bytes": size, "characters": len(text), "tokens": tokens, "none": 1}[normalise]
+        for (total, size, tokens), text in zip(output, answer_texts(item, form), strict=True)
+    ]
     best = scores.index(max(scores))
     confidence = 1 / sum(exp(score - scores[best]) for score in scores) if normalise == "none" else None
     return Result(item, ANSWERED, item.is_right(best), best, item.options[best], confidence=confidence)

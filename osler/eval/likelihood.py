@@ -74,20 +74,21 @@ def by_length(rows: Sequence[LabelledRow], batch_tokens: int) -> Iterator[list[i
 
 
 @torch.inference_mode()
-def sum_logprobs(decoder: Decoder, rows: Sequence[list[int]], start: int) -> list[float]:
+def sum_logprobs(decoder: Decoder, rows: Sequence[list[int]], start: int) -> list[tuple[float, bool]]:
     """Return for every row of ids the sum of log p(ids[t] | ids[:t]) over t >= start, in nats; before ``start`` rows are alike.
 
-    The beginning that they share runs through the model once. ``start`` is at least 1. The sums depend on these rows alone, to
-    the bit, because no other rows share their batch.
+    With each sum comes whether all of these tokens are the likeliest. The beginning that the rows share runs through the model
+    once. ``start`` is at least 1. The sums depend on these rows alone, to the bit, because no other rows share their batch.
     """
     past = decoder.read([rows[0][: start - 1]])[0] if start > 1 else None
     _, hidden_BTD = decoder.read([ids[:-1] for ids in rows], past)
-    sums = []
+    sums, is_greedy = [], []
     for ids, hidden_TD in zip(rows, hidden_BTD, strict=True):  # one at a time, because logits are large
         labels_T1 = torch.tensor(ids[start:], device=decoder.device)[:, None]
         logp_TV = decoder.logits(hidden_TD[: len(labels_T1)]).log_softmax(-1)
         sums.append(logp_TV.gather(1, labels_T1).double().sum())
-    return torch.stack(sums).tolist()
+        is_greedy.append((logp_TV.argmax(-1, keepdim=True) == labels_T1).all())
+    return list(zip(torch.stack(sums).tolist(), torch.stack(is_greedy).tolist(), strict=True))
 
 
 @dataclass(frozen=True)

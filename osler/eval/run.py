@@ -9,6 +9,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import islice
 from math import exp, isnan
 from pathlib import Path
@@ -23,7 +24,7 @@ from osler.data.named import SOURCES, open_hub
 from osler.data.readers import TextFiles
 from osler.data.shard_set import ShardSet, open_validation_sets
 from osler.eval.config import CLINIC_EXAM, EvalConfig
-from osler.eval.exams import Form, Normalise, presentations, score_by_generation, score_by_likelihood
+from osler.eval.exams import Form, Normalise, Read, presentations, score_by_generation, score_by_likelihood
 from osler.eval.likelihood import TextScore, batches, measure, windows
 from osler.eval.score import ScoredExam, describe_too_long, summarise
 from osler.inference.engine import InferenceEngine
@@ -35,6 +36,7 @@ from osler.runtime import format as fmt
 from osler.runtime.errors import UserError
 from osler.runtime.files import fingerprint, write_json
 from osler.runtime.log import Progress
+from osler.tasks.answers import PUBLISHED, published_reading, read_answer
 from osler.tasks.item import ExamItem
 from osler.tasks.registry import ClinicTask, check_task, load_task
 from osler.tokenizer.round_trip import RoundTrip, refuse_missing_bytes
@@ -46,9 +48,15 @@ LOOKED_AT = 256  # documents whose start is decoded again, to see what the token
 FORMS: dict[str, Form] = {"likelihood": "answer", "letters": "letters", "cloze": "cloze"}  # what each method scores
 
 
-def run(checkpoint: str, overrides: Sequence[str] = (), json_file: str | None = None) -> int:
+def run(checkpoint: str, overrides: Sequence[str] = (), json_file: str | None = None, harness: str | None = None) -> int:
     """Run the command ``eval`` and return the process's exit code."""
     config = config_of(overrides)
+    if harness is not None:
+        if json_file or replace(config, device="auto", which="newest", rows=EvalConfig.rows) != EvalConfig():
+            raise UserError("--harness goes with device=, which= and rows=; its own options say all the rest.")
+        from osler.eval import harness as door  # an extra
+
+        return door.run(harness, checkpoint=checkpoint, device=config.device, which=config.which, rows=config.rows)
     for number, task in enumerate(config.tasks):
         check_task(task, f"tasks[{number}]")
     check_task(config.task, "task")
@@ -150,21 +158,38 @@ def sit(config: EvalConfig, ready: LoadedModel, name: str) -> list[ScoredExam]:
 def scores_of(
     method: str, config: EvalConfig, ready: LoadedModel, shown: Sequence[ExamItem], head: Mapping[str, str]
 ) -> Iterator[ScoredExam]:
-    """Yield the scores on the items that are shown: one for letters and for writing, else also the raw score."""
+    """Yield the scores on the items that are shown: one for letters, as a rule one for writing, else also the raw score.
+
+    Solutions that end in a number, after a plain prompt, are also read as lm-evaluation-harness reads them.
+    """
+    template = uses_template(config, ready)
     if method == "generation":
         shown = [item for item in shown for _ in range(config.samples)]
         sampling = SamplingParams(max_new_tokens=config.max_new_tokens, temperature=config.temperature, seed=config.seed)
         reasoning = ready.reasons if config.reasoning is None else config.reasoning
-        settings: dict[str, Any] = {**encode(sampling), "reasoning": reasoning}
+        settings: dict[str, Any] = {**encode(sampling), "reasoning": reasoning, **({} if template else {"template": False})}
     else:
         divisors: list[Normalise] = ["none"] if method == "letters" else list(dict.fromkeys((config.normalise, "none")))
-        settings = {"template": ready.answers_questions, "normalise": divisors[0]}
+        settings = {"template": template, "normalise": divisors[0]}
     with Progress(len(shown), "questions asked", label=head["exam"]) as progress:
         answers = answer_log(ready, head, shown, settings, progress)
         if method == "generation":
             engine = InferenceEngine(ready.model, max_rows=config.rows)
-            score = score_by_generation(engine, ready.tokenizer, shown, sampling, reasoning=reasoning, answers=answers)
-            yield replace(score, split=head["exam"], method=method)
+            rules: dict[str, Read] = {method: read_answer}
+            if not template and all(item.thinking and not item.options for item in shown):
+                rules |= {f"{method}, {rule}": partial(published_reading, rule) for rule in PUBLISHED}
+            for name, read in rules.items():
+                score = score_by_generation(
+                    engine,
+                    ready.tokenizer,
+                    shown,
+                    sampling,
+                    reasoning=reasoning,
+                    template=template,
+                    read=read,
+                    answers=answers,
+                )
+                yield replace(score, split=head["exam"], method=name)
             return
         for divisor in divisors:
             score = score_by_likelihood(
@@ -172,7 +197,7 @@ def scores_of(
                 ready.tokenizer,
                 shown,
                 form=FORMS[method],
-                template=ready.answers_questions,
+                template=template,
                 normalise=divisor,
                 answers=answers,
             )
@@ -226,19 +251,28 @@ def parts(config: EvalConfig) -> dict[str, Any]:
             named |= {split.strip(): replace(task, split=split.strip()) for split in task.split.split(",")}
             continue
         name = f"{task.type} {task.split}".strip() + (f", {task.shots} shots" if task.shots else "")
+        name += ", plain prompt" if config.prompt == "plain" else ""
         named[name if name not in named else f"{name} {task.path}"] = task
     return named
+
+
+def uses_template(config: EvalConfig, ready: LoadedModel) -> bool:
+    """Return whether questions are asked in the template; a model that did not learn it is asked as plain text asks."""
+    return ready.answers_questions and config.prompt == "taught"
 
 
 def methods(config: EvalConfig, ready: LoadedModel, has_options: bool) -> list[str]:
     """Return how an exam is taken: as requested, or as the model's training and the kind of questions suggest."""
     if config.method in ("likelihood", "letters", "cloze", "both") and not has_options:
         raise UserError("These questions have no options to compare the likelihoods of; use method=generation.")
-    likelihood = ["likelihood"] if ready.answers_questions else ["cloze", "letters"]
+    template = uses_template(config, ready)
+    likelihood = ["likelihood"] if template else ["cloze", "letters"]
     if config.method != "auto":
         return {"likelihood": likelihood, "both": ["generation", *likelihood]}.get(config.method, [config.method])
-    if ready.answers_questions:
+    if template:
         return ["generation"]
+    if ready.answers_questions:
+        return likelihood if has_options else ["generation"]
     if not has_options:
         logger.warning("This model was trained on plain text alone and never learned to answer; many answers cannot be read.")
         return ["generation"]

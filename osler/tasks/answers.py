@@ -73,6 +73,10 @@ _OTHER_NUMBER = re.compile(  # words beside a number that change it
 )
 
 
+# How lm-evaluation-harness reads GSM8K (its filters of these names), which is less careful than ``read_answer``.
+PUBLISHED = {"strict-match": r"#### (-?[0-9.,]+)()", "flexible-extract": r"(-?[$0-9.,]{2,})|(-?[0-9]+)"}
+
+
 @dataclass(frozen=True)
 class Reading:
     """Whether an answer can be read, whether it is right, and the position of the option that it names."""
@@ -101,6 +105,13 @@ def read_answer(item: ExamItem, completion: Completion) -> Reading:
         return Reading(bool(text.strip()), bool(text.strip()) and plain(text) == plain(item.answer))
     number = read_number(text)
     return Reading(number is not None, number == expected)
+
+
+def published_reading(rule: str, item: ExamItem, completion: Completion) -> Reading:
+    """Read a number by a rule of lm-evaluation-harness: "strict-match" or "flexible-extract"."""
+    found = re.findall(PUBLISHED[rule], completion.answer or "")
+    said = "".join(found[0 if rule == "strict-match" else -1]) if found else ""
+    return Reading(bool(found), said.replace(",", "").replace("$", "").removesuffix(".") == item.answer)
 
 
 def read_choice(text: str, options: Sequence[str]) -> int | None:

@@ -34,6 +34,7 @@ _POINTING_WORD = re.compile(
 _QUANTIFIER = re.compile("all|none|any|both|either|neither")
 _LABEL = re.compile("[a-f]|[1-6]|i{1,3}|iv|vi?")
 
+_HEADED = "medmcqa-"  # ids of the exam whose published prompt has a line "Choices:" before the options
 TELLING_WORDS = 4  # a question with fewer telling words is identified by its options too
 # Words that occur in questions of every subject.
 _COMMON = re.compile(
@@ -85,17 +86,26 @@ def render_question(item: ExamItem) -> str:
 
 
 def render_plain(item: ExamItem, form: Form) -> str:
-    """Return the text of a prompt without the template: solved examples, then "Question: ... Answer:", or a story as it is."""
+    """Return the text of a prompt without the template, as lm-evaluation-harness writes it: solved examples, then the item.
+
+    That is "Question: ... Answer:", with a list of the options in the form "letters". A story or a program stands as it is.
+    """
 
     def alone(item: ExamItem) -> str:
-        text = render_question(replace(bare(item), shots=()))
-        if item.is_story and form != "letters":
+        abstract = [f"Abstract: {item.context.strip()}"] if item.context.strip() and not item.is_story else []
+        text = render_question(replace(bare(item), shots=(), context="" if abstract else item.context))
+        if item.tests or (item.is_story and form != "letters"):
             return text
-        lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, item.options, strict=False) if form == "letters"]
-        return "\n".join([f"Question: {text}", *lines, "Answer:"])
+        listed = item.options if form == "letters" else ()
+        heading = ["Choices:"] if listed and item.id.startswith(_HEADED) else []
+        lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, listed, strict=False)]
+        return "\n".join([*abstract, f"Question: {text}", *heading, *lines, "Answer:"])
 
-    solved = (f"{alone(shot)} {answer_texts(shot, form)[shot.answer_index]}" for shot in item.shots)
-    return "\n\n".join([*solved, alone(item)])
+    def answer(shot: ExamItem) -> str:
+        is_worked = shot.thinking and not shot.options
+        return f"{shot.thinking}\n#### {shot.answer}" if is_worked else answer_texts(shot, form)[shot.answer_index]
+
+    return "\n\n".join([*(f"{alone(shot)} {answer(shot)}" for shot in item.shots), alone(item)])
 
 
 def bare(item: ExamItem) -> ExamItem:

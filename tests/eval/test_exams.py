@@ -155,11 +155,20 @@ def test_likelihood_finds_what_was_learnt(scholar: Transformer, tokenizer: Token
     assert score_by_likelihood(scholar, tokenizer, [huge]).too_long == 1
 
 
-def one_by_one(model: Transformer, ids: list[int], start: int) -> float:
-    """The log-likelihood of ids[start:], one prefix at a time, nothing batched."""
+def one_by_one(model: Transformer, ids: list[int], start: int) -> tuple[float, bool]:
+    """The log-likelihood of ids[start:] and whether they are likeliest, one prefix at a time, nothing batched."""
     with torch.no_grad():
         logits = [model.logits(model(torch.tensor([ids[:t]])))[0, -1].double() for t in range(start, len(ids))]
-    return sum(row.log_softmax(-1)[ids[t]].item() for t, row in enumerate(logits, start=start))
+    total = sum(row.log_softmax(-1)[ids[t]].item() for t, row in enumerate(logits, start=start))
+    return total, [int(row.argmax()) for row in logits] == ids[start:]
+
+
+def check_sums(decoder: Decoder, model: Transformer, rows: list[list[int]], start: int) -> None:
+    (sums, greedy), (expected, expected_greedy) = (
+        zip(*pairs, strict=True)
+        for pairs in (sum_logprobs(decoder, rows, start), [one_by_one(model, ids, start) for ids in rows])
+    )
+    assert sums == pytest.approx(expected, abs=1e-4) and greedy == expected_greedy
 
 
 FORMS = [("answer", True), ("letters", True), ("cloze", True), ("letters", False), ("cloze", False)]
@@ -171,10 +180,9 @@ def test_likelihood_equals_brute_force(tokenizer: Tokenizer, form: Form, templat
     decoder = Decoder(model, Layout(torch.float32, 16))
     for item in ITEMS:
         rows = option_rows(tokenizer, item, form, template=template, max_seq_len=128) or []
-        expected = [one_by_one(model, ids, start) for ids, start in rows]
-        assert sum_logprobs(decoder, [ids for ids, _ in rows], rows[0][1]) == pytest.approx(expected, abs=1e-4)
-    short = [[5, 7, 9], [5, 8]]  # scored from the second token on
-    assert sum_logprobs(decoder, short, 1) == pytest.approx([one_by_one(model, ids, 1) for ids in short], abs=1e-4)
+        check_sums(decoder, model, [ids for ids, _ in rows], rows[0][1])
+    best = int(model.logits(model(torch.tensor([[5]])))[0, -1].argmax())
+    check_sums(decoder, model, [[5, best, best], [5, best], [5, 8]], 1)  # scored from the second token on; the second is greedy
 
 
 @pytest.mark.parametrize(("form", "template"), FORMS)

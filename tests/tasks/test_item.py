@@ -46,13 +46,17 @@ def test_plain_prompts_by_the_form_of_the_answer() -> None:
     shot = replace(with_options("rash", "cough", answer_index=1), question="Which?")
     item = replace(with_options("yes", "no"), context="Abstract.", shots=(shot,))
     assert {form: render_plain(item, form) for form in ("cloze", "letters", "answer")} == {
-        "cloze": "Question: Which?\nAnswer: cough\n\nQuestion: Abstract.\n?\nAnswer:",
-        "letters": "Question: Which?\nA. rash\nB. cough\nAnswer: B\n\nQuestion: Abstract.\n?\nA. yes\nB. no\nAnswer:",
-        "answer": "Question: Which?\nAnswer: cough (B)\n\nQuestion: Abstract.\n?\nAnswer:",
+        "cloze": "Question: Which?\nAnswer: cough\n\nAbstract: Abstract.\nQuestion: ?\nAnswer:",
+        "letters": "Question: Which?\nA. rash\nB. cough\nAnswer: B\n\nAbstract: Abstract.\nQuestion: ?\nA. yes\nB. no\nAnswer:",
+        "answer": "Question: Which?\nAnswer: cough (B)\n\nAbstract: Abstract.\nQuestion: ?\nAnswer:",
     }
     assert render_question(bare(item)) == "Which?\nAnswer: cough\n\nAbstract.\n?"
     story = replace(with_options("falls", "flies"), question="A man", context="Baking", is_story=True, shots=(shot,))
     assert render_plain(replace(story, shots=()), "cloze") == "Baking: A man"
+    assert render_plain(replace(item, id="medmcqa-1"), "letters").endswith("?\nChoices:\nA. one\nB. two\nAnswer:")
+    solved = ExamItem("gsm8k-1", "1 + 1?", (), -1, thinking="One more.", answer="2")
+    asked = replace(solved, id="gsm8k-2", shots=(solved,))
+    assert render_plain(asked, "letters") == "Question: 1 + 1?\nAnswer: One more.\n#### 2\n\nQuestion: 1 + 1?\nAnswer:"
     assert render_plain(replace(story, shots=(replace(story, shots=()),)), "cloze") == "Baking: A man falls\n\nBaking: A man"
 
 

@@ -1,0 +1,138 @@
+"""Let lm-evaluation-harness examine a model of Osler's, with its own tasks, prompts and options (extra ``harness``).
+
+    lm_eval.simple_evaluate(model=OslerLM("runs/mine"), tasks=["hellaswag"])
+
+The harness tokenises a prompt and its continuation together, and moves spaces at the end of the prompt to the continuation. This
+file adds what it asks of a model. A prompt that several continuations share runs through the model once, as in ``exams.py``, so
+``osler eval prompt=plain`` gives the same sums (``benchmarks/harness_parity.py``).
+"""
+
+import json
+import logging
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from osler.eval.exams import ITEM_ROWS, parse_text
+from osler.eval.likelihood import label_logprobs, pad_rows, sum_logprobs
+from osler.inference.engine import InferenceEngine
+from osler.inference.load import open_model
+from osler.inference.rows import Request
+from osler.model.decoder import Decoder
+from osler.model.layers import Layout
+from osler.ops.labels import IGNORED
+from osler.ops.sampling_params import SamplingParams
+from osler.runtime.errors import UserError
+
+try:
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import normalize_gen_kwargs
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ImportError as error:
+    raise UserError("lm-evaluation-harness is not installed: pip install 'osler[harness]'") from error
+
+logger = logging.getLogger(__name__)
+
+NEW_TOKENS = 256  # of an answer whose task does not say how long it may be
+MOST_TOGETHER = 64  # continuations of one context
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # what a task may say of drawing
+Encoded = tuple[tuple[str, str], list[int], list[int]]  # texts of context and continuation, and their ids
+
+
+def run(options: str, **model: Any) -> int:
+    """Run the harness's own command line with ``options``; ``model`` are the arguments of ``OslerLM``."""
+    sys.argv = ["lm_eval", "run", "--model", "osler", "--model_args", json.dumps(model), *shlex.split(options)]
+    cli_evaluate()
+    return 0
+
+
+@register_model("osler")
+class OslerLM(TemplateLM):
+    """A checkpoint, as the harness asks it; ``rows`` answers are written at once, whatever the harness says of batches."""
+
+    def __init__(
+        self, checkpoint: str | Path, *, device: str = "auto", which: str = "newest", rows: int = 256, **batches: object
+    ) -> None:
+        super().__init__()
+        ready = open_model(checkpoint, device=device, which=which)
+        logger.info(ready.describe())
+        self.model, self.tokens, self.rows = ready.model, ready.tokenizer, rows
+        self.longest = ready.model.config.max_seq_len
+
+    @property
+    def eot_token_id(self) -> int:
+        """The end-of-text token, which stands for an empty context."""
+        return self.tokens.eos_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: object) -> list[int]:
+        """Return the ids of a text."""
+        return self.tokens.encode(string)
+
+    def apply_chat_template(self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
+        """Raise UserError: text cannot hold the markers of the template."""
+        raise UserError("The harness's prompts are text, which cannot hold Osler's template: `osler eval` asks with it.")
+
+    def _loglikelihood_tokens(self, requests: Sequence[Encoded], **options: object) -> list[tuple[float, bool]]:
+        """Return sum and greediness of each continuation; of a context that is too long the beginning is left out."""
+        decoder, found = Decoder(self.model, Layout(self.model.compute_dtype, ITEM_ROWS)), list[tuple[float, bool]]()
+        pairs = []
+        for (_, text), context, continuation in requests:
+            if not 0 < len(continuation) <= self.longest:  # the last token is not fed
+                raise UserError(
+                    f"The continuation {text!r:.60} has {len(continuation)} tokens after its context; it needs one at least, and "
+                    f"the model has room for {self.longest} (max_seq_len)."
+                )
+            pairs.append((context[-(self.longest + 1 - len(continuation)) :], continuation))
+        self._tell_cut(sum(len(kept) < len(given) for (kept, _), (_, given, _) in zip(pairs, requests, strict=True)))
+        for context, group in groupby(pairs, key=lambda pair: pair[0]):
+            rows = [[*context, *continuation] for _, continuation in group]
+            for first in range(0, len(rows), MOST_TOGETHER):
+                found += sum_logprobs(decoder, rows[first : first + MOST_TOGETHER], len(context))
+        return found
+
+    def _tell_cut(self, count: int) -> None:
+        if count:
+            logger.warning(f"{count:,} prompts are longer than the {self.longest} tokens of the model; only their ends are read.")
+
+    @torch.inference_mode()
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Return the log-likelihood of each text, cut into windows as the harness cuts it."""
+        sums = []
+        for (text,) in (request.args for request in requests):
+            ids, total = self.tokens.encode(text), 0.0
+            for window in get_rolling_token_windows(ids, self.prefix_token_id, self.longest, context_len=1):
+                before, scored = make_disjoint_window(window)
+                row = [*before, *scored[:-1]], [*[IGNORED] * (len(before) - 1), *scored]
+                total += label_logprobs(self.model, *pad_rows([row]))[1].double().sum().item()
+            sums.append(total)
+        return sums
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Return what the model writes after each prompt, up to the stop strings of its task."""
+        given = [(context, normalize_gen_kwargs(options, NEW_TOKENS)) for context, options in (one.args for one in requests)]
+        asked, cut = [], 0
+        for number, (context, options) in enumerate(given):
+            room = self.longest - options["max_gen_toks"]
+            if unknown := options.keys() - {*SAMPLING, "until", "max_gen_toks", "do_sample"}:
+                raise UserError(f"The task's generation_kwargs have {', '.join(sorted(unknown))}, which Osler does not know.")
+            if room < 1:
+                raise UserError(f"max_gen_toks={options['max_gen_toks']} leaves no room for a prompt in {self.longest} tokens.")
+            ids = self.tok_encode(context) or [self.eot_token_id]
+            cut += len(ids) > room
+            drawing = {name: options[name] for name in SAMPLING if name in options}
+            sampling = SamplingParams(max_new_tokens=options["max_gen_toks"], stop_ids=(self.eot_token_id,), **drawing)
+            asked.append(Request(tuple(ids[-room:]), sampling, number))
+        self._tell_cut(cut)
+        texts = [""] * len(asked)
+        asked.sort(key=lambda request: -len(request.prompt))
+        for index, continuation in InferenceEngine(self.model, max_rows=self.rows).complete(asked):
+            number = asked[index].number
+            texts[number] = parse_text(self.tokens, continuation.ids, given[number][1]["until"]).answer or ""
+        return texts
