@@ -31,10 +31,9 @@ def main() -> None:
     from osler.data.contamination import ExamIndex
     from osler.data.documents import in_memory
     from osler.data.duplicates import Seen, rows_of
-    from osler.data.named import open_exam
+    from osler.data.named import load_task, open_exam
     from osler.data.ngrams import Words
     from osler.data.readers import TextFiles
-    from osler.tasks.exam_files import load_exam_file
     from osler.tasks.item import render_question
 
     exams = [dict(zip(("type", "path"), exam.split("=", 1), strict=True)) for exam in given.exam]
@@ -72,7 +71,7 @@ def main() -> None:
     }
     result["halves"] = {}
     for task in decode(CleanConfig, {"exams": exams}).exams:
-        items = load_exam_file(task)
+        items = load_task(task)
         index = ExamIndex(items[::2])
         others = [render_question(item) for item in items[1::2]]
         result["halves"][task.type] = [len(index.find(Words(others))), len(others)]

@@ -45,6 +45,7 @@ def measure(form: Any, asked: argparse.Namespace) -> dict[str, float]:
     """Time one form in this process."""
     import torch
 
+    from osler.data.named import load_task
     from osler.eval.exams import option_rows, score_by_likelihood
     from osler.eval.likelihood import label_logprobs, pad_rows
     from osler.model.config import ModelConfig
@@ -52,7 +53,6 @@ def measure(form: Any, asked: argparse.Namespace) -> dict[str, float]:
     from osler.records.answers import AnswerLog
     from osler.tasks.config import MedqaTask
     from osler.tasks.item import render_question
-    from osler.tasks.registry import load_task
     from osler.tokenizer.bpe import Tokenizer
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

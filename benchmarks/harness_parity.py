@@ -234,13 +234,11 @@ def accuracies(run: Path) -> dict[str, float]:
 
 def load(kind: str, file: Path, exam: Exam) -> list[Any]:
     """The items of a file, as `osler eval` reads them."""
-    from osler.eval.config import EvalConfig
-    from osler.eval.run import config_of
-    from osler.tasks.registry import load_task
+    from osler.data.named import load_task
+    from osler.eval.config import config_of
 
     shots = [f"task.shots={exam.shots.split(',')[0]}", f"task.shots_path={exam.shots.split(',')[1]}"] if exam.shots else []
-    config: EvalConfig = config_of([f"task.type={kind}", f"task.path={file}", *shots])
-    return load_task(config.task)
+    return load_task(config_of([f"task.type={kind}", f"task.path={file}", *shots]).task)
 
 
 def compare(run: Path, kind: str, rows: Sequence[Row], folder: Path, shots: Sequence[Row] = ()) -> Row:

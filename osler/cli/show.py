@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from osler.config.recipe import as_comments, available_recipes, dump_yaml, load_recipe, override
 from osler.config.schema import config, decode, encode, hints, members_of, range_of, tagged_members, useless_in
-from osler.eval.config import EvalConfig
+from osler.eval.config import EvalConfig, config_of
 from osler.model.config import ModelConfig
 from osler.quickstart.config import QuickstartConfig
 from osler.rl.config import GrpoConfig
@@ -78,7 +78,7 @@ def show_recipe(recipe: str | None, overrides: Sequence[str] = (), *, explain: b
         raise UserError(f"which recipe? `osler recipes` lists them; {names} show what a command does without one.")
     if recipe in WITHOUT_RECIPE:
         cls, given = WITHOUT_RECIPE[recipe]
-        resolved = decode(cls, override(given, overrides), source=recipe)
+        resolved = config_of(overrides) if cls is EvalConfig else decode(cls, override(given, overrides), source=recipe)
     else:
         resolved = decode_recipe(load_recipe(recipe, overrides), source=recipe)
     text = "\n".join([*explained(resolved), ""]) if explain else dump_yaml(encode(resolved))

@@ -48,10 +48,11 @@ KEEP = Look()
 
 @dataclass(frozen=True)
 class Exam:
-    """An exam that is looked for, and the files that have it."""
+    """An exam and the files that have it, with their commit if they are of the hub."""
 
     task: ExamFile
     files: tuple[File, ...]
+    commit: str = ""
 
     @property
     def items(self) -> list[ExamItem]:

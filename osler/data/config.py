@@ -21,23 +21,12 @@ from osler.config.schema import (
     config,
 )
 from osler.data.mixture import Mixture
-from osler.tasks.config import ExamInFile, Fold
+from osler.tasks.config import AnyExam, Fold
 
 FIRST_SHARD_TOKENS = 1 << 17  # each next shard may be twice as large as the one before, so that a run on data to come begins soon
 VALIDATION_TOKENS = 1 << 20  # a validation set keeps this many, and one more document at most: no evaluation reads more
 HUB = "the hub"  # the place of a source without local files
 HoldoutFraction = Annotated[float, Ge(0), Lt(1)]
-
-
-@config
-class HubExam:
-    """An exam that Osler knows by name, in the split that models are examined with; from the hub, or from local files."""
-
-    type: Literal["hub"] = "hub"
-    name: str  # medqa, medmcqa, pubmedqa, mmlu, gsm8k, humaneval, hellaswag or trivia_qa
-    revision: str = "main"  # a commit, branch or tag of the hub's repository; the commit is kept with the shards
-    path: str = ""  # a file or folder of the same schema, instead of the hub
-    root: str = ""  # a folder that has such a folder for each exam by name; empty: the data's
 
 
 @config
@@ -57,7 +46,7 @@ class CleanConfig:
     duplicates_memory_mb: PositiveInt = 256  # of a source; copies are found among as many of its latest documents as fit
 
     # whose questions are looked for; those that are found are written down, and the documents that contain them dropped or kept
-    exams: tuple[Annotated[ExamInFile | HubExam, TAGGED], ...] = ()
+    exams: tuple[Annotated[AnyExam, TAGGED], ...] = ()
     exam_questions: Literal["drop", "keep"] = "drop"  # the documents that contain a question of an exam
 
 

@@ -12,10 +12,11 @@ from fnmatch import fnmatchcase
 from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
+from typing import Any
 
 from osler.config.schema import nearest
 from osler.data.clean import Exam
-from osler.data.config import ExamInFile, HubData, HubExam
+from osler.data.config import HubData
 from osler.data.documents import Corpus, Document
 from osler.data.readers import read_text_file, text_of, value_of
 from osler.files.find import NAMED_ONLY_ENDING, ROW_ENDINGS, TEXT_ENDINGS, ending, find_files, shown
@@ -26,15 +27,12 @@ from osler.runtime.errors import UserError
 from osler.tasks.config import (
     MEDICAL_SUBJECTS,
     ExamFile,
-    Gsm8kTask,
-    HellaswagTask,
-    MedmcqaTask,
-    MedqaTask,
-    MmluTask,
-    PubmedqaTask,
+    Fold,
+    HubExam,
 )
-from osler.tasks.exam_files import SCHEMAS, ExamRow, ending_number
-from osler.tasks.item import is_in_fold, render_answer, render_question
+from osler.tasks.exam_files import SCHEMAS, ExamRow, ending_number, with_shots
+from osler.tasks.item import ExamItem, is_in_fold, render_answer, render_question
+from osler.tasks.registry import ClinicTask, load_clinic
 from osler.tokenizer.chat import Turn
 
 logger = logging.getLogger(__name__)
@@ -121,9 +119,10 @@ def conversations(rows: Iterable[Row], data: HubData) -> Iterator[Document]:
             yield Document(turn=Turn(asked, thinking, told[thought.end() :] if thought else told), where=row.where)
 
 
-def exam(rows: Iterable[Row], data: HubData, *, task: type[ExamFile]) -> Iterator[Document]:
+def exam(rows: Iterable[Row], data: HubData) -> Iterator[Document]:
     """Yield the items of an exam as models are shown them; MedMCQA's without a known answer are left out."""
-    config, read_item = task(type=data.name, path=data.path or data.name), SCHEMAS[task].read
+    kind = examined(data.name)[0]
+    config, read_item = kind(type=data.name, path=data.path or data.name), SCHEMAS[kind].read
     if data.subset == "pqa_unlabeled":
         yield from questions(rows, data, answer="long_answer")
         return
@@ -144,7 +143,7 @@ def programs(rows: Iterable[Row], data: HubData) -> Iterator[Document]:
 
 def endings(rows: Iterable[Row], data: HubData) -> Iterator[Document]:
     """Yield HellaSwag's stories with their right endings."""
-    config = HellaswagTask(path=data.path or data.name)
+    config = examined(data.name)[0](type=data.name, path=data.path or data.name)
     for row in rows:
         asked = ExamRow(row, config)
         choices = asked.options("endings")
@@ -194,25 +193,25 @@ SOURCES: dict[str, NamedSource] = {
         subsets=("all", "math", "code", "science"),
     ),
     "gsm8k": NamedSource(
-        "openai/gsm8k", ("{subset}/{split}-*.parquet",), ("question", "answer"), partial(exam, task=Gsm8kTask), "MIT", 2,
+        "openai/gsm8k", ("{subset}/{split}-*.parquet",), ("question", "answer"), exam, "MIT", 2,
         splits=("train", "test"), subsets=("main",),
     ),
     "medqa": NamedSource(
         "GBaker/MedQA-USMLE-4-options", ("*_{split}.jsonl",), ("question", "options", "answer", "answer_idx"),
-        partial(exam, task=MedqaTask), "MIT; questions CC BY 4.0", 2, splits=("train", "test"),
+        exam, "MIT; questions CC BY 4.0", 2, splits=("train", "test"),
     ),
     "medmcqa": NamedSource(
         "openlifescienceai/medmcqa", ("data/{split}-*.parquet",),
-        ("id", "question", "opa", "opb", "opc", "opd", "cop", "exp", "subject_name"), partial(exam, task=MedmcqaTask),
+        ("id", "question", "opa", "opb", "opc", "opd", "cop", "exp", "subject_name"), exam,
         "Apache 2.0", 25, splits=("train", "validation"),
     ),
     "pubmedqa": NamedSource(
         "qiaojin/PubMedQA", ("{subset}/{split}-*.parquet",),
-        ("pubid", "question", "context", "long_answer", "final_decision"), partial(exam, task=PubmedqaTask),
+        ("pubid", "question", "context", "long_answer", "final_decision"), exam,
         "MIT; half of pqa_labeled is the official test", 150, subsets=("pqa_artificial", "pqa_labeled", "pqa_unlabeled"),
     ),
     "mmlu": NamedSource(
-        "cais/mmlu", ("{subset}/{split}-*.parquet",), ("question", "subject", "choices", "answer"), partial(exam, task=MmluTask),
+        "cais/mmlu", ("{subset}/{split}-*.parquet",), ("question", "subject", "choices", "answer"), exam,
         "MIT", 1, splits=("validation", "test"), subsets=("all", *MEDICAL_SUBJECTS),
     ),
     "humaneval": NamedSource(
@@ -256,7 +255,7 @@ def open_hub(data: HubData, key: str) -> Corpus:
     parts: Parts | list[Part] = [Part(file) for file in files] if source.reads_whole_files else Parts(files)
     options = {"name": data.name, "subset": subset, "split": split, "reasoning": data.reasoning, "commit": commit}
     if data.fold != "all":
-        if getattr(source.documents, "func", None) is not exam or subset == "pqa_unlabeled":
+        if source.documents is not exam or subset == "pqa_unlabeled":
             raise UserError(f"{key}.fold={data.fold}: {data.title} has no questions that an exam asks, and so no folds.")
         options["fold"] = data.fold
     about = {"licence": source.licence, "revision": commit or "local files", "home": source.repo or data.place}
@@ -284,29 +283,49 @@ def examined(name: str) -> tuple[type[ExamFile], str, str]:
     return kind, EXAMS[name], split if split in splits else splits[0]  # PubMedQA's only split holds its test
 
 
-def open_exam(exam: ExamInFile | HubExam, root: str, key: str) -> Exam:
-    """Find the files of an exam that data are checked for; `root` is the data's folder of sources."""
+def load_task(task: Any, key: str = "task", root: str = "") -> list[ExamItem]:
+    """Return the items of an exam (one of ``TaskConfig``); `root` has files of exams by name, and `key` is for messages."""
+    if isinstance(task, ClinicTask):
+        return load_clinic(split=task.split, limit=task.limit, seed=task.seed)
+    exam = open_exam(task, root, key)
+    if isinstance(task, HubExam):
+        logger.info(f"{task.name}: {', '.join(file.name for file in exam.files)}{exam.commit and f', commit {exam.commit}'}.")
+    if not task.shots:
+        return exam.items
+    fold: Fold = "train" if task.fold == "held-out" else "all"
+    solved = replace(exam.task, path=task.shots_path, split="", fold=fold, limit=task.shots, seed=None)
+    return with_shots(exam.items, Exam(solved, _shots(task, key)).items, task)
+
+
+def check_task(task: Any, key: str, root: str = "") -> None:
+    """Raise UserError when the files of an exam do not exist; `key` is the place of the task in the config."""
+    if isinstance(task, ExamFile):
+        open_exam(task, root, key)
+        _shots(task, key)
+
+
+def _shots(task: ExamFile, key: str) -> tuple[File, ...]:
+    return tuple(find_local(task.shots_path, ROW_ENDINGS, key=f"{key}.shots_path")) if task.shots else ()
+
+
+def open_exam(exam: ExamFile, root: str, key: str) -> Exam:
+    """Find the files of an exam; `root` is the folder of those that are known by name."""
     if not isinstance(exam, HubExam):
         said = _splits_in(Path(exam.path).name)
         if exam.split and said and _SPLITS.get(exam.split, exam.split) not in said:
             logger.warning(f"{key}.split is {exam.split}, but the name of {exam.path} says {' or '.join(sorted(said))}.")
         return Exam(exam, tuple(find_local(exam.path, ROW_ENDINGS, key=f"{key}.path")))
-    return _named_exam(exam, root, key)[1]
+    return _named_exam(exam, root, key)
 
 
-def commit_of(exam: HubExam, root: str, key: str) -> str:
-    """Return the commit at which the hub has an exam now, or its revision where it is read from local files."""
-    return _named_exam(exam, root, key)[0] or exam.revision
-
-
-def _named_exam(exam: HubExam, root: str, key: str) -> tuple[str, Exam]:
-    """Return the commit and the files of an exam by name; local files have no commit."""
+def _named_exam(exam: HubExam, root: str, key: str) -> Exam:
     if exam.name not in EXAMS:
         raise UserError(f"{key}.name={exam.name} is no exam that Osler knows{nearest(exam.name, list(EXAMS))}")
     kind, subset, split = examined(exam.name)
     data = HubData(name=exam.name, revision=exam.revision, path=exam.path, root=exam.root or root)
     commit, files = _files(data, SOURCES[exam.name], subset, split, key)
-    return commit, Exam(kind(type=exam.name, path=f"the exam {exam.name}", split=split), tuple(files))
+    task = kind(type=exam.name, path=f"the exam {exam.name}", split=split)
+    return Exam(replace(task, fold=exam.fold, limit=exam.limit, seed=exam.seed), tuple(files), commit)
 
 
 def _files(data: HubData, source: NamedSource, subset: str, split: str, key: str) -> tuple[str, list[File]]:

@@ -19,7 +19,6 @@ from osler.data.config import (
     ClinicData,
     FilesData,
     HubData,
-    HubExam,
     MixtureData,
     Sources,
     TextData,
@@ -30,7 +29,7 @@ from osler.data.config import (
 from osler.data.content import check_unchanged
 from osler.data.documents import Corpus, Document, in_memory
 from osler.data.holdout import find_limits, hold_out, keys_of
-from osler.data.named import commit_of, open_exam, open_hub
+from osler.data.named import open_exam, open_hub
 from osler.data.prepare import prepare
 from osler.data.prepared import Prepared
 from osler.data.readers import TextFiles, read_turns
@@ -38,6 +37,7 @@ from osler.data.shards import DATA_MANIFEST, read_data_manifest
 from osler.files.find import ROW_ENDINGS
 from osler.files.parts import Parts, find_local
 from osler.runtime.errors import UserError
+from osler.tasks.config import HubExam
 from osler.tasks.item import ExamItem, render_answer, render_question
 from osler.tasks.registry import exam_item, load_clinic
 from osler.tokenizer.bpe import Tokenizer
@@ -246,7 +246,7 @@ def _exams_at_known_commits(data: TextData, begun: Mapping[str, Any]) -> TextDat
         known = {entry["name"]: entry.get("revision") for entry in entries if entry["type"] == HubExam.type}
         for number, exam in enumerate(clean.exams):
             if isinstance(exam, HubExam) and exam.revision == HubExam.revision and not (exam.path or exam.root or root):
-                commit = known.get(exam.name) or commit_of(exam, root, f"{where}.exams[{number}]")
+                commit = known.get(exam.name) or open_exam(exam, root, f"{where}.exams[{number}]").commit
                 exams[number] = replace(exam, revision=commit)
         at_commits[clean] = replace(clean, exams=tuple(exams))
     if isinstance(data, MixtureData):

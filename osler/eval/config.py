@@ -1,10 +1,14 @@
 """The configuration of `osler eval`: an exam and how it is taken, or a text to predict. Torch-free."""
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
-from osler.config.schema import PositiveInt, Seed, config
+from osler.config.recipe import override
+from osler.config.schema import PositiveInt, Seed, config, decode, encode
 from osler.data.config import HubData
 from osler.ops.sampling_params import check_temperature
+from osler.runtime.errors import UserError
+from osler.tasks.config import HubExam
 from osler.tasks.registry import ClinicTask, TaskConfig
 
 EXAM_SEED = 7_001  # of the clinic's exam: the same items for every model, and not those that training draws for its own exams
@@ -16,9 +20,10 @@ class EvalConfig:
     """One evaluation; with neither ``task`` nor ``text`` a model is examined on what it was trained for."""
 
     # the exam; the clinic takes several splits with commas between them, and limit items of each. On the command line also
-    # TYPE:FILE, or several with commas between them
+    # TYPE:FILE, or the NAME of an exam, or several with commas between them
     task: TaskConfig | None = None
     tasks: tuple[TaskConfig, ...] = ()  # several exams, one after the other, instead of task
+    root: str = ""  # a folder that has a folder of files for each exam or text by name; empty: the hub
     subset: PositiveInt | None = None  # questions of each exam, drawn at random by seed; null: all
     # generation lets the model write and reads its answer; letters and cloze take the option whose letter, or whose text without
     # a list of options, it finds most likely; likelihood: the option as it was taught to answer, or without that both of these;
@@ -54,3 +59,32 @@ class EvalConfig:
     def exams(self) -> tuple[TaskConfig, ...]:
         """All exams, however they were given."""
         return self.tasks if self.task is None else (self.task,)
+
+
+def config_of(overrides: Sequence[str]) -> EvalConfig:
+    """Return the config that the overrides describe; a task without type and path is the clinic's exam with changed fields.
+
+    Exams may also be given as text: ``medqa:test.jsonl,clinic``, or ``pubmedqa`` for the exam of this name.
+    """
+    given = override({}, overrides)
+    if {"task", "tasks"} <= given.keys():
+        raise UserError("task and tasks are both given: put all exams into one of them.")
+    for key in {"task", "tasks"}.intersection(given):
+        asked = given[key].split(",") if isinstance(given[key], str) else given[key]
+        exams = asked if isinstance(asked, list) else [asked]
+        if "subset" in given and any(isinstance(task, dict) and "limit" in task for task in exams):
+            raise UserError("subset and limit both say how many questions: give subset for random ones, or limit for the first.")
+        written = [_written_out(task) for task in exams]
+        given |= {key: None, "tasks": written} if isinstance(asked, list) else {key: written[0]}
+    return decode(EvalConfig, given)
+
+
+def _written_out(task: Any) -> Any:
+    if isinstance(task, str):
+        kind, colon, place = task.strip().partition(":")
+        if not colon and kind != CLINIC_EXAM.type:
+            return {"type": HubExam.type, "name": kind}
+        task = {"type": kind, **({"split" if kind == CLINIC_EXAM.type else "path": place} if colon else {})}
+    if isinstance(task, dict) and "path" not in task and task.get("type", CLINIC_EXAM.type) == CLINIC_EXAM.type:
+        return {**encode(CLINIC_EXAM), **task}
+    return task

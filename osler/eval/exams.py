@@ -122,14 +122,12 @@ def _row_number(item: ExamItem, visit: int) -> int:
 
 
 def shared_exam(
-    engine: InferenceEngine,
-    tokenizer: Tokenizer,
+    score: Callable[[Sequence[ExamItem]], ScoredExam],
     items: Sequence[ExamItem],
-    sampling: SamplingParams,
     world: World,
     *,
-    reasoning: bool = True,
     permutations: int = 1,
+    seed: int = 0,
 ) -> tuple[float, float]:
     """Return the shares of the answers that are right and that cannot be read; the ranks share the items.
 
@@ -137,9 +135,8 @@ def shared_exam(
     """
     share, counts = items[world.rank :: world.size], (0.0, 0.0, 0.0)
     if share or not items:  # an empty exam is refused with a message
-        orders = list(presentations(share, permutations, sampling.seed))
-        score = score_by_generation(engine, tokenizer, orders, sampling, reasoning=reasoning)
-        counts = (score.correct, score.unparsed + score.cut + score.too_long, score.presentations)
+        found = score(list(presentations(share, permutations, seed)))
+        counts = (found.correct, found.unparsed + found.cut + found.too_long, found.presentations)
     right, unread, shown, left = world.all_reduce_sum(*counts, asked())
     if left:
         raise AskedToStop
@@ -202,6 +199,8 @@ def score_by_likelihood(
             output = [[total, size, len(ids) - start] for (total, _), size, (ids, start) in zip(sums, sizes, rows, strict=False)]
         results.append(_likeliest(item, form, output, normalise))
         answers.add(number, output, results[-1].sample(""))
+        if asked():  # as above
+            break
     return summarise(results, max_seq_len=longest)
 
 

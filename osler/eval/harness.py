@@ -46,9 +46,10 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # w
 Encoded = tuple[tuple[str, str], list[int], list[int]]  # texts of context and continuation, and their ids
 
 
-def run(options: str, **model: Any) -> int:
-    """Run the harness's own command line with ``options``; ``model`` are the arguments of ``OslerLM``."""
-    sys.argv = ["lm_eval", "run", "--model", "osler", "--model_args", json.dumps(model), *shlex.split(options)]
+def run(options: str, device: str, **model: Any) -> int:
+    """Run the harness's own command line with ``options``; ``device`` and ``model`` are arguments of ``OslerLM``."""
+    given = ["--model", "osler", "--model_args", json.dumps(model), "--device", device, *shlex.split(options)]
+    sys.argv = ["lm_eval", "run", *given]
     cli_evaluate()
     return 0
 

@@ -16,17 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from osler.checkpoint.folders import MANIFEST
-from osler.config.recipe import override
 from osler.config.schema import decode, encode
 from osler.data.documents import Document
 from osler.data.exams import ExamsInData
-from osler.data.named import SOURCES, open_hub
+from osler.data.named import SOURCES, check_task, load_task, open_hub
 from osler.data.readers import TextFiles
 from osler.data.shard_set import ShardSet, open_validation_sets
-from osler.eval.config import CLINIC_EXAM, EvalConfig
+from osler.eval.config import CLINIC_EXAM, EvalConfig, config_of
 from osler.eval.exams import Form, Normalise, Read, presentations, score_by_generation, score_by_likelihood
 from osler.eval.likelihood import TextScore, batches, measure, windows
-from osler.eval.score import ScoredExam, describe_too_long, summarise
+from osler.eval.score import TOO_LONG, ScoredExam, describe_too_long, summarise
 from osler.inference.engine import InferenceEngine
 from osler.inference.load import LoadedModel, open_model
 from osler.ops.sampling_params import SamplingParams
@@ -38,7 +37,7 @@ from osler.runtime.files import fingerprint, write_json
 from osler.runtime.log import Progress
 from osler.tasks.answers import PUBLISHED, published_reading, read_answer
 from osler.tasks.item import ExamItem
-from osler.tasks.registry import ClinicTask, check_task, load_task
+from osler.tasks.registry import ClinicTask
 from osler.tokenizer.round_trip import RoundTrip, refuse_missing_bytes
 
 logger = logging.getLogger(__name__)
@@ -58,8 +57,8 @@ def run(checkpoint: str, overrides: Sequence[str] = (), json_file: str | None = 
 
         return door.run(harness, checkpoint=checkpoint, device=config.device, which=config.which, rows=config.rows)
     for number, task in enumerate(config.tasks):
-        check_task(task, f"tasks[{number}]")
-    check_task(config.task, "task")
+        check_task(task, f"tasks[{number}]", config.root)
+    check_task(config.task, "task", config.root)
     if json_file is not None and not Path(json_file).parent.is_dir():
         raise UserError(f"--json {json_file}: there is no folder {Path(json_file).parent}.")
     ready = open_model(checkpoint, device=config.device, which=config.which)
@@ -77,7 +76,8 @@ def run(checkpoint: str, overrides: Sequence[str] = (), json_file: str | None = 
         texts[config.text] = measured(config.text, lambda: files, config, ready)
     if config.source is not None:
         splits = SOURCES[config.source.name].splits if config.source.name in SOURCES else ("",)
-        source = replace(config.source, split=config.source.split or splits[-1])
+        root = config.source.root or config.root
+        source = replace(config.source, split=config.source.split or splits[-1], root=root)
         texts[source.title] = measured(source.title, open_hub(source, "source").documents, config, ready)
     for title, shards in held_out.items():
         title = "the run's held-out text" if len(held_out) == 1 else title
@@ -90,32 +90,6 @@ def run(checkpoint: str, overrides: Sequence[str] = (), json_file: str | None = 
         costs = {title: {**asdict(cost), "loss": cost.loss, "bits_per_byte": cost.bits_per_byte} for title, cost in texts.items()}
         write_json(json_file, {**told, "scores": [{**row, "label": name} for row in rows], "texts": costs})
     return 0
-
-
-def config_of(overrides: Sequence[str]) -> EvalConfig:
-    """Return the config that the overrides describe; a task without type and path is the clinic's exam with changed fields.
-
-    Exams may also be given as text: ``medqa:test.jsonl,clinic``.
-    """
-    given = override({}, overrides)
-    if {"task", "tasks"} <= given.keys():
-        raise UserError("task and tasks are both given: put all exams into one of them.")
-    for key in {"task", "tasks"}.intersection(given):
-        asked = given[key].split(",") if isinstance(given[key], str) else given[key]
-        if isinstance(asked, list):
-            given |= {key: None, "tasks": [_written_out(task) for task in asked]}
-        else:
-            given[key] = _written_out(asked)
-    return decode(EvalConfig, given)
-
-
-def _written_out(task: Any) -> Any:
-    if isinstance(task, str):
-        kind, colon, place = task.strip().partition(":")
-        task = {"type": kind, **({"split" if kind == CLINIC_EXAM.type else "path": place} if colon else {})}
-    if isinstance(task, dict) and "path" not in task and task.get("type", CLINIC_EXAM.type) == CLINIC_EXAM.type:
-        return {**encode(CLINIC_EXAM), **task}
-    return task
 
 
 def complete(config: EvalConfig, ready: LoadedModel) -> tuple[EvalConfig, Mapping[str, ShardSet]]:
@@ -139,7 +113,7 @@ def complete(config: EvalConfig, ready: LoadedModel) -> tuple[EvalConfig, Mappin
 
 def sit(config: EvalConfig, ready: LoadedModel, name: str) -> list[ScoredExam]:
     """Let the model take every part of the exams with every requested method; ``name`` is its name in the run."""
-    exams = {split: load_task(task) for split, task in parts(config).items()}
+    exams = {split: load_task(task, split, config.root) for split, task in parts(config).items()}
     if empty := [split for split, items in exams.items() if not items]:
         raise UserError(f"The exam {empty[0]} has no items.")
     kinds = {split: all(item.options for item in items) for split, items in exams.items()}
@@ -163,14 +137,15 @@ def scores_of(
     Solutions that end in a number, after a plain prompt, are also read as lm-evaluation-harness reads them.
     """
     template = uses_template(config, ready)
+    settings: dict[str, Any] = {"permutations": config.permutations, "template": template}
     if method == "generation":
         shown = [item for item in shown for _ in range(config.samples)]
         sampling = SamplingParams(max_new_tokens=config.max_new_tokens, temperature=config.temperature, seed=config.seed)
         reasoning = ready.reasons if config.reasoning is None else config.reasoning
-        settings: dict[str, Any] = {**encode(sampling), "reasoning": reasoning, **({} if template else {"template": False})}
+        settings |= {**encode(sampling), "samples": config.samples, "reasoning": reasoning}
     else:
         divisors: list[Normalise] = ["none"] if method == "letters" else list(dict.fromkeys((config.normalise, "none")))
-        settings = {"template": template, "normalise": divisors[0]}
+        settings["normalise"] = divisors[0]
     with Progress(len(shown), "questions asked", label=head["exam"]) as progress:
         answers = answer_log(ready, head, shown, settings, progress)
         if method == "generation":
@@ -213,7 +188,7 @@ def answer_log(
     manifest = hashlib.sha256((ready.path / MANIFEST).read_bytes()).hexdigest()
     identity = fingerprint([manifest, [asdict(item) for item in shown], settings])
     name = re.sub(r"[^\w.]+", "-", " ".join(head.values()))
-    first = {**head, "checkpoint": ready.path.name, "asked": len(shown), "identity": identity}
+    first = {**head, "checkpoint": ready.path.name, "settings": settings, "asked": len(shown), "identity": identity}
     return AnswerLog(ready.run.answers / f"{name}.jsonl", first, progress.update)
 
 
@@ -250,8 +225,8 @@ def parts(config: EvalConfig) -> dict[str, Any]:
         if isinstance(task, ClinicTask):
             named |= {split.strip(): replace(task, split=split.strip()) for split in task.split.split(",")}
             continue
-        name = f"{task.type} {task.split}".strip() + (f", {task.shots} shots" if task.shots else "")
-        name += ", plain prompt" if config.prompt == "plain" else ""
+        name = f"{task.exam} {task.split}".strip() + (f", {task.fold}" if task.fold != "all" else "")
+        name += (f", {task.shots} shots" if task.shots else "") + (", plain prompt" if config.prompt == "plain" else "")
         named[name if name not in named else f"{name} {task.path}"] = task
     return named
 
@@ -323,7 +298,8 @@ def remarks(score: ScoredExam) -> Iterator[str]:
         yield f"{name}: {score.cut:,} of {score.presentations:,} answers were cut; max_new_tokens=N gives more room."
     if unfit := describe_too_long(score):
         hint = " A smaller max_new_tokens=N leaves the question more room." if score.method == "generation" else ""
-        yield f"{name}: {unfit}{hint}"
+        first = next(result.item.id for result in score.results if result.status == TOO_LONG)
+        yield f"{name}: {unfit} The first is {first}.{hint}"
 
 
 def label(config: EvalConfig, ready: LoadedModel, checkpoint: str) -> str:

@@ -1,12 +1,14 @@
 """The answers of a model to an exam. Their file grows during the exam, so an interrupted exam continues where it stopped.
 
     answers/sft-medqa-letters.jsonl:
-    {"label": "sft", "exam": "medqa", "method": "letters", "checkpoint": "step-000000400", "asked": 500, "identity": "3fd1..."}
+    {"label": "sft", "exam": "medqa", "method": "letters", "checkpoint": "step-000000400", "settings": {"permutations": 1, ...},
+     "asked": 500, "identity": "3fd1..."}
     {"number": 0, "output": [[-1.25, 1, 1], ...], "id": "medqa-9e21aa", "question": "...", "correct": false, ...}
 
-The first line names the model, the exam and the method; ``identity`` is a hash of the checkpoint, the questions as they are
-shown, and the settings. If the first line is the same and answers are missing, an exam continues with the file. Otherwise it
-begins again. ``output`` is what the model gave. The report and `osler compare` read the fields after it.
+The first line names the model, the exam, the method and what else decides how questions are asked. ``identity`` is a hash of the
+checkpoint, the questions as they are shown, and the settings. If the first line is the same and answers are missing, an exam
+continues with the file. Otherwise it begins again. ``output`` is what the model gave. The report and `osler compare` read the
+fields after it.
 """
 
 import logging
@@ -17,7 +19,7 @@ from typing import Any, NamedTuple
 
 from osler.records import jsonl
 from osler.records.results import SampledAnswer
-from osler.records.values import as_text, from_json
+from osler.records.values import as_dict, as_text, from_json
 from osler.runtime.files import write_atomic
 
 logger = logging.getLogger(__name__)
@@ -71,6 +73,7 @@ class AnswerSheet(NamedTuple):
     method: str
     checkpoint: str
     answers: list[SampledAnswer]
+    settings: Mapping[str, Any]
 
     @property
     def name(self) -> str:
@@ -90,6 +93,6 @@ def read_sheets(folder: Path) -> list[AnswerSheet]:
         head, *rows = jsonl.read(path)[0] or [{}]
         answers = [from_json(SampledAnswer, row) for row in {as_text(row.get("number")): row for row in rows}.values()]
         if 0 < len(answers) == head.get("asked"):
-            label, exam, method, checkpoint = (as_text(head.get(key)) for key in AnswerSheet._fields[:-1])
-            sheets.append(AnswerSheet(label, exam, method, checkpoint, answers))
+            label, exam, method, checkpoint = (as_text(head.get(key)) for key in AnswerSheet._fields[:4])
+            sheets.append(AnswerSheet(label, exam, method, checkpoint, answers, as_dict(head.get("settings"))))
     return sheets

@@ -6,6 +6,7 @@ have are left out, and so are metrics of single layers. Exams are compared quest
 stored. Single checkpoints are compared by their exams alone.
 """
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +34,8 @@ from osler.runs.folder import flat
 from osler.runtime import format as fmt
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder
+
+logger = logging.getLogger(__name__)
 
 LEFT_OUT = ("description",)  # fields that say nothing about a run
 CELL_WIDTH = 36  # characters of a configuration's value in the terminal, where three fit; the page has whole values
@@ -98,7 +101,11 @@ def paired(folders: Sequence[str]) -> list[list[str]]:
     rows = []
     for folder, later in zip(folders[1:], sheets[1:], strict=True):
         for exam in [name for name in sheets[0] if name in later]:
-            before, after = sheets[0][exam], later[exam]
+            (before, settings), (after, others) = sheets[0][exam], later[exam]
+            if differing := sorted(name for name in settings.keys() & others if settings[name] != others[name]):
+                told = ", ".join(f"{name}={settings[name]} and {name}={others[name]}" for name in differing)
+                logger.warning(f"{exam} is not compared question by question, because it was asked differently: {told}.")
+                continue
             shared = [question for question in before if question in after]
             if not shared:
                 continue
@@ -118,15 +125,16 @@ def paired(folders: Sequence[str]) -> list[list[str]]:
     return rows
 
 
-def _answers(path: Path) -> dict[str, dict[str, list[SampledAnswer]]]:
-    """Return the stored answers of a run, or of one checkpoint of it, by exam and question."""
-    found: dict[str, dict[str, list[SampledAnswer]]] = {}
+def _answers(path: Path) -> dict[str, tuple[dict[str, list[SampledAnswer]], Mapping[str, Any]]]:
+    """Return the stored answers of a run, or of one checkpoint of it, by exam and question, and how each exam was asked."""
+    found: dict[str, tuple[dict[str, list[SampledAnswer]], Mapping[str, Any]]] = {}
     alone = is_checkpoint(path)
     for sheet in read_sheets(RunFolder(path.resolve().parent.parent if alone else path).answers):
         if sheet.checkpoint == path.name if alone else sheet.is_of_run:
-            found[sheet.name] = {}
+            by_question: dict[str, list[SampledAnswer]] = {}
             for answer in sheet.answers:
-                found[sheet.name].setdefault(answer.id, []).append(answer)
+                by_question.setdefault(answer.id, []).append(answer)
+            found[sheet.name] = by_question, sheet.settings
     return found
 
 

@@ -138,7 +138,7 @@ class RlTaskConfig:
     @property
     def label(self) -> str:
         """The task's name in metrics."""
-        return self.name or self.task.type
+        return self.name or self.task.exam
 
 
 @config

@@ -13,11 +13,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from itertools import zip_longest
 from typing import Any
 
 from osler.checkpoint import store
 from osler.checkpoint.folders import TENSORS_SUFFIX
 from osler.data.exams import ExamsInData
+from osler.data.named import check_task, load_task
 from osler.eval.exams import grade
 from osler.inference.engine import InferenceEngine
 from osler.inference.load import LoadedModel, load_model
@@ -38,7 +40,6 @@ from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, fingerprint, write_or_warn
 from osler.runtime.world import World
 from osler.tasks.item import ExamItem, render_answer, render_question, shared_questions
-from osler.tasks.registry import check_task, load_task
 from osler.tasks.rewards import check_reward, label_of, reward_of
 from osler.tokenizer.bpe import ANSWER
 from osler.tokenizer.chat import encode_prompt
@@ -143,7 +144,9 @@ def load_tasks(config: GrpoConfig, start: LoadedModel) -> list[RlTask]:
                 "algorithm.max_new_tokens."
             )
         if len(fitting) < len(items):
-            logger.warning(f"Task {entry.label}: {len(items) - len(fitting)} of {len(items)} questions are too long: left out.")
+            first = next(item.id for item, kept in zip_longest(items, fitting) if item is not kept)
+            what = f"{len(items) - len(fitting)} of {len(items)} questions are too long, the first is {first}"
+            logger.warning(f"Task {entry.label}: {what}. They are left out.")
         functions = {name: reward_of(name, entry.reward_seconds) for name in entry.rewards}
         terms = tuple(RewardTerm(label_of(name), functions[name], weight) for name, weight in entry.rewards.items())
         tasks.append(RlTask(entry.label, tuple(fitting), terms, entry.weight, entry.reasoning))

@@ -13,13 +13,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from osler.checkpoint import store
 from osler.data.consumed import source_metrics
-from osler.eval.exams import greedy, shared_exam
+from osler.eval.exams import greedy, score_by_generation, shared_exam
 from osler.model.transformer import Transformer
 from osler.monitor.history import RunSettings
 from osler.optim.build import set_hyperparameters
@@ -49,7 +50,7 @@ class GrpoTrainer(Trainer):
     ) -> None:
         super().__init__(config, run, learner, total=config.steps)
         self.worker, self.exam = worker, exam
-        self.exam_name = getattr(config.eval_task, "split", "") or getattr(config.eval_task, "type", "")
+        self.exam_name = getattr(config.eval_task, "split", "") or getattr(config.eval_task, "exam", "")
         self.best_metric = f"eval/{self.exam_name}_accuracy" if self.exam_name else ""
         self.reference: Transformer | None = None  # for the KL term; nothing trains it
         if config.algorithm.beta > 0.0:
@@ -170,14 +171,15 @@ class GrpoTrainer(Trainer):
     def evaluate(self) -> dict[str, float]:
         config, worker = self.config, self.worker
         with self._whole_model():
-            right, unread = shared_exam(
+            score = partial(
+                score_by_generation,
                 worker.engine,
                 worker.tokenizer,
-                self.exam,
-                replace(greedy(config.algorithm.max_new_tokens), seed=config.seed),
-                self.world,
+                sampling=greedy(config.algorithm.max_new_tokens),
                 reasoning=config.tasks[0].reasoning,
-                permutations=config.eval_permutations,
+            )
+            right, unread = shared_exam(
+                score, self.exam, self.world, permutations=config.eval_permutations, seed=config.seed
             )
         return {self.best_metric: right, f"eval/{self.exam_name}_unparsed_frac": unread}
 

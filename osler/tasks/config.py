@@ -32,6 +32,11 @@ class ExamFile:
         if self.shots and not self.shots_path:
             raise ValueError(f"shots={self.shots} needs shots_path, a file of the same schema that the examples come from")
 
+    @property
+    def exam(self) -> str:
+        """The name of the exam, whatever file it is in."""
+        return self.type
+
 
 @config
 class MedqaTask(ExamFile):
@@ -103,6 +108,30 @@ class QuestionsTask(ExamFile):
     first_option: Literal[0, 1] = 0  # the number of the first option, where answers are numbers
 
 
-ExamInFile = (
-    MedqaTask | MedmcqaTask | PubmedqaTask | MmluTask | Gsm8kTask | HumanevalTask | HellaswagTask | TriviaqaTask | QuestionsTask
+@config
+class HubExam(ExamFile):
+    """An exam that Osler knows by name, in the split that models are examined with; from the hub, or from local files."""
+
+    type: Literal["hub"] = "hub"
+    name: str  # medqa, medmcqa, pubmedqa, mmlu, gsm8k, humaneval, hellaswag or trivia_qa
+    revision: str = "main"  # a commit, branch or tag of the hub's repository; what is trained or cleaned with it keeps the commit
+    path: str = ""  # a file or folder of the same schema, instead of the hub
+    root: str = ""  # a folder that has such a folder for each exam by name; empty: the data's
+
+    @property
+    def exam(self) -> str:
+        return self.name
+
+
+AnyExam = (
+    MedqaTask
+    | MedmcqaTask
+    | PubmedqaTask
+    | MmluTask
+    | Gsm8kTask
+    | HumanevalTask
+    | HellaswagTask
+    | TriviaqaTask
+    | QuestionsTask
+    | HubExam
 )

@@ -12,14 +12,13 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from osler.files.find import ROW_ENDINGS, find_files, log_once, shown
-from osler.files.rows import Row, read_rows
+from osler.files.find import log_once, shown
+from osler.files.rows import Row
 from osler.runtime.errors import UserError
 from osler.runtime.files import read_json
 from osler.tasks.answers import read_number
 from osler.tasks.config import (
     ExamFile,
-    Fold,
     Gsm8kTask,
     HellaswagTask,
     HumanevalTask,
@@ -118,24 +117,14 @@ class ExamRow:
         return named.pop()
 
 
-def load_exam_file(task: ExamFile) -> list[ExamItem]:
-    """Return the items of a file, as many as the task says, after the whole file was checked."""
-    items = _load(task, "task.path")
-    if not task.shots:
-        return items
-    fold: Fold = "train" if task.fold == "held-out" else "all"
-    shots = _load(replace(task, path=task.shots_path, split="", fold=fold, limit=task.shots, seed=None), "task.shots_path")
+def with_shots(items: Sequence[ExamItem], shots: Sequence[ExamItem], task: ExamFile) -> list[ExamItem]:
+    """Return the items of an exam with the solved examples that its ``task`` asks for; raises UserError where it cannot be."""
     if len(shots) < task.shots:
         raise UserError(f"{shown(task.shots_path)} has {len(shots)} questions, fewer than shots={task.shots}.")
     if shared := shared_questions(shots, items):
         problem = f"the example {shared[0][0].id} is also a question of {shown(task.path)}"
         raise UserError(f"{shown(task.shots_path)}: {problem}: take examples from another split.")
     return [replace(item, shots=tuple(shots)) for item in items]
-
-
-def _load(task: ExamFile, key: str) -> list[ExamItem]:
-    files = find_files(task.path, ROW_ENDINGS, key=key)
-    return read_exam(task, (row for file in files for row in read_rows(file)))
 
 
 def read_exam(task: ExamFile, given: Iterable[Row]) -> list[ExamItem]:

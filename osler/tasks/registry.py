@@ -1,12 +1,10 @@
 """The exams that Osler knows: the clinic's (a synthetic test bench, not medical advice) and those in files."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from osler.clinic.exam import ClinicItem, drills, exam
 from osler.config.schema import TAGGED, PositiveInt, Seed, config
-from osler.files.find import ROW_ENDINGS, find_files
-from osler.tasks.config import ExamFile, ExamInFile
-from osler.tasks.exam_files import load_exam_file
+from osler.tasks.config import AnyExam
 from osler.tasks.item import ExamItem
 
 
@@ -19,8 +17,13 @@ class ClinicTask:
     limit: PositiveInt = 400  # questions
     seed: Seed = 0  # of the questions that are drawn
 
+    @property
+    def exam(self) -> str:
+        """The name of the exam."""
+        return self.type
 
-TaskConfig = Annotated[ClinicTask | ExamInFile, TAGGED]
+
+TaskConfig = Annotated[ClinicTask | AnyExam, TAGGED]
 
 
 def load_clinic(*, split: str = "validation", limit: int = 400, seed: int = 0) -> list[ExamItem]:
@@ -32,17 +35,3 @@ def exam_item(item: ClinicItem) -> ExamItem:
     """Return a clinic item as an exam item; its group is ``relation/condition``, the fact that it asks for."""
     group = f"{item.relation}/{item.condition}"
     return ExamItem(item.id, item.question, item.options, item.answer_index, item.split, item.thinking, group=group)
-
-
-def check_task(task: Any, key: str) -> None:
-    """Raise UserError when the files of an exam do not exist; ``key`` is the path of the task in the run's config."""
-    if isinstance(task, ExamFile):
-        for field in ("path", "shots_path") if task.shots else ("path",):
-            find_files(getattr(task, field), ROW_ENDINGS, key=f"{key}.{field}")
-
-
-def load_task(task: Any) -> list[ExamItem]:
-    """Return the items that a task config describes (one of ``TaskConfig``)."""
-    if isinstance(task, ClinicTask):
-        return load_clinic(split=task.split, limit=task.limit, seed=task.seed)
-    return load_exam_file(task)

@@ -25,6 +25,7 @@ from osler.model.config import ModelConfig
 from osler.optim.schedule import LinearConfig, ScheduleConfig, warmup_of
 from osler.parallel.config import NoParallelConfig, ParallelConfig
 from osler.runs.config import CheckpointConfig, RunConfig
+from osler.tasks.registry import TaskConfig
 from osler.tokenizer.config import SMALLEST_VOCABULARY, BPEConfig, TokenizerConfig
 
 DataConfig = Annotated[TextData | PreparedData, TAGGED]
@@ -34,16 +35,23 @@ EVALUATED_SHARE = 0.2
 
 @config
 class ExamProbe:
-    """A small exam during training: clinic questions answered greedily, every so many tokens."""
+    """A small exam during training, every so many tokens: the clinic's questions, or exams of one's own choice."""
 
     every_tokens: NonNegativeInt = 0  # tokens between two exams; 0: never
     # of the clinic: train, validation, validation_questions, new_findings, new_questions
     splits: tuple[str, ...] = ("validation",)
     items: PositiveInt = 200  # questions of each split
+    tasks: tuple[TaskConfig, ...] = ()  # exams instead of the clinic's; a small limit keeps each short
+    # as in `osler eval`; auto: by generation on the clinic and in sft, else by cloze where questions have options
+    method: Literal["auto", "generation", "letters", "cloze"] = "auto"
+    reasoning: bool = True  # think before the answer
+    max_new_tokens: PositiveInt = 64  # thinking and answer together
 
     def __post_init__(self) -> None:
         if not self.splits:
             raise ValueError("splits is empty: an exam needs at least one")
+        if len({(task.exam, task.split) for task in self.tasks}) < len(self.tasks):
+            raise ValueError("tasks has two exams of one type and split; give each a split of its own, which names its metric")
 
 
 @config

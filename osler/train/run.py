@@ -8,21 +8,20 @@ from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from osler.checkpoint import store
 from osler.data.config import ClinicData, PreparedData, sources_of
 from osler.data.loader import Loader
+from osler.data.named import check_task, load_task
 from osler.data.prepared import open_prepared
 from osler.data.preparer import Preparer
 from osler.data.stream import DiskBudget, untended, wait_together
-from osler.eval.exams import greedy, shared_exam
+from osler.eval.exams import Form, greedy, score_by_generation, score_by_likelihood, shared_exam
+from osler.eval.score import ScoredExam
 from osler.inference.engine import InferenceEngine
 from osler.inference.load import TOKENIZER_FILE
 from osler.model.transformer import Transformer
 from osler.optim.build import build_optimizer
 from osler.parallel.compile import COMPILE_MIN_STEPS
-from osler.parallel.engine import ParallelEngine
 from osler.parallel.parallelize import parallelize
 from osler.runs.command import Job, Request, carry_out
 from osler.runs.loop import Loop
@@ -43,8 +42,6 @@ from osler.train.trainer import SupervisedTrainer
 
 logger = logging.getLogger(__name__)
 
-EXAM_NEW_TOKENS = 64
-
 
 def run(request: Request) -> int:
     """Run the command ``pretrain`` or ``sft``; return the exit code."""
@@ -56,9 +53,8 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
     world = world or World(device=config.device)
     run = Run(folder, world)
     start = find_start(config, run, setup.check_branch)
-    probe = config.exam
-    # drawn before training, so that a split that does not exist fails now
-    exam = {split: load_clinic(split=split, limit=probe.items) for split in probe.splits} if probe.every_tokens else {}
+    # read before training, so that a split or file that does not exist fails now
+    exams = probe_items(config) if config.exam.every_tokens else {}
     checkpoint = start.load()
     # A run by the clock takes as many steps as it can, so compiling pays from one minute on.
     steps = config.total_steps if config.max_minutes is None else int(config.max_minutes * COMPILE_MIN_STEPS)
@@ -98,7 +94,7 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
         Learner(model, optimizer, engine, config.clip_norm),
         loader,
         held_out=held_out,
-        exam=exam_probe(exam, model, tokenizer, machine.eager_dtype, engine),
+        exam=exam_probe(config, exams, tokenizer, partial(engine.plain_model, model, machine.eager_dtype), world),
         tend=tend,
     )
     if checkpoint is not None:
@@ -157,17 +153,41 @@ def warn_of_plan(config: TrainConfig) -> None:
         )
 
 
+def probe_items(config: TrainConfig) -> dict[str, list[ExamItem]]:
+    """Return the questions of each exam that is sat during training, by its name in metrics."""
+    probe, root = config.exam, getattr(config.data, "root", "")
+    if not probe.tasks:
+        return {split: load_clinic(split=split, limit=probe.items) for split in probe.splits}
+    return {
+        "_".join(filter(None, (task.exam, task.split))): load_task(task, f"exam.tasks[{number}]", root)
+        for number, task in enumerate(probe.tasks)
+    }
+
+
 def exam_probe(
-    exam: Mapping[str, Sequence[ExamItem]], model: Transformer, tokenizer: Tokenizer, dtype: torch.dtype, engine: ParallelEngine
+    config: TrainConfig,
+    exams: Mapping[str, Sequence[ExamItem]],
+    tokenizer: Tokenizer,
+    plain_model: Callable[[], Transformer],
+    world: World,
 ) -> Callable[[], dict[str, float]]:
-    """Return a function that examines the current model on the clinic's questions, by split; the ranks share them."""
+    """Return a function that lets the current model sit exams; the ranks share the questions."""
+    probe = config.exam
+    template = config.kind == "sft" or not probe.tasks
 
     def sit() -> dict[str, float]:
-        sampler, sampling = InferenceEngine(engine.plain_model(model), dtype=dtype), greedy(EXAM_NEW_TOKENS)
-        return {
-            f"eval/{split}_accuracy": shared_exam(sampler, tokenizer, items, sampling, engine.world)[0]
-            for split, items in exam.items()
-        }
+        model = plain_model()
+        engine, sampling = InferenceEngine(model), greedy(probe.max_new_tokens)
+
+        def score(shown: Sequence[ExamItem]) -> ScoredExam:
+            has_options = all(item.options for item in shown)
+            if probe.method == "generation" or (probe.method == "auto" and (template or not has_options)):
+                reasoning = probe.reasoning
+                return score_by_generation(engine, tokenizer, shown, sampling, reasoning=reasoning, template=template)
+            form: Form = "letters" if probe.method == "letters" else "cloze"
+            return score_by_likelihood(model, tokenizer, shown, form=form, template=template)
+
+        return {f"eval/{name}_accuracy": shared_exam(score, items, world)[0] for name, items in exams.items()}
 
     return sit
 
@@ -193,6 +213,8 @@ def next_steps(config: TrainConfig, folder: RunFolder) -> str:
 def check_start(config: TrainConfig, folder: RunFolder, start: store.Loaded | None) -> None:
     """Raise UserError when a start lacks something; ``start`` is the checkpoint to continue from."""
     setup.check_plan(config, is_new=start is None)
+    for number, task in enumerate(config.exam.tasks):
+        check_task(task, f"exam.tasks[{number}]", getattr(config.data, "root", ""))
     check_data(config, folder, start)
 
 

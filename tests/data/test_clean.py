@@ -11,20 +11,19 @@ import pytest
 
 from osler.config.schema import decode
 from osler.data.clean import EXAM, KEEP, Cleaner
-from osler.data.config import CleanConfig, FilesData, HubExam, MixtureData
+from osler.data.config import CleanConfig, FilesData, MixtureData
 from osler.data.documents import Document, in_memory
 from osler.data.duplicates import EXACT, NEAR, Rows, Seen, rows_of, signatures
 from osler.data.exams import ExamsInData, read_exams_in_data, refuse_unchecked
 from osler.data.from_recipe import read_sections
 from osler.data.languages import languages_of
-from osler.data.named import examined
+from osler.data.named import examined, load_task
 from osler.data.ngrams import Words
 from osler.data.prepare import prepare
 from osler.data.shards import read_data_manifest
 from osler.data.sources import check_sources, open_corpora, prepare_sources
 from osler.runtime.errors import UserError
-from osler.tasks.config import MedqaTask, QuestionsTask
-from osler.tasks.exam_files import load_exam_file
+from osler.tasks.config import HubExam, MedqaTask, QuestionsTask
 from osler.tokenizer.bpe import Tokenizer
 from tests.data.prose import prose
 
@@ -142,10 +141,10 @@ def test_drops_are_counted_and_shown_in_the_card(data: FilesData, exam: MedqaTas
     source = read_data_manifest(out)["sources"]["notes"]
     assert source["dropped"] == {EXACT: 1, EXAM: 1, NEAR: 1, "too short": 1}
     assert sum(split["documents"] for split in source["splits"].values()) == 196
-    found_item = load_exam_file(exam)[3].id
+    found_item = load_task(exam)[3].id
     exams = read_exams_in_data(out)
     assert exams.found == {found_item}
-    assert exams.checked == {item.id for item in load_exam_file(exam)}
+    assert exams.checked == {item.id for item in load_task(exam)}
     card = (out / "DATA_CARD.md").read_text()
     for part in (
         "CC BY 4.0",

@@ -17,9 +17,9 @@ from osler.config.schema import decode
 from osler.data.clean import Cleaner
 from osler.data.config import CleanConfig
 from osler.data.contamination import FILTER_BITS, ExamIndex
+from osler.data.named import load_task
 from osler.data.ngrams import PIECE, Words
 from osler.tasks.config import MedqaTask
-from osler.tasks.exam_files import load_exam_file
 from osler.tasks.item import ExamItem, render_question
 from tests.data.prose import prose
 
@@ -191,7 +191,7 @@ def test_the_large_filters_are_made_where_they_are_used_and_go_to_no_other_proce
 
 
 def test_halves_of_a_real_exam_do_not_contain_each_other(shared_data: Callable[[str], Path]) -> None:
-    items = load_exam_file(MedqaTask(path=str(shared_data("exams/medqa-dev.jsonl"))))
+    items = load_task(MedqaTask(path=str(shared_data("exams/medqa-dev.jsonl"))))
     index = ExamIndex(items[::2])
     assert sum(bool(found(index, render_question(other))) for other in items[1::2]) <= 3
     assert all(found(index, render_question(own)) for own in items[::2])
@@ -200,7 +200,7 @@ def test_halves_of_a_real_exam_do_not_contain_each_other(shared_data: Callable[[
 @pytest.mark.parametrize(("kind", "file"), [("humaneval", "humaneval.jsonl.gz"), ("trivia_qa", "triviaqa-3000.jsonl")])
 def test_real_exams_are_found_in_themselves(shared_data: Callable[[str], Path], kind: str, file: str) -> None:
     [task] = decode(CleanConfig, {"exams": [{"type": kind, "path": str(shared_data(f"exams/{file}"))}]}).exams
-    items = load_exam_file(task)
+    items = load_task(task)
     found = ExamIndex(items).find(Words([f"{item.question} {item.answer}" for item in items]))
     assert all(item.id in found[number] for number, item in enumerate(items))
     assert sum(len(ids) > 1 for ids in found.values()) < 0.02 * len(items)

@@ -14,15 +14,14 @@ from huggingface_hub import constants
 
 from osler.cli.main import main
 from osler.config.schema import decode
-from osler.data.config import CleanConfig, ClinicData, FilesData, HubData, HubExam, MixtureData
-from osler.data.named import SOURCES, open_hub
+from osler.data.config import CleanConfig, ClinicData, FilesData, HubData, MixtureData
+from osler.data.named import SOURCES, load_task, open_hub
 from osler.data.sources import at_known_commits, check_present, check_sources, open_corpora, prepare_sources
 from osler.files.hub import hub_files
 from osler.runtime import faults
 from osler.runtime.errors import UserError
-from osler.tasks.config import MedqaTask
+from osler.tasks.config import HubExam, MedqaTask
 from osler.tasks.item import render_question
-from osler.tasks.registry import load_task
 from tests.data.hub_server import COMMIT, cut, serving, status, times
 
 ITEM = {"question": "Which metal do red cells need?", "options": {"A": "Iron", "B": "Gold"}, "answer": "Iron", "answer_idx": "A"}

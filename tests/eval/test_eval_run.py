@@ -11,9 +11,9 @@ import pytest
 from osler.cli import main as cli
 from osler.config.recipe import load_yaml
 from osler.config.schema import decode
-from osler.eval.config import EXAM_SEED, EvalConfig
+from osler.eval.config import EXAM_SEED, EvalConfig, config_of
 from osler.eval.exams import greedy, presentations, score_by_generation, score_by_likelihood
-from osler.eval.run import complete, config_of, parts, remarks, table
+from osler.eval.run import complete, parts, remarks, table
 from osler.eval.score import Result, ScoredExam, summarise
 from osler.inference.engine import InferenceEngine
 from osler.inference.load import open_model
@@ -69,6 +69,7 @@ def test_questions_that_do_not_fit_are_named_as_the_cause(runs, capsys):
     row = read_json(runs / "sft" / "exams.json")["sft"]["validation"]
     assert (row["too_long"], row["presentations"], row["max_seq_len"]) == (40, 40, 256)
     assert "40 of 40 questions did not fit into the model's context of 256 tokens" in out and "smaller max_new_tokens" in out
+    assert re.search(r"count as wrong. The first is \S+\. A smaller", out)
     assert next(line for line in out.splitlines() if line.startswith("validation ")).endswith(" 40")
     said = verdict(read_run(runs / "sft").exams[0])
     assert "(25.0%). 40 of 40 questions did not fit" in said and "systematically" not in said
@@ -252,6 +253,44 @@ def test_a_task_without_type_is_the_clinic_with_some_fields_changed():
     assert config_of(["text=notes/"]).task is None
     with pytest.raises(match=r"task\.path"):
         config_of(["task.type=pubmedqa"])
+    for limited in ("task.limit=5", "tasks=[{type: medqa, path: a.jsonl, limit: 5}]"):
+        with pytest.raises(UserError, match="subset and limit both say how many"):
+            config_of([limited, "subset=9"])
+
+
+def test_an_exam_is_known_by_its_name(runs, tmp_path, capsys):
+    [(name, task)] = parts(config_of(["task=pubmedqa", "subset=9"])).items()
+    assert (name, task.type, task.name, task.limit, task.seed) == ("pubmedqa", "hub", "pubmedqa", 9, 0)
+    folder = tmp_path / "root" / "gsm8k"
+    folder.mkdir(parents=True)
+    for split, count in (("train", 3), ("test", 5)):
+        rows = [{"question": f"What is {n} x {count}?", "answer": f"It is.\n#### {n * count}"} for n in range(count)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = (f"root={folder.parent}", "max_new_tokens=4")
+    assert evaluate(str(runs / "textbook"), "task=gsm8k", *words) == 0  # the official split, test
+    captured = capsys.readouterr()
+    lines = [line.split("  ")[:3] for line in captured.out.splitlines() if line.startswith("gsm8k")]
+    assert [line[1].strip() or line[2].strip() for line in lines] == [
+        "generation", "generation, strict-match", "generation, flexible-extract"
+    ]  # fmt: skip
+    assert read_json(runs / "textbook" / "exams.json")["pretrain"]["gsm8k"]["n"] == 5 and "test.jsonl" in captured.err
+    assert evaluate(str(runs / "textbook"), "task=gsm8kk", *words) == 2
+    assert "name=gsm8kk is no exam that Osler knows; did you mean `gsm8k`?" in capsys.readouterr().err
+    assert cli.main(["show", "eval", "task=medqa:a.jsonl"]) == 0
+    assert "path: a.jsonl" in capsys.readouterr().out
+
+
+def test_a_model_that_was_taught_can_be_asked_as_plain_text_asks(runs, tmp_path, capsys):
+    options = dict(zip("ABCD", ("iron", "zinc", "gold", "tin"), strict=True))
+    row = {"question": "What helps?", "options": options, "answer": "zinc", "answer_idx": "B"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    task = f"task=medqa:{tmp_path / 'a.jsonl'}"
+    for method, methods in (("auto", ["cloze", "cloze, raw", "letters"]), ("generation", ["generation"])):
+        assert evaluate(str(runs / "sft"), task, "prompt=plain", f"method={method}", "max_new_tokens=8") == 0
+        asked = [line.split("  ")[1] for line in capsys.readouterr().out.splitlines() if line.startswith("medqa, plain prompt")]
+        assert list(dict.fromkeys(asked)) == methods
+    [sheet] = (sheet for sheet in read_sheets(runs / "sft" / "answers") if sheet.method == "letters")
+    assert sheet.settings == {"permutations": 1, "template": False, "normalise": "none"}
 
 
 def test_a_grpo_run_without_the_clinic_sits_the_exam_it_was_evaluated_on(clinic_runs):
@@ -352,6 +391,10 @@ def test_runs_and_checkpoints_are_compared_question_by_question(runs, capsys, tm
     before, after = ({answer.id: answer.correct for answer in sheet.answers} for sheet in read_sheets(runs / "sft" / "answers"))
     gained, lost = (sum(after[name] - before[name] == change for name in before) for change in (1, -1))
     assert line.split()[-6:-4] == [str(gained), str(lost)]
+    assert evaluate(str(earlier), *words, "subset=30", "normalise=none") == 0
+    assert cli.main(["compare", str(earlier), str(runs / "sft")]) == 2
+    assert "validation, likelihood is not compared" in (told := capsys.readouterr().err)
+    assert "asked differently: normalise=none and normalise=bytes" in told
     assert cli.main(["compare", str(runs / "textbook"), str(earlier)]) == 2  # letters and cloze against the answer as taught
     assert "no answers to the same exam" in capsys.readouterr().err
     assert cli.main(["compare", str(runs / "sft"), str(runs / "notes"), "--out", str(tmp_path / "page.html")]) == 0

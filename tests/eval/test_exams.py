@@ -236,12 +236,12 @@ def test_likelihood_chooses_as_lm_evaluation_harness_does(tokenizer: Tokenizer, 
             context = tokenizer.encode(f"Question: {item.question}\nAnswer:")
             choices = list(item.options)
             rows = [(context, tokenizer.encode(f" {choice}")) for choice in choices]
-        lls = [one_by_one(model, ids + continuation, len(ids)) for ids, continuation in rows]
+        lls = [one_by_one(model, ids + continuation, len(ids))[0] for ids, continuation in rows]
         completion_len = np.array([float(len(choice)) for choice in choices])
         acc.append(int(np.argmax(lls)))
         acc_norm.append(int(np.argmax(np.array(lls) / completion_len)))
         by_text_alone.append(int(np.argmax(np.array(lls) / np.array([len(option) for option in item.options]))))
-    for normalise, expected in (("none", acc), ("bytes", acc_norm)):
+    for normalise, expected in (("none", acc), ("bytes", acc_norm), ("characters", acc_norm)):
         form: Form = "answer" if template else "cloze"
         score = score_by_likelihood(model, tokenizer, items, form=form, template=template, normalise=normalise)  # type: ignore[arg-type]
         assert [result.predicted for result in score.results] == expected

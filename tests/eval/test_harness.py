@@ -116,6 +116,7 @@ def test_what_does_not_fit_is_told(lm, capsys):
             lm.generate_until([asked("The", {"until": ["\n"], "do_sample": False, **options})])
 
 
+@pytest.mark.slow
 def test_the_harnesss_own_command_line_examines_a_checkpoint(run, tmp_path, capsys):
     data = tmp_path / "hellaswag.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows("hellaswag")))

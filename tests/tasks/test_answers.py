@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from osler.eval.exams import grade
-from osler.tasks.answers import read_answer, read_choice, read_number
+from osler.tasks.answers import published_reading, read_answer, read_choice, read_number
 from osler.tasks.item import ExamItem, render_answer
 from osler.tasks.rewards import correct
 from osler.tokenizer.chat import Completion
@@ -160,6 +160,22 @@ def test_a_text_with_several_spellings_is_compared_as_trivia_is(text: str, right
     item = ExamItem(id="t1", question="?", options=(), answer_index=-1, answer="Onion", aliases=("Onion", "Bulb onion", "The"))
     reading = read_answer(item, Completion(thinking="", answer=text, finished=True, well_formed=True))
     assert (reading.right, reading.readable) == (right, readable)
+
+
+@pytest.mark.parametrize(
+    ("text", "strict", "flexible"),
+    [
+        ("So 72.\n#### 72", True, True), ("#### 7,2.", True, True), ("#### $72", False, True), ("####72", False, True),
+        ("#### 72\n#### 5", True, False), ("72", False, True), ("It is 72 of 80", False, False), ("none", False, False),
+        ("#### -72", False, False), ("#### 72 apples", True, True),
+    ],
+)  # fmt: skip
+def test_a_solution_is_read_by_the_published_rules_too(text: str, strict: bool, flexible: bool) -> None:
+    """As the filters of lm-evaluation-harness's task file and its exact match read it (``test_harness.py`` asks both)."""
+    said = Completion(thinking="", answer=text, finished=True, well_formed=False)
+    found = [published_reading(rule, SUM, said) for rule in ("strict-match", "flexible-extract")]
+    assert [reading.right for reading in found] == [strict, flexible]
+    assert found[1].readable == (text != "none")
 
 
 def test_hostile_text_ends_at_once() -> None:

@@ -14,11 +14,12 @@ import pytest
 
 from osler.clinic.exam import exam
 from osler.config.schema import decode
+from osler.data.named import load_task
 from osler.runtime.errors import UserError
 from osler.tasks.answers import read_answer, read_choice, read_number
 from osler.tasks.item import ExamItem, permute, render_answer, render_plain, render_question, shared_questions, spelling
 from osler.tasks.programs import PASSED, complete, run_tests
-from osler.tasks.registry import ClinicTask, TaskConfig, load_clinic, load_task
+from osler.tasks.registry import ClinicTask, TaskConfig, load_clinic
 from osler.tokenizer.chat import Completion
 
 FindShared = Callable[[str], Path]

@@ -53,7 +53,7 @@ def test_plain_prompts_by_the_form_of_the_answer() -> None:
     assert render_question(bare(item)) == "Which?\nAnswer: cough\n\nAbstract.\n?"
     story = replace(with_options("falls", "flies"), question="A man", context="Baking", is_story=True, shots=(shot,))
     assert render_plain(replace(story, shots=()), "cloze") == "Baking: A man"
-    assert render_plain(replace(item, id="medmcqa-1"), "letters").endswith("?\nChoices:\nA. one\nB. two\nAnswer:")
+    assert render_plain(replace(item, id="medmcqa-1"), "letters").endswith("?\nChoices:\nA. yes\nB. no\nAnswer:")
     solved = ExamItem("gsm8k-1", "1 + 1?", (), -1, thinking="One more.", answer="2")
     asked = replace(solved, id="gsm8k-2", shots=(solved,))
     assert render_plain(asked, "letters") == "Question: 1 + 1?\nAnswer: One more.\n#### 2\n\nQuestion: 1 + 1?\nAnswer:"

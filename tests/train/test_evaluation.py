@@ -19,8 +19,10 @@ from osler.data.config import ONLY_TO_LEARN_FROM, ClinicData
 from osler.data.shard_set import ShardSet
 from osler.data.shards import ShardWriter
 from osler.monitor.metrics import declared_name
+from osler.records.jsonl import read_metrics
 from osler.report.page import build_report
 from osler.runtime import format as fmt
+from osler.runtime.files import read_json
 from osler.train.config import TrainConfig
 from osler.train.evaluation import heads
 
@@ -226,3 +228,19 @@ def test_without_sets_what_is_held_out_is_measured_by_source(tiny, runs, tmp_pat
     assert "eval/bits_per_byte" not in line and math.isfinite(line["eval/token_accuracy"])
     said = capsys.readouterr().err
     assert f"held-out loss {line['eval/loss']:.4f} (even {line['eval/even/loss']:.4f}, odd {line['eval/odd/loss']:.4f})" in said
+
+
+def test_an_exam_of_ones_own_is_sat_on_the_way(tiny, tmp_path):
+    """By likelihood, since a model of plain text cannot answer; the last score is that of `osler eval`."""
+    options = dict(zip("ABCD", ("iron", "zinc", "gold", "tin"), strict=True))
+    rows = [{"question": f"What helps on day {n}?", "options": options, "answer_idx": "ABCD"[n % 4]} for n in range(8)]
+    file = tmp_path / "medqa.jsonl"
+    file.write_text("".join(json.dumps({**row, "answer": options[row["answer_idx"]]}) + "\n" for row in rows))
+    probe = f"exam={{every_tokens: 1536, tasks: [{{type: medqa, path: {file}, split: dev}}]}}"
+    run = tmp_path / "run"
+    assert main(["pretrain", tiny.pretrain, probe, "--run", str(run)]) == 0
+    found = [line.values["eval/medqa_dev_accuracy"] for line in read_metrics(run / "metrics.jsonl", "eval/medqa_dev_accuracy")]
+    assert len(found) == 2
+    asked = ["device=cpu", "method=cloze", "prompt=plain", f"task.path={file}", "task.type=medqa"]
+    assert main(["eval", str(run), *asked, "--json", str(tmp_path / "scores.json")]) == 0
+    assert read_json(tmp_path / "scores.json")["scores"][0]["accuracy"] == found[-1]

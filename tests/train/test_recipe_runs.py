@@ -21,14 +21,13 @@ from osler.config.recipe import available_recipes, load_recipe
 from osler.config.schema import decode
 from osler.data.config import sources_of
 from osler.data.curriculum import rows_per_micro_batch
-from osler.data.named import SOURCES, examined
+from osler.data.named import SOURCES, examined, load_task
 from osler.data.sources import open_corpora
 from osler.files.hub import hub_files
 from osler.inference.load import load_model
 from osler.rl.config import GrpoConfig
 from osler.runs.command import run_name
 from osler.tasks.item import render_question
-from osler.tasks.registry import load_task
 from osler.tokenizer.bpe import EOS, Tokenizer
 from osler.train.config import TrainConfig
 from tests.data.hub_server import cut, serving, times
