@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from osler.config.schema import decode
 from osler.eval.exams import ITEM_ROWS, parse_text
 from osler.eval.likelihood import label_logprobs, pad_rows, sum_logprobs
 from osler.inference.engine import InferenceEngine
@@ -42,7 +43,6 @@ logger = logging.getLogger(__name__)
 
 NEW_TOKENS = 256  # of an answer whose task does not say how long it may be
 MOST_TOGETHER = 64  # continuations of one context
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # what a task may say of drawing
 Encoded = tuple[tuple[str, str], list[int], list[int]]  # texts of context and continuation, and their ids
 
 
@@ -120,15 +120,14 @@ class OslerLM(TemplateLM):
         given = [(context, normalize_gen_kwargs(options, NEW_TOKENS)) for context, options in (one.args for one in requests)]
         asked, cut = [], 0
         for number, (context, options) in enumerate(given):
-            room = self.longest - options["max_gen_toks"]
-            if unknown := options.keys() - {*SAMPLING, "until", "max_gen_toks", "do_sample"}:
-                raise UserError(f"The task's generation_kwargs have {', '.join(sorted(unknown))}, which Osler does not know.")
+            drawing = {name: value for name, value in options.items() if name not in ("until", "max_gen_toks", "do_sample")}
+            drawing |= {"max_new_tokens": options["max_gen_toks"], "stop_ids": [self.eot_token_id]}
+            sampling = decode(SamplingParams, drawing, source="generation_kwargs of the task")
+            room = self.longest - sampling.max_new_tokens
             if room < 1:
-                raise UserError(f"max_gen_toks={options['max_gen_toks']} leaves no room for a prompt in {self.longest} tokens.")
+                raise UserError(f"max_gen_toks={sampling.max_new_tokens} leaves no room for a prompt in {self.longest} tokens.")
             ids = self.tok_encode(context) or [self.eot_token_id]
             cut += len(ids) > room
-            drawing = {name: options[name] for name in SAMPLING if name in options}
-            sampling = SamplingParams(max_new_tokens=options["max_gen_toks"], stop_ids=(self.eot_token_id,), **drawing)
             asked.append(Request(tuple(ids[-room:]), sampling, number))
         self._tell_cut(cut)
         texts = [""] * len(asked)

@@ -23,7 +23,7 @@ from osler.data.named import SOURCES, check_task, load_task, open_hub
 from osler.data.readers import TextFiles
 from osler.data.shard_set import ShardSet, open_validation_sets
 from osler.eval.config import CLINIC_EXAM, EvalConfig, config_of
-from osler.eval.exams import Form, Normalise, Read, presentations, score_by_generation, score_by_likelihood
+from osler.eval.exams import Form, Normalise, presentations, score_by_generation, score_by_likelihood
 from osler.eval.likelihood import TextScore, batches, measure, windows
 from osler.eval.score import TOO_LONG, ScoredExam, describe_too_long, summarise
 from osler.inference.engine import InferenceEngine
@@ -35,7 +35,7 @@ from osler.runtime import format as fmt
 from osler.runtime.errors import UserError
 from osler.runtime.files import fingerprint, write_json
 from osler.runtime.log import Progress
-from osler.tasks.answers import PUBLISHED, published_reading, read_answer
+from osler.tasks.answers import PUBLISHED, published_reading
 from osler.tasks.item import ExamItem
 from osler.tasks.registry import ClinicTask
 from osler.tokenizer.round_trip import RoundTrip, refuse_missing_bytes
@@ -150,33 +150,18 @@ def scores_of(
         answers = answer_log(ready, head, shown, settings, progress)
         if method == "generation":
             engine = InferenceEngine(ready.model, max_rows=config.rows)
-            rules: dict[str, Read] = {method: read_answer}
-            if not template and all(item.thinking and not item.options for item in shown):
-                rules |= {f"{method}, {rule}": partial(published_reading, rule) for rule in PUBLISHED}
-            for name, read in rules.items():
-                score = score_by_generation(
-                    engine,
-                    ready.tokenizer,
-                    shown,
-                    sampling,
-                    reasoning=reasoning,
-                    template=template,
-                    read=read,
-                    answers=answers,
-                )
-                yield replace(score, split=head["exam"], method=name)
+            asked: dict[str, Any] = {"reasoning": reasoning, "template": template, "answers": answers}
+            written = partial(score_by_generation, engine, ready.tokenizer, shown, sampling, **asked)
+            yield replace(written(), split=head["exam"], method=method)
+            is_worked = all(item.thinking and not item.options for item in shown)
+            for rule in PUBLISHED if is_worked and not template else ():
+                score = written(read=partial(published_reading, rule))
+                yield replace(score, split=head["exam"], method=f"{method}, {rule}")
             return
+        likely = partial(score_by_likelihood, ready.model, ready.tokenizer, shown, form=FORMS[method], template=template)
         for divisor in divisors:
-            score = score_by_likelihood(
-                ready.model,
-                ready.tokenizer,
-                shown,
-                form=FORMS[method],
-                template=template,
-                normalise=divisor,
-                answers=answers,
-            )
-            yield replace(score, split=head["exam"], method=method if divisor == divisors[0] else f"{method}, raw")
+            name = method if divisor == divisors[0] else f"{method}, raw"
+            yield replace(likely(normalise=divisor, answers=answers), split=head["exam"], method=name)
 
 
 def answer_log(

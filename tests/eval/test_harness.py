@@ -111,7 +111,7 @@ def test_what_does_not_fit_is_told(lm, capsys):
     assert total < 0 and "1 prompts are longer than the 256 tokens of the model" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"' fever.* has \d+ tokens after its context.*256"):
         lm.loglikelihood([asked("The", " fever" * 600)], True)
-    for options, problem in (({"max_gen_toks": 256}, "no room"), ({"num_beams": 4}, "num_beams, which Osler does not know")):
+    for options, problem in (({"max_gen_toks": 256}, "no room"), ({"num_beams": 4}, "num_beams")):
         with pytest.raises(UserError, match=problem):
             lm.generate_until([asked("The", {"until": ["\n"], "do_sample": False, **options})])
 
