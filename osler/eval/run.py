@@ -56,9 +56,8 @@ def run(checkpoint: str, overrides: Sequence[str] = (), json_file: str | None = 
         from osler.eval import harness as door  # an extra
 
         return door.run(harness, checkpoint=checkpoint, device=config.device, which=config.which, rows=config.rows)
-    for number, task in enumerate(config.tasks):
-        check_task(task, f"tasks[{number}]", config.root)
-    check_task(config.task, "task", config.root)
+    for number, task in enumerate(config.exams):
+        check_task(task, "task" if config.task else f"tasks[{number}]", config.root)
     if json_file is not None and not Path(json_file).parent.is_dir():
         raise UserError(f"--json {json_file}: there is no folder {Path(json_file).parent}.")
     ready = open_model(checkpoint, device=config.device, which=config.which)

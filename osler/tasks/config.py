@@ -114,7 +114,7 @@ class HubExam(ExamFile):
 
     type: Literal["hub"] = "hub"
     name: str  # medqa, medmcqa, pubmedqa, mmlu, gsm8k, humaneval, hellaswag or trivia_qa
-    revision: str = "main"  # a commit, branch or tag of the hub's repository; what is trained or cleaned with it keeps the commit
+    revision: str = "main"  # a commit, branch or tag of the hub's repository; shards that were cleaned of it keep the commit
     path: str = ""  # a file or folder of the same schema, instead of the hub
     root: str = ""  # a folder that has such a folder for each exam by name; empty: the data's
 

@@ -50,7 +50,7 @@ def own_text(tiny):
         ("tokenizer.path=no/such.json", "no/such.json"),
         ("model.vocab_size=400", "512 tokens, the model only 400: set model.vocab_size=512"),
         ("exam={every_tokens: 512, splits: [tset]}", "tset"),
-        ("exam={every_tokens: 512, tasks: [{type: medqa, path: no.jsonl}]}", "exam.tasks[0].path=no.jsonl"),
+        ("exam={every_tokens: 512, tasks: [{type: medqa, path: no.jsonl}]}", "set exam.tasks[0].path"),
         ("exam={tasks: [{type: medqa, path: a}, {type: medqa, path: b}]}", "give each a split of its own"),
     ],
 )
