@@ -121,6 +121,7 @@ METRICS: dict[str, Metric] = {
     "opsm/masked_frac": Metric("fraction", "completions whose surrogate the off-policy sequence mask removed"),
     "opsm/seq_kl_mean": Metric("nats/token", "mean over completions of old minus current log-prob"),
     "groups/effective": Metric("groups", "groups of the batch whose rewards differ, so that they teach"),
+    "groups/resting": Metric("questions", "questions that are left out for a while, because their samples all earned the same"),
     "filters/<name>_frac": Metric("fraction", "completions that the named sample-quality filter caught"),
     "answer/letter_<X>_frac": Metric("fraction", "readable answers that chose this letter"),
     "answer/format_ok": Metric("fraction", "completions with a readable answer"),

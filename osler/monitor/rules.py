@@ -274,7 +274,8 @@ def silent(past: History) -> Iterator[str]:
     if most > 0.2 and now < 0.02:
         yield (
             f"the entropy has fallen from {most:.2f} to {now:.3f}: the policy has stopped exploring, and can learn nothing new. "
-            f"To recover, {past.settings.go_back}."
+            f"To recover, {past.settings.go_back}. To keep it open, let algorithm.beta hold it to its reference, or raise "
+            "algorithm.temperature; with several updates per batch raise algorithm.clip.high."
         )
 
 

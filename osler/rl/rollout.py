@@ -1,9 +1,12 @@
 """Rollouts: which questions a step asks, and their answers as groups of scored samples.
 
-The questions and the random numbers are a pure function of (seed, step), so there is nothing to resume. Every task goes through
+The questions and the random numbers are a pure function of (seed, step) and of the questions that rest. Every task goes through
 its own items epoch by epoch, in a new order each epoch; the weights fix its share of a step. The options of an item are permuted
 each time it is asked, because with a fixed order the cheapest gain is to learn letters by heart. Refills of dynamic sampling use
 separate orders, so they never shift the main order; they replace whole groups.
+
+A question rests when its latest samples all earned the same (``algorithm.most_rested_epochs``). In its place in the order another
+one is drawn, so the order stays as it is. Which questions rest is the only thing that a resumed run must know.
 
 The sample-quality filter is separate from the reward: it looks at the form of a completion (is it empty, does it run in circles,
 does it hold an answer that can be read) and never at whether the answer is right.
@@ -18,7 +21,7 @@ import functools
 import hashlib
 import random
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
@@ -32,6 +35,9 @@ from osler.tasks.answers import Reading, read_answer
 from osler.tasks.item import LETTERS, ExamItem, permute, render_question, reorder
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.chat import Completion, encode_prompt, parse_completion
+
+Resting = Mapping[str, Set[str]]  # the ids of the items that rest, by task
+NONE_REST: Resting = {}
 
 
 class RewardTerm(NamedTuple):
@@ -60,10 +66,12 @@ class Prompt(NamedTuple):
     item: ExamItem
 
 
-def step_prompts(tasks: Sequence[RlTask], seed: int, step: int, count: int, *, balanced: bool = False) -> list[Prompt]:
+def step_prompts(
+    tasks: Sequence[RlTask], seed: int, step: int, count: int, *, balanced: bool = False, resting: Resting = NONE_REST
+) -> list[Prompt]:
     """Return the ``count`` questions of a step; with ``balanced`` their right answers go through the letters in turn."""
     prompts = [
-        _prompt(task, seed, step * share + place, "main")
+        _prompt(task, seed, step * share + place, "main", resting)
         for task, share in zip(tasks, task_shares(tasks, count), strict=True)
         for place in range(share)
     ]
@@ -87,11 +95,13 @@ def prompts_asked(tasks: Sequence[RlTask], steps: int, count: int) -> dict[str, 
     return {task.name: steps * share for task, share in zip(tasks, task_shares(tasks, count), strict=True)}
 
 
-def refill_prompts(tasks: Sequence[RlTask], seed: int, step: int, refill: int, wanted: Sequence[str]) -> list[Prompt]:
+def refill_prompts(
+    tasks: Sequence[RlTask], seed: int, step: int, refill: int, wanted: Sequence[str], resting: Resting = NONE_REST
+) -> list[Prompt]:
     """Return one more question for each task name in ``wanted``, for the ``refill``-th refill of a step."""
     by_name = {task.name: task for task in tasks}
     start = random.Random(f"{seed}:{step}:{refill}").randrange(1 << 40)
-    return [_prompt(by_name[name], seed, start + place, "refill") for place, name in enumerate(wanted)]
+    return [_prompt(by_name[name], seed, start + place, "refill", resting) for place, name in enumerate(wanted)]
 
 
 def task_shares(tasks: Sequence[RlTask], count: int) -> list[int]:
@@ -118,9 +128,12 @@ def rollout_seed(seed: int, step: int, refill: int = 0) -> int:
     return int.from_bytes(hashlib.sha256(f"rollout:{seed}:{step}:{refill}".encode()).digest()[:8], "big") >> 1
 
 
-def _prompt(task: RlTask, seed: int, position: int, order: str) -> Prompt:
+def _prompt(task: RlTask, seed: int, position: int, order: str, resting: Resting) -> Prompt:
     epoch, place = divmod(position, len(task.items))
     item = task.items[_order(seed, task.name, order, epoch, len(task.items))[place]]
+    if item.id in resting.get(task.name, ()):
+        awake = [other for other in task.items if other.id not in resting[task.name]]
+        item = random.Random(f"{seed}:{task.name}:{order}:{position}").choice(awake or [item])
     # A position is unique within its order; even and odd numbers keep the permutations of the two orders apart.
     return Prompt(task, permute(item, seed, 2 * position + (order == "refill")))
 
@@ -184,28 +197,56 @@ class RolloutWorker:
     algorithm: AlgorithmConfig
     seed: int
     world: World = field(default_factory=World)
+    # of each task, for an item's id: how often in a row it taught nothing, and the last epoch that it is left out of; JSON
+    rests: dict[str, dict[str, list[int]]] = field(default_factory=dict)
 
     def step(self, step: int) -> tuple[list[Group], int]:
         """Return the groups of a step and how many completion tokens were sampled for them, refilled ones included."""
         algorithm, groups = self.algorithm, self.ask(step)
         sampled_tokens = count_tokens(groups)
+        asked, resting = list(groups), self.resting(step)
         for refill in range(1, algorithm.max_refills + 1 if algorithm.dynamic_sampling else 1):
             dead = [index for index, group in enumerate(groups) if not group.effective]
             if not dead:
                 break
             wanted = [groups[index].prompt.task.name for index in dead]
-            more = refill_prompts(self.tasks, self.seed, step, refill, wanted)
+            more = refill_prompts(self.tasks, self.seed, step, refill, wanted, resting)
             fresh = self.sample(more, rollout_seed(self.seed, step, refill))
+            asked += fresh
             sampled_tokens += count_tokens(fresh)
             for index, group in zip(dead, fresh, strict=True):
                 if group.effective:  # a group that no refill could replace stays, without an advantage, for the batch's size
                     groups[index] = group
+        if algorithm.most_rested_epochs:
+            self._let_rest(asked, self.epochs(step))
         return groups, sampled_tokens
+
+    def epochs(self, step: int) -> dict[str, int]:
+        """Return the epoch of each task at the beginning of a step."""
+        asked = prompts_asked(self.tasks, step, self.algorithm.prompts_per_step)
+        return {task.name: asked[task.name] // len(task.items) for task in self.tasks}
+
+    def resting(self, step: int) -> dict[str, set[str]]:
+        """Return the ids of the items that are left out of a step, by task."""
+        return {
+            name: {item for item, (_, last_epoch) in self.rests.get(name, {}).items() if last_epoch >= epoch}
+            for name, epoch in self.epochs(step).items()
+        }
+
+    def _let_rest(self, asked: Sequence[Group], epochs: Mapping[str, int]) -> None:
+        """Let the questions rest whose samples all earned the same, and forget that the others ever did."""
+        for group in asked:
+            name, item = group.prompt.task.name, group.prompt.item.id
+            own = self.rests.setdefault(name, {})
+            in_a_row = own.pop(item, [0])[0] + 1
+            if not group.effective:
+                own[item] = [in_a_row, epochs[name] + min(in_a_row, self.algorithm.most_rested_epochs)]
 
     def ask(self, step: int) -> list[Group]:
         """Return the groups of a step's own questions, before any refill."""
         algorithm = self.algorithm
-        asked = step_prompts(self.tasks, self.seed, step, algorithm.prompts_per_step, balanced=algorithm.balanced_letters)
+        count, balanced = algorithm.prompts_per_step, algorithm.balanced_letters
+        asked = step_prompts(self.tasks, self.seed, step, count, balanced=balanced, resting=self.resting(step))
         return self.sample(asked, rollout_seed(self.seed, step))
 
     def sample(self, asked: Sequence[Prompt], seed: int) -> list[Group]:

@@ -1,7 +1,8 @@
 """The GRPO trainer: ask, answer, reward, learn; ``runs/loop.py`` runs it.
 
-Resume is exact: questions and samples are a function of (seed, step, number of skipped steps), and a checkpoint holds the model,
-the optimizer, the reference and the counters. Every rank knows the samples of all ranks (``rollout.py``).
+Resume is exact: questions and samples are a function of (seed, step, number of skipped steps) and of the questions that rest. A
+checkpoint holds these, the model, the optimizer, the reference and the counters. Every rank knows the samples of all ranks
+(``rollout.py``).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from osler.monitor.history import RunSettings
 from osler.optim.build import set_hyperparameters
 from osler.optim.schedule import lr_scale, warmup_of
 from osler.rl.config import GrpoConfig
-from osler.rl.rollout import Group, RolloutWorker, count_tokens, prompts_asked, rollout_metrics, step_prompts
+from osler.rl.rollout import Group, RolloutWorker, count_tokens, prompts_asked, rollout_metrics
 from osler.rl.step import training_rows, update_policy
 from osler.runs.loop import Due, Trainer
 from osler.runs.process import Learner, Run
@@ -56,6 +57,7 @@ class GrpoTrainer(Trainer):
         if config.algorithm.beta > 0.0:
             self.reference = deepcopy(learner.engine.plain_model(learner.model)).eval().requires_grad_(False)
         self.task_tokens = Counter[str]()  # completion tokens of each task's groups
+        self.asked: list[str] = []  # the ids of the latest step's questions
 
     def settings(self) -> RunSettings:
         config = self.config
@@ -72,6 +74,7 @@ class GrpoTrainer(Trainer):
         with self._whole_model():
             groups, sampled_tokens = self.worker.step(self.step + self.incidents.data_offset)
         rollout_seconds = time.perf_counter() - started
+        self.asked = [group.prompt.item.id for group in groups]
         metrics = rollout_metrics(groups)
 
         budget, optimizer = config.budget_tokens_per_step, self.learner.optimizer
@@ -151,8 +154,9 @@ class GrpoTrainer(Trainer):
         asked = prompts_asked(tasks, self.step + self.incidents.data_offset, self.config.algorithm.prompts_per_step)
         of_epoch = {task.name: len(task.items) for task in tasks}
         weights = {task.name: task.weight for task in tasks}
+        resting = sum(map(len, self.worker.resting(self.step + self.incidents.data_offset).values()))
         by_task = source_metrics(tokens=self.task_tokens, consumed=asked, of_epoch=of_epoch, target=weights)
-        return {"data/epoch": sum(asked.values()) / sum(of_epoch.values()), **by_task}
+        return {"data/epoch": sum(asked.values()) / sum(of_epoch.values()), "groups/resting": float(resting), **by_task}
 
     def _observe(self, metrics: Mapping[str, float]) -> None:
         """Look for incidents. A step without a usable sample has no numbers; a step with only equal rewards is not comparable."""
@@ -164,9 +168,7 @@ class GrpoTrainer(Trainer):
 
     def details(self, step: int) -> dict[str, Any]:
         """Return the details of an incident at ``step``, which is the latest step."""
-        position, count = step - 1 + self.incidents.data_offset, self.config.algorithm.prompts_per_step
-        asked = [prompt.item.id for prompt in step_prompts(self.worker.tasks, self.config.seed, position, count)]
-        return {"tokens": self.tokens, "lr": self.learner.optimizer.param_groups[0]["lr"], "questions": asked}
+        return {"tokens": self.tokens, "lr": self.learner.optimizer.param_groups[0]["lr"], "questions": self.asked}
 
     def evaluate(self) -> dict[str, float]:
         config, worker = self.config, self.worker
@@ -184,7 +186,7 @@ class GrpoTrainer(Trainer):
         return {self.best_metric: right, f"eval/{self.exam_name}_unparsed_frac": unread}
 
     def state(self) -> dict[str, Any]:
-        return {"task_tokens": dict(self.task_tokens)}
+        return {"task_tokens": dict(self.task_tokens), "rests": deepcopy(self.worker.rests)}
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         # The reference is saved even if it is never refreshed, because a run folder must resume without ``init_from``.
@@ -196,3 +198,4 @@ class GrpoTrainer(Trainer):
             self.reference.load_state_dict(loaded.tensors["reference"])
         self.tokens = loaded.state["tokens"]
         self.task_tokens = Counter(loaded.state["task_tokens"])
+        self.worker.rests = loaded.state.get("rests", {})  # older checkpoints have none

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import replace
 
@@ -248,3 +249,32 @@ def test_rollout_seeds_differ():
     seeds = {rollout_seed(seed, step, refill) for seed in range(3) for step in range(10) for refill in range(3)}
     assert len(seeds) == 90
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_questions_that_teach_nothing_rest_ever_longer_and_others_are_asked_for_them(make_policy, tokenizer, short_task):
+    """The samples of q0 always earn the same. Each step is an epoch of six questions, so q0 rests one, two, two, ... epochs."""
+
+    def unequal(item, completion):
+        return 0.0 if item.id == "q0" else term.function(item, completion)
+
+    (term,) = short_task.rewards
+    task = replace(short_task, rewards=(RewardTerm("unequal", unequal),))
+    settings = {"prompts_per_step": 6, "samples_per_prompt": 2, "max_new_tokens": 8, "most_rested_epochs": 2}
+    asking = worker(make_policy(), tokenizer, task, **settings)
+    asked = []
+    for step in range(8):
+        if step == 4:  # a resumed run: nothing but what was saved
+            asking, saved = worker(make_policy(), tokenizer, task, **settings), json.loads(json.dumps(asking.rests))
+            asking.rests = saved
+        asked.append([group.prompt.item.id for group in asking.step(step)[0]])
+    assert [step for step, ids in enumerate(asked) if "q0" in ids] == [0, 2, 5]
+    assert all(len(ids) == 6 for ids in asked)
+    assert asking.rests["short"]["q0"] == [3, 7]
+
+
+def test_refills_ask_no_question_that_rests_unless_all_do():
+    tasks = [task(3, "a")]
+    wanted = ["a"] * 12
+    assert {prompt.item.id for prompt in refill_prompts(tasks, 0, 0, 1, wanted, {"a": {"a0", "a2"}})} == {"a1"}
+    all_rest = refill_prompts(tasks, 0, 0, 1, wanted, {"a": {"a0", "a1", "a2"}})
+    assert all_rest == refill_prompts(tasks, 0, 0, 1, wanted)

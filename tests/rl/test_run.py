@@ -162,5 +162,3 @@ def test_a_preflight_changes_nothing_in_the_run_and_is_not_made_again(grpo, tmp_
 def test_mistakes_are_refused_by_name(changes, message):
     with pytest.raises(UserError, match=message):
         decode(GrpoConfig, {"init_from": "x", **changes})
-
-

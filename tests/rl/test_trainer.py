@@ -44,6 +44,7 @@ ALGORITHM = AlgorithmConfig(
     opsm_delta=0.1,
     reference_refresh_steps=2,
     dynamic_sampling=True,
+    most_rested_epochs=2,
     quality=QualityConfig(action="off"),
 )
 CONFIG = GrpoConfig(
