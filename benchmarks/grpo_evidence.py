@@ -1,0 +1,266 @@
+"""What GRPO gains on the clinic, against controls and with each of its enhancements on or off, over several seeds.
+
+    python benchmarks/grpo_evidence.py FOLDER [--seeds 0 1 2] [--arms NAME ...] [--steps 84] [--items 500] [--report] [--out FILE]
+
+For each seed the quickstart's supervised stages are trained once, and every arm starts from the checkpoint that its GRPO would
+start from. An arm is an ordinary run, then an exam in writing on each split, paired question by question with the exam of that
+start and of the other arms. FOLDER keeps the answers of every arm that is finished: started again, the script goes on with those
+that are missing, and ``--report`` only prints what there is. Prints one JSON object.
+
+The supervised arms have as much time as the arm ``grpo`` of their seed took, in CPU seconds of the process: by the clock, other
+work on the machine would change what an arm can do. Neither is compiled.
+
+Intervals of 95 %: for one seed those of ``osler compare``, clustered by the fact that a question asks for. Over seeds the
+differences of seeds and of facts are both drawn again with replacement (a bootstrap of ``DRAWS`` draws), because a pool that took
+the seeds for given would only speak of these very runs. With few seeds a bootstrap makes too little of their spread, so the gain
+of each seed stands beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from measuring import publish
+
+from osler.checkpoint.folders import folder_name
+from osler.config.recipe import load_recipe
+from osler.config.schema import decode
+from osler.eval.config import EXAM_SEED
+from osler.eval.exams import greedy, score_by_generation
+from osler.eval.score import paired_difference
+from osler.inference.engine import InferenceEngine
+from osler.inference.load import load_model
+from osler.quickstart.config import QuickstartConfig
+from osler.quickstart.run import Quickstart
+from osler.records.jsonl import read_metrics
+from osler.rl.config import GrpoConfig
+from osler.rl.run import train as train_grpo
+from osler.runs.folder import taken
+from osler.runtime.files import RunFolder
+from osler.tasks.registry import load_clinic
+from osler.train.config import TrainConfig
+from osler.train.run import train as train_supervised
+
+CONTROL = "grpo-control/"
+EARLY = "grpo_early"  # the arm "grpo" after a third of its steps, with which the shorter arms are compared
+THIRD = 1 / 3
+KEPT = "checkpoint.keep_last=9"
+WARM_UP = "schedule.warmup_tokens=69120"  # ten steps; Adam's first steps are as large as any and know the least
+BETA = "algorithm.beta=0.02"
+FOUR = "algorithm.updates_per_batch=4"
+
+
+class Arm(NamedTuple):
+    """A recipe and what is changed in it; ``share`` of the steps of the longest arms is trained."""
+
+    recipe: str
+    changes: Sequence[str] = ()
+    share: float = THIRD
+
+
+ARMS = {
+    "grpo": Arm("correct", share=1.0),
+    "supervised": Arm("supervised", share=1.0),
+    EARLY: Arm("correct"),  # nothing is trained for it
+    "random": Arm("random"),
+    "format": Arm("format"),
+    "kl_unbiased": Arm("correct", [BETA]),
+    "kl_k3": Arm("correct", [BETA, "algorithm.kl=k3"]),
+    "no_quality_filter": Arm("correct", ['algorithm.quality.action="off"']),
+    "dynamic_sampling": Arm("correct", ["algorithm.dynamic_sampling=true"]),
+    "four_updates": Arm("correct", [FOUR], share=1 / 6),
+    "four_updates_masked": Arm("correct", [FOUR, "algorithm.opsm_delta=0.02"], share=1 / 6),
+}
+# GRPO starts in the first tenth of the quickstart's fine-tuning, so no more of it is trained, at its first learning rate
+SHORT_SFT = ["sft.total_tokens=614400", "sft.schedule.type=constant"]
+START = "start"
+# first arm against the second, beside every arm against its start
+COMPARED = (
+    *(("grpo", other) for other in ("supervised", "supervised, no reasoning")),
+    *((EARLY, other) for other in ("random", "format", "no_quality_filter")),
+    *((other, EARLY) for other in ("kl_unbiased", "dynamic_sampling", "four_updates")),
+    ("kl_unbiased", "kl_k3"),
+    ("four_updates_masked", "four_updates"),
+)
+SPLITS = ("new_findings", "new_questions")
+MEASURED = (  # mean over the steps of the run
+    "reward", "groups/effective", "entropy", "kl", "opsm/masked_frac", "clip_ratio/high_mean", "completions/clipped_ratio",
+    "filters/no_answer_frac", "filters/degenerate_frac", "filters/empty_frac",
+)  # fmt: skip
+DRAWS = 10_000
+
+
+def start_of(seed: int, folder: Path) -> Path:
+    """The supervised checkpoint that the quickstart's GRPO starts from; its runs go on where they were interrupted."""
+    config = decode(QuickstartConfig, load_recipe("quickstart", [f"seed={seed}", *SHORT_SFT]), source="quickstart")
+    quickstart = Quickstart(config, RunFolder.create(folder))
+    if not (quickstart.pretrain() and quickstart.sft()):
+        raise SystemExit("stopped; the same command goes on")
+    return quickstart.earlier_checkpoint()
+
+
+def train(arm: Arm, start: Path, seed: int, folder: Path, steps: int, cpu_seconds: float) -> dict[str, Any]:
+    """Train one arm, a supervised one until ``cpu_seconds`` are used up; what it cost and what was measured on the way."""
+    changes = [f"init_from={start}", f"seed={seed}", *arm.changes]
+    begun = time.process_time()
+    with taken(run := RunFolder.create(folder)):
+        if arm.recipe == "supervised":
+            endless = ["total_tokens=1000000000", "eval_every_tokens=1000000000", "checkpoint.every_tokens=1000000000"]
+            changes = [*changes, *endless, "compile=never", f"data.seed={seed}"]
+            with ends_after(cpu_seconds):
+                train_supervised(decode(TrainConfig, load_recipe(CONTROL + arm.recipe, changes)), run)
+        else:
+            own_steps = round(steps * arm.share)
+            plan = [f"steps={own_steps}", "eval_task=null", f"checkpoint.every_steps={round(steps * THIRD)}", KEPT, WARM_UP]
+            if not train_grpo(decode(GrpoConfig, load_recipe(CONTROL + arm.recipe, [*changes, *plan])), run):
+                raise SystemExit("stopped; the same command begins this arm again")
+    spent = time.process_time() - begun
+    lines = list(read_metrics(run.metrics))
+    found = {name: [line.values[name] for line in lines if name in line.values] for name in MEASURED}
+    means = {name: statistics.fmean(values) for name, values in found.items() if values}
+    return {"cpu_seconds": spent, "steps": lines[-1].step, "tokens": lines[-1].tokens, "means": means}
+
+
+@contextmanager
+def ends_after(cpu_seconds: float):  # type: ignore[no-untyped-def]
+    """Ask the run in the context to save and stop when the process has used so many CPU seconds more."""
+    before = signal.signal(signal.SIGPROF, lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
+    signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+
+
+def examine(checkpoint: Path, items: int, *, reasoning: bool) -> dict[str, str]:
+    """The answers to each split, a 1 for every right one and a 0 for every other."""
+    loaded = load_model(checkpoint)
+    engine, answers = InferenceEngine(loaded.model, dtype=torch.float32), {}
+    for split in SPLITS:
+        asked = load_clinic(split=split, limit=items, seed=EXAM_SEED)
+        score = score_by_generation(engine, loaded.tokenizer, asked, greedy(64), reasoning=reasoning)
+        answers[split] = "".join(str(int(result.right)) for result in score.results)
+    return answers
+
+
+def run_seed(seed: int, arms: Sequence[str], folder: Path, steps: int, items: int) -> None:
+    """Make what is missing of a seed's arms; the answers of each go into a file of its own."""
+    start = start_of(seed, folder / "stages")
+    for arm in (START, *arms):
+        if (done := folder / f"{arm}.json").exists():
+            continue
+        run, found = folder / arm, {}
+        if arm != START:
+            shutil.rmtree(run, ignore_errors=True)  # of an arm that was interrupted
+            grpo = folder / "grpo.json"
+            seconds = json.loads(grpo.read_text())["cpu_seconds"] if grpo.exists() else 0.0
+            if arm in ("supervised", EARLY) and not seconds:
+                raise SystemExit(f"the arm {arm} is measured by the arm grpo, which must come before it")
+            if arm != EARLY:
+                found = train(ARMS[arm], start, seed, run, steps, seconds)
+        early = RunFolder(folder / "grpo").checkpoints / folder_name(round(steps * THIRD))
+        examined = {START: start, EARLY: early}.get(arm, run)
+        found["answers"] = {"": examine(examined, items, reasoning=True)}
+        if arm in (START, "supervised"):  # what was trained without reasoning is also asked for answers alone
+            found["answers"][", no reasoning"] = examine(examined, items, reasoning=False)
+        done.write_text(json.dumps(found))
+        right = {split: answers.count("1") / items for split, answers in found["answers"][""].items()}
+        print(f"seed {seed}, {arm}: {right}, {found.get('cpu_seconds', 0):.0f} CPU seconds", file=sys.stderr, flush=True)
+
+
+def bits(answers: str) -> np.ndarray:
+    return np.array(list(answers), dtype=float)
+
+
+def gain(before: Sequence[np.ndarray], after: Sequence[np.ndarray], clusters: Sequence[str]) -> dict[str, Any]:
+    """The gain of each seed with its interval, and of all seeds together."""
+    facts = sorted(set(clusters))
+    member = np.array([[cluster == fact for fact in facts] for cluster in clusters], dtype=float)
+    by_fact = np.array([(late - early) @ member for early, late in zip(before, after, strict=True)])  # [seeds, facts]
+    random, seeds = np.random.default_rng(0), len(by_fact)
+    drawn_facts = random.multinomial(len(facts), np.full(len(facts), 1 / len(facts)), DRAWS)  # how often each is drawn
+    drawn_seeds = random.multinomial(seeds, np.full(seeds, 1 / seeds), DRAWS)
+    draws = np.einsum("ds,sf,df->d", drawn_seeds, by_fact, drawn_facts) / seeds / (drawn_facts @ member.sum(axis=0))
+    of_seeds = [paired_difference(early.tolist(), late.tolist(), clusters) for early, late in zip(before, after, strict=True)]
+    return {
+        "gain": statistics.fmean(one.mean for one in of_seeds),
+        "interval": np.quantile(draws, [0.025, 0.975]).tolist(),
+        "before": float(np.mean(before)),
+        "after": float(np.mean(after)),
+        "seeds": [{"gain": one.mean, "interval": one.interval} for one in of_seeds],
+    }
+
+
+def compared(found: Mapping[int, Mapping[str, dict[str, str]]], items: int) -> list[dict[str, Any]]:
+    """Every arm against its start, and the pairs of ``COMPARED``, over the seeds that have both."""
+    names = dict.fromkeys(name for of_seed in found.values() for name in of_seed)
+    plain = [(name, START) for name in names if not name.startswith(START)]
+    rows = []
+    for arm, against in (*plain, *COMPARED):
+        both = {seed: of_seed for seed, of_seed in found.items() if {arm, against} <= of_seed.keys()}
+        for split in SPLITS if both else ():
+            clusters = [item.group for item in load_clinic(split=split, limit=items, seed=EXAM_SEED)]
+            pairs = [(bits(of_seed[against][split]), bits(of_seed[arm][split])) for of_seed in both.values()]
+            before, after = zip(*pairs, strict=True)
+            rows.append({"arm": arm, "against": against, "split": split, "of": list(both), **gain(before, after, clusters)})
+    return rows
+
+
+def report(folder: Path, items: int) -> dict[str, Any]:
+    """What the arms that are finished show; the arms that are missing are named."""
+    seeds = sorted(int(path.name.removeprefix("seed-")) for path in folder.glob("seed-*"))
+    files = {seed: {arm: folder / f"seed-{seed}" / f"{arm}.json" for arm in (START, *ARMS)} for seed in seeds}
+    loaded = {
+        seed: {arm: json.loads(file.read_text()) for arm, file in own.items() if file.exists()} for seed, own in files.items()
+    }
+    found = {
+        seed: {arm + form: answers for arm, one in arms.items() for form, answers in one["answers"].items()}
+        for seed, arms in loaded.items()
+    }
+    return {
+        "benchmark": "grpo_evidence",
+        "items": items,
+        "missing": [f"{arm} of seed {seed}" for seed, arms in loaded.items() for arm in ARMS if arm not in arms],
+        "arms": {name: arm._asdict() for name, arm in ARMS.items()},
+        "compared": compared(found, items),
+        "runs": [
+            {"seed": seed, "arm": arm, **{name: value for name, value in one.items() if name != "answers"}}
+            for seed, arms in loaded.items()
+            for arm, one in arms.items()
+        ],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument(
+        "--steps", type=int, default=84, help="GRPO steps of the longest arms; the others have a third or a sixth"
+    )
+    parser.add_argument("--items", type=int, default=500, help="questions of each split")
+    parser.add_argument("--report", action="store_true", help="train nothing")
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    args = parser.parse_args()
+    for seed in [] if args.report else args.seeds:
+        run_seed(seed, args.arms, args.folder / f"seed-{seed}", args.steps, args.items)
+    publish({"threads": torch.get_num_threads(), "steps": args.steps, **report(args.folder, args.items)}, args.out)
+
+
+if __name__ == "__main__":
+    main()
