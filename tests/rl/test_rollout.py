@@ -167,8 +167,9 @@ def test_dynamic_sampling_replaces_groups_that_teach_nothing(make_policy, tokeni
 
 def test_refills_are_bounded_when_nothing_can_be_learned(make_policy, tokenizer, short_task):
     task = replace(short_task, rewards=(RewardTerm("constant", lambda item, completion: 1.0),))
-    groups, tokens = worker(make_policy(), tokenizer, task, dynamic_sampling=True, max_refills=2).step(0)
-    assert len(groups) == 3
+    asking = worker(make_policy(), tokenizer, task, dynamic_sampling=True, max_refills=2, most_rested_epochs=1)
+    groups, tokens = asking.step(0)
+    assert len(groups) == 3 < len(asking.rests["short"])
     assert not any(group.effective for group in groups)
     assert count_tokens(groups) < tokens
 

@@ -80,17 +80,24 @@ def content(folder, step):
     return loaded.tensors, loaded.state
 
 
-def test_a_resumed_run_is_the_same_run(make_trainer, tmp_path):
-    """As if killed in step 4: only what was saved up to step 3 is left, and a metrics file that is ahead."""
+def test_a_resumed_run_is_the_same_run(make_trainer, short_task, tmp_path):
+    """As if killed in step 4: only what was saved up to step 3 is left, and a metrics file that is ahead. Two questions rest."""
+
+    def rewarded(item, completion):
+        return term.function(item, completion) if item.id > "q1" else 0.0
+
+    (term,) = short_task.rewards
+    task = replace(short_task, rewards=(RewardTerm("rewarded", rewarded),))
     whole = tmp_path / "whole"
-    assert Loop(make_trainer(whole)).fit()
+    assert Loop(make_trainer(whole, task=task)).fit()
     parts = Path(shutil.copytree(whole, tmp_path / "parts"))
     for step in (4, 5):
         shutil.rmtree(parts / "checkpoints" / folders.folder_name(step))
-    resumed = Loop(make_trainer(parts))
+    resumed = Loop(make_trainer(parts, task=task))
     resumed.restore(store.load(folders.newest_good(parts / "checkpoints")[0]))
     assert resumed.trainer.step == 3 and resumed.fit()
     assert_same_tensors(parts, whole)
+    assert content(whole, 3)[1]["rests"]["short"].keys() == {"q0", "q1"}
     (tensors, state), (_, whole_state) = content(parts, 5), content(whole, 5)
     assert state == whole_state and tensors.keys() == {"model", "optimizer", "reference"}
     assert [*map(untimed, logged(parts))] == [*map(untimed, logged(whole))]
