@@ -2,10 +2,11 @@
 
     python benchmarks/grpo_evidence.py FOLDER [--seeds 0 1 2] [--arms NAME ...] [--steps 84] [--items 500] [--report] [--out FILE]
 
-For each seed the quickstart's supervised stages are trained once, and every arm starts from the checkpoint that its GRPO would
-start from. An arm is an ordinary run, then an exam in writing on each split, paired question by question with the exam of that
-start and of the other arms. FOLDER keeps the answers of every arm that is finished: started again, the script goes on with those
-that are missing, and ``--report`` only prints what there is. Prints one JSON object.
+The quickstart's model is pretrained once, with seed 0, and fine-tuned with each seed, as far as the checkpoint from which the
+quickstart's GRPO would start. All arms of a seed start there. An arm is an ordinary run, then an exam in writing on each split,
+paired question by question with the exam of that start and of the other arms. FOLDER keeps the answers of every arm that is
+finished: started again, the script goes on with those that are missing, and ``--report`` only prints what there is. Prints one
+JSON object.
 
 The supervised arms have as much time as the arm ``grpo`` of their seed took, in CPU seconds of the process: by the clock, other
 work on the machine would change what an arm can do. Neither is compiled.
@@ -28,6 +29,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,13 +105,21 @@ MEASURED = (  # mean over the steps of the run
 DRAWS = 10_000
 
 
-def start_of(seed: int, folder: Path) -> Path:
-    """The supervised checkpoint that the quickstart's GRPO starts from; its runs go on where they were interrupted."""
+def quickstart_of(seed: int, folder: Path) -> Quickstart:
     config = decode(QuickstartConfig, load_recipe("quickstart", [f"seed={seed}", *SHORT_SFT]), source="quickstart")
-    quickstart = Quickstart(config, RunFolder.create(folder))
-    if not (quickstart.pretrain() and quickstart.sft()):
+    return Quickstart(config, RunFolder.create(folder / f"seed-{seed}/stages"))
+
+
+def start_of(seed: int, folder: Path) -> Path:
+    """The checkpoint that the quickstart's GRPO starts from, of a pretrained model that all seeds share.
+
+    Its runs go on where they were interrupted.
+    """
+    pretraining, own = quickstart_of(0, folder), quickstart_of(seed, folder)
+    fine_tuning = replace(own.seeded(own.config.sft), init_from=str(pretraining.run.root / "pretrain"))
+    if not (pretraining.pretrain() and own.train(train_supervised, fine_tuning, "sft")):
         raise SystemExit("stopped; the same command goes on")
-    return quickstart.earlier_checkpoint()
+    return own.earlier_checkpoint()
 
 
 def train(arm: Arm, start: Path, seed: int, folder: Path, steps: int, cpu_seconds: float) -> dict[str, Any]:
@@ -159,7 +169,7 @@ def examine(checkpoint: Path, items: int, *, reasoning: bool) -> dict[str, str]:
 
 def run_seed(seed: int, arms: Sequence[str], folder: Path, steps: int, items: int) -> None:
     """Make what is missing of a seed's arms; the answers of each go into a file of its own."""
-    start = start_of(seed, folder / "stages")
+    start, folder = start_of(seed, folder), folder / f"seed-{seed}"
     for arm in (START, *arms):
         if (done := folder / f"{arm}.json").exists():
             continue
@@ -258,7 +268,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     args = parser.parse_args()
     for seed in [] if args.report else args.seeds:
-        run_seed(seed, args.arms, args.folder / f"seed-{seed}", args.steps, args.items)
+        run_seed(seed, args.arms, args.folder, args.steps, args.items)
     publish({"threads": torch.get_num_threads(), "steps": args.steps, **report(args.folder, args.items)}, args.out)
 
 
