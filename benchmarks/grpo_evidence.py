@@ -60,7 +60,6 @@ CONTROL = "grpo-control/"
 EARLY = "grpo_early"  # the arm "grpo" after a third of its steps, with which the shorter arms are compared
 THIRD = 1 / 3
 KEPT = "checkpoint.keep_last=9"
-WARM_UP = "schedule.warmup_tokens=69120"  # ten steps; Adam's first steps are as large as any and know the least
 BETA = "algorithm.beta=0.02"
 FOUR = "algorithm.updates_per_batch=4"
 
@@ -134,7 +133,7 @@ def train(arm: Arm, start: Path, seed: int, folder: Path, steps: int, cpu_second
                 train_supervised(decode(TrainConfig, load_recipe(CONTROL + arm.recipe, changes)), run)
         else:
             own_steps = round(steps * arm.share)
-            plan = [f"steps={own_steps}", "eval_task=null", f"checkpoint.every_steps={round(steps * THIRD)}", KEPT, WARM_UP]
+            plan = [f"steps={own_steps}", "eval_task=null", f"checkpoint.every_steps={round(steps * THIRD)}", KEPT]
             if not train_grpo(decode(GrpoConfig, load_recipe(CONTROL + arm.recipe, [*changes, *plan])), run):
                 raise SystemExit("stopped; the same command begins this arm again")
     spent = time.process_time() - begun
