@@ -51,8 +51,8 @@ def built(config: Any, args: argparse.Namespace) -> Any:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Train in this process; seconds of ten steps at each level, and of a look by the trainer's own clock."""
     import torch
-    from step_timing import stand_in
 
+    from osler.bench import stand_in
     from osler.config.recipe import load_recipe
     from osler.config.schema import decode
     from osler.data.loader import Batch, Loader

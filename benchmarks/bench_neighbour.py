@@ -34,8 +34,7 @@ SPIN = "while True: pass"
 
 def training(recipe: str) -> Callable[[], int]:
     """One training step of a recipe; returns its tokens."""
-    from step_timing import build_learner, machine_of, stand_in, training_step
-
+    from osler.bench import build_learner, machine_of, stand_in, training_step
     from osler.config.recipe import load_recipe
     from osler.config.schema import decode
     from osler.runtime.device import keep_freed_memory

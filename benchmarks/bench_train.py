@@ -1,7 +1,6 @@
-"""Training throughput at the fixed shapes that README quotes or of a recipe, beside nanochat's GPT and Hugging Face's Qwen3.
+"""Training throughput beside nanochat's GPT and Hugging Face's Qwen3, at the fixed shapes that README quotes.
 
     python benchmarks/bench_train.py [--peer PATH_TO_NANOCHAT] [--peer hf] [--shape small] [--batch-tokens N] [--out FILE]
-    python benchmarks/bench_train.py --recipe pure-tiny seq_len=512 batch_tokens=4096
 
 How it measures stands in `beside_peers.py`.
 """
@@ -39,19 +38,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", action="append", default=[], help="a checkout of nanochat, or hf")
     parser.add_argument("--shape", choices=SHAPES, default="small")
-    parser.add_argument("--recipe", help="instead of a shape: a recipe of `osler pretrain` or `osler sft`, or a model family")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="fields of the recipe or the shape to change")
     parser.add_argument("--batch-tokens", type=int, help="instead of the shape's")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--out", type=Path, help="also write the JSON here")
-    args = parser.parse_intermixed_args()
-    recipe, shape = (args.recipe, "") if args.recipe else SHAPES[args.shape]
-    overrides = [*shape.split(), f"precision={args.precision}", *args.overrides]
+    args = parser.parse_args()
+    recipe, shape = SHAPES[args.shape]
+    overrides = [*shape.split(), f"precision={args.precision}"]
     overrides += [f"batch_tokens={args.batch_tokens}"] if args.batch_tokens else []
     config = decode(TrainConfig, load_recipe(recipe, overrides) if recipe else override({}, overrides))
-    publish(compare(config, args.recipe or args.shape, peers=args.peer, rounds=args.rounds, steps=args.steps), args.out)
+    publish(compare(config, args.shape, peers=args.peer, rounds=args.rounds, steps=args.steps), args.out)
 
 
 if __name__ == "__main__":

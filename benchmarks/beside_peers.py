@@ -2,7 +2,7 @@
 
 Every measurement is a fresh process (``python benchmarks/beside_peers.py JSON`` prints one JSON object), and the contestants take
 turns, so that a machine that slows down slows all of them. Numbers are medians over rounds; ratios are taken round by round. All
-of them run the same ``TrainStep`` over the same batches (``step_timing.py``), so models and losses are compared.
+of them run the same ``TrainStep`` over the same batches (``osler/bench.py``), so models and losses are compared.
 
 A contestant is a model and a function of (ids, labels, document ids or None) to the summed cross-entropy in nats. "The same
 shape" means the same layers, width, heads, vocabulary, rows and row length, and nearly the same matrix parameters: nanochat's
@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 from measuring import measured
-from step_timing import CONVENTION, build_learner, machine_of, matmul_rate, measure
 from torch import Tensor, nn
 
+from osler.bench import CONVENTION, build_learner, machine_of, matmul_rate, measure
 from osler.config.schema import decode, encode
 from osler.model.config import ModelConfig
 from osler.parallel.engine import LossFunction, ParallelEngine

@@ -1,4 +1,4 @@
-"""The training benchmark: its numbers fit together, its peers are the same model, and a result names the machine."""
+"""`osler bench`: what it prints holds together, its peers are the same model, and a result names the machine."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from osler.bench import build_learner, machine_of
+from osler.cli.main import main
 from osler.config.recipe import override
 from osler.config.schema import decode
 from osler.runtime.device import Stopwatch
@@ -27,23 +29,30 @@ def benchmark_module(monkeypatch):
     return importlib.import_module
 
 
+def test_bench_times_a_recipe(capsys):
+    assert main(["bench", *TINY, "--steps", "2"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert set(result["part_seconds"]) == {"data", "forward", "backward", "optimizer"} and result["machine"]["processor"]
+    assert min(result["part_seconds"].values()) > 0 and result["peak_memory_bytes"] > 0
+    flops = decode(TrainConfig, override({}, TINY)).model.flops_per_token(32)
+    rate = result["tokens_per_second"] * flops / result["matmul_flops_per_second"]
+    assert result["of_matmul_rate"] == pytest.approx(rate) and result["mfu"] is None and "PaLM" in result["flops_convention"]
+    assert main(["bench", "quickstart"]) == 2
+    assert "recipe of kind quickstart" in capsys.readouterr().err
+
+
 def test_peers_take_turns_and_are_compared_round_by_round(benchmark_module):
     config = decode(TrainConfig, override({}, TINY))
     result = benchmark_module("beside_peers").compare(config, "tiny", peers=["hf"], rounds=1, steps=2)
     ours, theirs = result["osler"], result["hf"]
-    assert set(ours["step_share"]) == {"data", "forward", "backward", "optimizer"} and result["machine"]["processor"]
-    assert sum(ours["step_share"].values()) == pytest.approx(1, abs=1e-3) and min(ours["step_share"].values()) > 0
-    assert ours["peak_memory_bytes"] > 0 and ours["mfu"] is None and "PaLM" in result["flops_convention"]
-    rate = ours["tokens_per_second"] * config.model.flops_per_token(32) / result["matmul_flops_per_second"][0]
-    assert ours["of_matmul_rate"] == pytest.approx(rate)
+    assert sum(ours["step_share"].values()) == pytest.approx(1, abs=1e-3)
     assert result["osler_over_hf"]["median"] == pytest.approx(ours["tokens_per_second"] / theirs["tokens_per_second"])
 
 
 def test_the_peer_is_the_same_model_with_the_same_loss(benchmark_module):
     """With the same weights Hugging Face's model gives the same summed loss, so what is timed is the same work."""
     config = decode(TrainConfig, override({}, [*TINY, "model.norm_weight=false", "model.head_init=normal"]))
-    timing = benchmark_module("step_timing")
-    ours = timing.build_learner(config, timing.machine_of(config))
+    ours = build_learner(config, machine_of(config))
     theirs, their_loss = benchmark_module("beside_peers").build_hf(config, torch.float32)
     state, vocab, padded = ours.model.state_dict(), config.model.vocab_size, config.model.padded_vocab_size
     weights = {name if name.startswith("lm_head") else f"model.{name}": value for name, value in state.items()}

@@ -366,6 +366,13 @@ COMMANDS: tuple[Command, ...] = (
         ),
     ),
     Command(
+        "bench",
+        "Time a recipe's training step on this machine",
+        "osler bench pure-tiny seq_len=512 batch_tokens=4096",
+        "osler.bench:run",
+        (RECIPE, option("--steps", type=int, default=12, metavar="N", help="timed steps (default: 12)")),
+    ),
+    Command(
         "doctor",
         "Find out what this machine can do",
         "osler doctor --json",

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from osler.bench import training_step
 from osler.config.recipe import load_recipe, merge
 from osler.config.schema import decode, encode
 from osler.data.prepared import open_prepared
@@ -58,9 +59,7 @@ def make_step(make_learner) -> Callable[..., tuple[Transformer, torch.optim.Opti
 
     def build(config: TrainConfig) -> tuple[Transformer, torch.optim.Optimizer, TrainStep]:
         learner = make_learner(config)
-        fields = {"micro_batch_tokens": config.micro_batch_tokens, "document_mask": config.document_mask}
-        step = TrainStep(learner, **fields, mark=lambda part: None)
-        return learner.model, learner.optimizer, step
+        return learner.model, learner.optimizer, training_step(config, learner)
 
     return build
 

@@ -1,21 +1,25 @@
-"""How fast a training step is: what ``bench_train.py`` and ``beside_peers.py`` measure with.
+"""``osler bench``: how fast a recipe trains on this machine.
 
 The training step itself (``train/trainer.py``) is timed, over batches of random tokens from the real loader; zeros would
 flatter caches and branch predictors. FLOPs are counted by the PaLM convention. MFU is relative to the GPU's data sheet
-(``runtime/device.py``); on a CPU the rate is relative to that of a matmul, which is timed too.
+(``runtime/device.py``); on a CPU the rate is relative to that of a matmul, which is timed too. ``benchmarks/beside_peers.py``
+times other libraries' models in the same way.
 """
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from osler.config.recipe import load_recipe, override
+from osler.config.schema import decode, encode
 from osler.data.curriculum import lay_out
 from osler.data.loader import Batch, Loader
 from osler.data.mixture import Mixture
@@ -28,8 +32,9 @@ from osler.optim.build import build_optimizer
 from osler.parallel.config import NoParallelConfig
 from osler.parallel.parallelize import parallelize
 from osler.runs.process import Learner, Machine, choose_machine
-from osler.runtime.device import Stopwatch, matmul_flops, peak_bytes, peak_flops, synchronize
-from osler.runtime.world import World
+from osler.runtime.device import Stopwatch, keep_freed_memory, matmul_flops, peak_bytes, peak_flops, synchronize
+from osler.runtime.errors import UserError
+from osler.runtime.world import World, require_one_process
 from osler.train.config import TrainConfig
 from osler.train.setup import pass_tokens
 from osler.train.trainer import TrainStep
@@ -40,6 +45,34 @@ WARMUP_STEPS = 3
 DOCUMENT_TOKENS = 700  # the length of a stand-in document; rows are cut across them
 MATMUL_SIZES = (1024, 2048, 4096)
 MATMUL_SECONDS = 0.5  # per size
+
+
+def run(recipe: str | None, overrides: Sequence[str], *, steps: int) -> str:
+    """Run the command ``bench``; return one JSON object."""
+    require_one_process("osler bench")
+    if steps < 1:
+        raise UserError(f"--steps {steps} must be at least 1.")
+    given = load_recipe(recipe, overrides) if recipe else override({}, overrides)
+    kind = given.get("kind", "pretrain")
+    if kind not in ("pretrain", "sft"):
+        raise UserError(f"`{recipe}` is a recipe of kind {kind}: give one of `osler pretrain` or `osler sft`, or a model family.")
+    config = decode(TrainConfig, {**given, "kind": kind}, source=recipe or "")
+    machine = machine_of(config)
+    keep_freed_memory()
+    measured = measure(config, build_learner(config, machine), steps)
+    matmul = matmul_rate(machine)
+    result = {
+        "benchmark": "train",
+        "recipe": recipe or "defaults",
+        "config": encode(config),
+        "machine": machine.describe(),
+        "steps": steps,
+        "flops_convention": CONVENTION,
+        "matmul_flops_per_second": matmul,
+        "of_matmul_rate": measured["flops_per_second"] / matmul,
+        **measured,
+    }
+    return json.dumps(result, indent=2)
 
 
 def machine_of(config: TrainConfig) -> Machine:
