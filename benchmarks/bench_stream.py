@@ -30,7 +30,7 @@ from osler.data.loader import Loader
 from osler.data.mixture import Mixture
 from osler.data.order import Order
 from osler.data.packing import MixedPacking, StreamPacking
-from osler.data.shard_set import open_split
+from osler.data.prepared import open_folder
 from osler.data.sources import train_tokenizer
 from osler.tokenizer.config import BPEConfig
 
@@ -74,7 +74,7 @@ def start(run: Path, overrides: Sequence[str]) -> dict[str, Any]:
 
 def loader_rate(data: Path, seq_len: int, batch_tokens: int) -> int:
     """Return the tokens of batches that one thread makes in a second from what is in a folder of shards."""
-    (shards,) = open_split(data, "train").values()
+    (shards,) = open_folder(data).train
     packing = MixedPacking({"texts": StreamPacking(Order(shards, 0), seq_len, prompt_loss=True)}, Mixture([1]))
     loader = Loader(lay_out([], seq_len=seq_len, batch_tokens=batch_tokens), [packing])
     loader.batch(0)

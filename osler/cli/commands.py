@@ -215,7 +215,7 @@ COMMANDS: tuple[Command, ...] = (
         "tokenizer compare",
         "Compare tokenizers over texts: how many bytes of a text a token stands for",
         "osler tokenizer compare bpe.json superbpe.json --text notes/ book.txt",
-        "osler.data.bytes_per_token:compare",
+        "osler.data.from_recipe:tokenizer_compare",
         (
             option("paths", nargs="+", metavar="TOKENIZER", help=TOKENIZER),
             option("--text", dest="texts", nargs="+", required=True, metavar="PATH", help="a file or folder of text"),

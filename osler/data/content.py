@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from osler.data.documents import Corpus
 from osler.data.shards import FORMAT_VERSION, SPLITS, TOKENIZER, VALIDATION_PREFIX, read_data_manifest
 from osler.data.tokenise import PartEnd, Task
 from osler.data.workers import process_count, tokenise
-from osler.data.writing import digests, journal_of
+from osler.data.writing import read_journal
 from osler.files.parts import PART_BYTES
 from osler.runtime.errors import UserError
 from osler.tokenizer.bpe import Tokenizer
@@ -67,36 +67,41 @@ def _content(corpus: Corpus) -> dict[str, Any]:
 
 
 def targets_of(
-    out: Path, manifest: dict[str, Any], corpora: Mapping[str, Corpus], validation: Mapping[str, Corpus]
+    out: Path, manifest: dict[str, Any], corpora: Iterable[Corpus | None], validation: Iterable[Corpus | None]
 ) -> tuple[list[Target], list[Target]]:
-    """Return the explicit validation corpora, and the sources, each with its folder."""
-    entries = manifest["validation"]
-    sets = [Target(corpus, out / f"{VALIDATION_PREFIX}{name}", SPLITS[1:], entries[name]) for name, corpus in validation.items()]
+    """Return the explicit validation corpora, and the sources, each with its folder; None stands for one whose files are gone."""
+    named = zip(validation, manifest["validation"].items(), strict=True)
+    sets = [Target(corpus, out / f"{VALIDATION_PREFIX}{name}", SPLITS[1:], entry) for corpus, (name, entry) in named if corpus]
     sources = []
-    for (name, entry), corpus in zip(manifest["sources"].items(), corpora.values(), strict=True):
-        if corpus.validation is not None:
-            sets.append(Target(corpus.validation, out / name, SPLITS[1:], entry))
-        splits = SPLITS if corpus.validation is None and corpus.holdout_fraction > 0 else SPLITS[:1]
-        sources.append(Target(corpus, out / name, splits, entry, entry["weight"]))
+    for corpus, (name, entry) in zip(corpora, manifest["sources"].items(), strict=True):
+        if corpus is not None:
+            if corpus.validation is not None:
+                sets.append(Target(corpus.validation, out / name, SPLITS[1:], entry))
+            splits = SPLITS if corpus.validation is None and corpus.holdout_fraction > 0 else SPLITS[:1]
+            sources.append(Target(corpus, out / name, splits, entry, entry["weight"]))
     return sets, sources
 
 
-def check_unchanged(out: Path, corpora: Sequence[Corpus | None], sets: Sequence[Corpus | None], consent: str) -> None:
-    """Raise UserError when sources or validation sets differ from those of a folder; None stands for one whose files are gone."""
-    manifest, difference, known = read_data_manifest(out), "", []
-    for kind, given, prefix, splits in (
-        ("sources", corpora, "", SPLITS[:1]), ("validation", sets, VALIDATION_PREFIX, SPLITS[1:])
-    ):  # fmt: skip
+def difference_of(
+    out: Path, corpora: Sequence[Corpus | None], validation: Sequence[Corpus | None], tokenizer: Tokenizer | None = None
+) -> tuple[str, str]:
+    """Return what differs between a folder and what is wanted, and how; "" when at most weights, names and times of change do.
+
+    None stands for a corpus whose files are gone, or for any tokenizer.
+    """
+    manifest = read_data_manifest(out)
+    for kind, title, given in (("sources", "source", corpora), ("validation", "validation set", validation)):
         entries = manifest[kind]
         if len(entries) != len(given):
-            difference = difference or f"it has {len(entries)} of {kind}, now there are {len(given)}"
-        targets = zip(given, entries.items(), strict=False)
-        known += [Target(corpus, out / f"{prefix}{name}", splits, entry) for corpus, (name, entry) in targets if corpus]
-    for target in known:
-        difference = difference or _other_content(target.entry["content"], _content(target.corpus))
-    difference = difference or first_change(known)
-    if difference:
-        raise other_data(out, "content", difference, consent)
+            return "content", f"it has {len(entries)} {title}s, now there are {len(given)}"
+        for entry, corpus in zip(entries.values(), given, strict=True):
+            if corpus is not None and (difference := _other_content(entry["content"], _content(corpus))):
+                return "content", difference
+    if tokenizer is not None and tokenizer.fingerprint != manifest["tokenizer_fingerprint"]:
+        return "tokenizer", f"its fingerprint is {manifest['tokenizer_fingerprint']}, now it is {tokenizer.fingerprint}"
+    sets, sources = targets_of(out, manifest, corpora, validation)
+    difference = _first_change([*sets, *sources])
+    return ("content", difference) if difference else ("", "")
 
 
 def other_data(out: Path, what: str, difference: str, consent: str | None, *, is_finished: bool = True) -> UserError:
@@ -109,18 +114,6 @@ def other_data(out: Path, what: str, difference: str, consent: str | None, *, is
         f"{out} {state} with another {what}: {difference}. Put the {what} back to go on with what was prepared,{allow} "
         f"or choose another folder{remove}."
     )
-
-
-def difference_of(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[str, str]:
-    """Return what differs between two manifests and how; "" when at most weights, names and times of change differ."""
-    for kind, title in (("sources", "source"), ("validation", "validation set")):
-        if len(found[kind]) != len(wanted[kind]):
-            return "content", f"it has {len(found[kind])} {title}s, now there are {len(wanted[kind])}"
-        for old, new in zip(found[kind].values(), wanted[kind].values(), strict=True):
-            if difference := _other_content(old["content"], new["content"]):
-                return "content", difference
-    one, other = found["tokenizer_fingerprint"], wanted["tokenizer_fingerprint"]
-    return ("", "") if one == other else ("tokenizer", f"its fingerprint is {one}, now it is {other}")
 
 
 def _other_content(old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> str:
@@ -146,7 +139,7 @@ def _change(name: str, old: object, new: object) -> str:
     return f"{name} is {old}, now it is {new}"
 
 
-def first_change(targets: Sequence[Target]) -> str:
+def _first_change(targets: Sequence[Target]) -> str:
     """Return which file has changed since a folder was made of it; "" if none has.
 
     Reads only files with another time of change, and of these the parts that the journals name.
@@ -163,16 +156,16 @@ def first_change(targets: Sequence[Target]) -> str:
 
     def tasks() -> Iterator[Task]:
         for number, target in enumerate(targets):
-            lines = digests(journal_of(target.folder, target.splits)) if touched[number] else ()
+            lines = read_journal(target.folder, target.splits).digests if touched[number] else ()
             for place, digest in zip(target.corpus.order().tolist(), lines, strict=False):
                 part = target.corpus.parts[place]
                 if part.file in touched[number]:
                     known.append(digest)
-                    yield Task(number, place, part)
+                    yield Task(number, place)
 
     processes = process_count(sum(file.size for files in touched for file in files))
     corpora = [replace(target.corpus, clean=None) for target in targets]
     for task, end in tokenise(corpora, None, tasks(), processes):
         if isinstance(end, PartEnd) and end.digest != known.popleft():
-            return f"{task.part.file.name} has changed"
+            return f"{targets[task.corpus].corpus.parts[task.number].file.name} has changed"
     return ""

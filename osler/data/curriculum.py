@@ -34,10 +34,6 @@ class Span:
         """Return how many rows the stage has; 0 for the last one, which has no end."""
         return 0 if self.end_step is None else (self.end_step - self.first_step) * self.rows_per_batch
 
-    def rows_in(self, tokens: int) -> int:
-        """Return how many rows hold this number of tokens, rounded up."""
-        return -(-tokens // self.seq_len)
-
 
 @dataclass(frozen=True)
 class Timeline:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import BufferedReader
 from itertools import compress, repeat
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -52,12 +53,8 @@ class Document:
         return not self.turn.question.strip() or not self.turn.answer.strip()
 
     def exact_digest(self) -> bytes:
-        """Return 8 bytes that identify the content to the character; raises UserError for half a character."""
-        try:
-            return _digest(self.parts)
-        except UnicodeEncodeError as error:
-            where = self.where or "A document"
-            raise UserError(f"{where} holds half a character (a lone surrogate) at position {error.start}.") from None
+        """Return 8 bytes that identify the content to the character."""
+        return _digest(self.parts)
 
     def split_key(self) -> int:
         """Return 64 bits that decide whether it is held out: a hash of its group, or else its content key."""
@@ -126,7 +123,7 @@ class _Memory:
     size: int
     stamp: str
 
-    def open(self) -> IO[bytes]:
+    def open(self) -> BufferedReader:
         raise NotImplementedError
 
     def check(self) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from osler.data.clean import Cleaner
 from osler.data.shards import read_data_manifest
-from osler.data.writing import journal_lines
+from osler.data.writing import read_journal
 from osler.runtime.errors import UserError
 
 EXAMS_FILE = "exams.json"  # beside the shards, and in checkpoints
@@ -36,23 +36,14 @@ class ExamsInData:
         return self.checked - self.found
 
     def as_files(self) -> dict[str, bytes]:
-        """Return the file in which a checkpoint keeps it."""
-        return {EXAMS_FILE: self.to_bytes()}
+        """Return the file in which a folder of shards or a checkpoint keeps it."""
+        return {EXAMS_FILE: json.dumps({"checked": sorted(self.checked), "found": sorted(self.found)}, indent=0).encode()}
 
     @classmethod
-    def from_files(cls, files: Mapping[str, bytes]) -> ExamsInData:
-        """Return what the files of a checkpoint say."""
-        return cls.from_bytes(files[EXAMS_FILE]) if EXAMS_FILE in files else cls()
-
-    def to_bytes(self) -> bytes:
-        """Return the content of the file."""
-        return json.dumps({"checked": sorted(self.checked), "found": sorted(self.found)}, indent=0).encode()
-
-    @classmethod
-    def from_bytes(cls, data: bytes, name: str = EXAMS_FILE) -> ExamsInData:
-        """Read the content of the file; raises UserError when it is damaged."""
+    def from_files(cls, files: Mapping[str, bytes], name: str = EXAMS_FILE) -> ExamsInData:
+        """Return what the files of a checkpoint say, nothing without one; raises UserError when it is damaged."""
         try:
-            lists = json.loads(data)
+            lists = json.loads(files.get(EXAMS_FILE, '{"checked": [], "found": []}'))
             return cls(frozenset(lists["checked"]), frozenset(lists["found"]))
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{name} is damaged; prepare the data again.") from None
@@ -61,7 +52,7 @@ class ExamsInData:
 def read_exams_in_data(folder: Path) -> ExamsInData:
     """Return what is known of a folder of shards; nothing while it is being prepared."""
     file = folder / EXAMS_FILE
-    return ExamsInData.from_bytes(file.read_bytes(), str(file)) if file.is_file() else ExamsInData()
+    return ExamsInData.from_files({EXAMS_FILE: file.read_bytes()} if file.is_file() else {}, str(file))
 
 
 def refuse_unchecked(folder: Path) -> None:
@@ -75,11 +66,10 @@ def refuse_unchecked(folder: Path) -> None:
             )
 
 
-def look_through(journals: Mapping[Path, Cleaner | None]) -> ExamsInData:
-    """Return what was found of exams in finished sources, given by their journals."""
+def look_through(cleaners: Mapping[Path, Cleaner | None]) -> ExamsInData:
+    """Return what was found of exams in finished sources, given by their folders."""
     sources = []
-    for journal, clean in journals.items():
+    for folder, clean in cleaners.items():
         checked = frozenset(clean.index.ids).difference(clean.index.too_short) if clean and clean.exams else frozenset()
-        found = frozenset(item for line, _ in journal_lines(journal) for item in line.get("exam_items", ()))
-        sources.append(ExamsInData(checked, found))
+        sources.append(ExamsInData(checked, frozenset(read_journal(folder).exam_items)))
     return reduce(ExamsInData.with_data, sources)

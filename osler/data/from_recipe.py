@@ -1,10 +1,12 @@
-"""The commands `osler tokenizer` and `osler data`: train or inspect a tokenizer, prepare or inspect shards.
+"""The commands `osler tokenizer` and `osler data`: train, inspect or compare tokenizers, prepare or inspect shards.
 
-Both read the sections ``data``, ``validation`` and ``tokenizer`` of a training recipe, so they see the data that a run trains on.
+Most read the sections ``data``, ``validation`` and ``tokenizer`` of a training recipe, so they see the data that a run trains on.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,8 +14,11 @@ from typing import Annotated, Any
 from osler.config.recipe import load_recipe, override
 from osler.config.schema import TAGGED, config, decode
 from osler.data.config import ClinicData, TextData, ValidationSets, check_validation
+from osler.data.documents import batches
 from osler.data.named import SOURCES
-from osler.data.shard_set import ShardSet, open_split
+from osler.data.prepared import open_folder
+from osler.data.readers import TextFiles
+from osler.data.shard_set import ShardSet
 from osler.data.shards import SPLITS, TOKENIZER, VALIDATION_PREFIX, read_data_manifest
 from osler.data.sources import at_known_commits, open_corpora, prepare_sources, train_tokenizer
 from osler.data.tokenise import encode
@@ -22,11 +27,12 @@ from osler.runtime.errors import UserError
 from osler.runtime.files import write_atomic
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.config import BPEConfig, TokenizerConfig
-from osler.tokenizer.round_trip import describe_lost, lost_characters, refuse_missing_bytes
+from osler.tokenizer.round_trip import PROBES, Losses, refuse_missing_bytes
 
 logger = logging.getLogger(__name__)
 
 SHARDS = Path("shards")  # where `osler data prepare` writes, unless it is told
+COMPARED_CHARS = 1 << 18  # of texts that are encoded at a time
 SHOWN_TOKENS = 48  # of the first document of a split
 SHOWN_CHARS = 600  # of each part of a document
 LABELS = {1: ("",), 2: ("question: ", "answer: "), 3: ("question: ", "thinking: ", "answer: ")}  # by the number of parts
@@ -97,9 +103,10 @@ def tokenizer_inspect(path: str, text: str | None) -> int:
     print(f"fingerprint   {tokenizer.fingerprint}")
     special = sorted(tokenizer.special_ids)
     print(f"special       {', '.join(f'{tokenizer.decode([i])} = {i}' for i in special) or 'none'}")
-    lost = lost_characters(tokenizer)
-    refused = "; it is byte-level and must not, so no run takes it" if tokenizer.is_byte_level else ""
-    print(f"loses         {describe_lost(lost) + refused if lost else 'nothing'}")
+    losses = Losses()
+    with suppress(UserError):  # no run takes it then
+        losses.look(tokenizer, PROBES)
+    print(f"loses         {losses.lost} of {losses.chars:,} characters{f': {losses.examples[True]}' if losses.lost else ''}")
     if text is not None:
         ids = tokenizer.encode(text)
         size = len(text.encode("utf-8"))
@@ -108,6 +115,31 @@ def tokenizer_inspect(path: str, text: str | None) -> int:
             print(f"read back as  {back!r}")
         print(f"ids           {' '.join(map(str, ids))}")
         print(f"pieces        {'|'.join(tokenizer.decode([i]) for i in ids)}")
+    return 0
+
+
+def tokenizer_compare(paths: Sequence[str], texts: Sequence[str], field: str) -> int:
+    """Print how many bytes of each text a token of each tokenizer stands for, and which do not give the texts back."""
+    tokenizers, lossy = {path: Tokenizer.load(path) for path in paths}, dict[str, None]()
+    rates: dict[str, list[str]] = {path: [] for path in paths}
+    for text in texts:
+        size, tokens = 0, Counter[str]()
+        for batch in batches(TextFiles(text, field, path_key="--text", field_key="--field"), COMPARED_CHARS):
+            parts = [document.text for document in batch]
+            size += sum(len(part.encode()) for part in parts)
+            for path, tokenizer in tokenizers.items():
+                encoded = tokenizer.encode_batch(parts)
+                tokens[path] += sum(map(len, encoded))
+                if any(tokenizer.decode(ids) != part for ids, part in zip(encoded, parts, strict=True)):
+                    lossy[path] = None
+        if not size:
+            raise UserError(f"There is no text in {text} to compare tokenizers on.")
+        for path, found in rates.items():
+            found.append(f"{size / tokens[path]:.3f}" if tokens[path] else "–")
+    rows = [[path, f"{tokenizer.vocab_size:,}", *rates[path]] for path, tokenizer in tokenizers.items()]
+    print(fmt.table([["bytes per token", "vocabulary", *(Path(text).name for text in texts)], *rows]))
+    for path in lossy:
+        print(f"{path} does not give every text back, so its numbers are too good.")
     return 0
 
 
@@ -189,11 +221,14 @@ def data_inspect(folder: str, tokenizer_path: str | None) -> int:
 
 def _splits(folder: str) -> Iterator[tuple[str, ShardSet]]:
     """Yield the splits of every source and the validation sets, with titles. The title of an only source is the split alone."""
-    sources = list(read_data_manifest(folder)["sources"])
-    opened = [(name, split, shards) for split in SPLITS for name, shards in open_split(folder, split).items()]
-    for name, split, shards in sorted(opened, key=lambda one: sources.index(one[0]) if one[0] in sources else len(sources)):
-        is_set, is_only = name.startswith(VALIDATION_PREFIX), len(sources) == 1
-        yield name if is_set else split if is_only else f"{name}/{split}", shards
+    prepared = open_folder(Path(folder), growing=True)
+    for source in prepared.sources:
+        for split, shards in zip(SPLITS, (source.train, source.validation), strict=True):
+            if shards is not None and shards.num_shards:
+                yield split if len(prepared.sources) == 1 else f"{source.name}/{split}", shards
+    for name, shards in prepared.named_validation.items():
+        if shards.num_shards:
+            yield f"{VALIDATION_PREFIX}{name}", shards
 
 
 def print_splits(folder: str) -> None:

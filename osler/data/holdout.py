@@ -10,10 +10,8 @@ tokenizer is trained and whenever a preparation begins or resumes.
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -24,48 +22,33 @@ from osler.files.find import PARQUET_ENDING, compression, ending
 from osler.files.parts import File
 from osler.runtime.errors import UserError
 
-logger = logging.getLogger(__name__)
-
 HELD_OUT = "copies of held-out documents"  # the reason why they are left out
 LISTED_BYTES = 1 << 27  # a source with no more text is read to list what it holds out, which takes a few seconds
 PACKED_TIMES = 4  # bytes of text in a byte of a compressed or parquet file, about: snappy and gzip have three, zstd has more
-MANY = 10_000  # a warning says when this many documents from the first on are left out
 
 Keys = npt.NDArray[np.uint64]
+NO_KEYS: Keys = np.zeros(0, np.uint64)
 
 
-class Limit(NamedTuple):
-    """What a source holds out: documents whose key is below `below`, and the one whose key is `only`."""
+class HeldOut(NamedTuple):
+    """What is held out, of a source or of all training data: documents whose key is below `below`, or in the sorted `keys`."""
 
     below: int = 0
-    only: int | None = None
+    keys: Keys = NO_KEYS
 
     def holds(self, keys: Keys) -> npt.NDArray[np.bool_]:
-        """Return which documents the source holds out."""
+        """Return which documents are held out."""
         held = keys < np.uint64(self.below)
-        return held if self.only is None else held | (keys == np.uint64(self.only))
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """What is held out of all training data: documents within the limits of sources, and those whose key is in sorted `keys`."""
-
-    limits: Sequence[Limit]
-    keys: Keys
-
-    def holds(self, keys: Keys) -> npt.NDArray[np.bool_]:
-        """Return which documents are held out of all training data."""
-        held = np.zeros(len(keys), bool)
-        for limit in set(self.limits):
-            held |= limit.holds(keys)
         if len(self.keys):
-            places = np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)
-            held |= self.keys[places] == keys
+            held |= self.keys[np.searchsorted(self.keys, keys).clip(max=len(self.keys) - 1)] == keys
         return held
 
     def has(self, document: Document) -> bool:
-        """Return whether a document is held out of all training data."""
+        """Return whether a document is held out."""
         return bool(self.holds(np.array([document.split_key()], np.uint64))[0])
+
+
+NOTHING = HeldOut()
 
 
 def keys_of(documents: Iterable[Document]) -> Keys:
@@ -73,17 +56,17 @@ def keys_of(documents: Iterable[Document]) -> Keys:
     return np.sort(np.array([document.split_key() for document in documents], np.uint64))
 
 
-def hold_out(corpora: Iterable[Corpus], limits: Sequence[Limit], keys: Keys) -> HeldOut:
+def hold_out(corpora: Mapping[str, Corpus], limits: Sequence[HeldOut], keys: Keys) -> HeldOut:
     """Return what sources with these limits hold out together, besides the sorted keys of explicit validation documents."""
-    least = min((limit.below for limit in limits), default=0)
-    others, listed = list[Limit](), [keys]
-    for corpus, limit in zip(corpora, limits, strict=True):
+    least, below, listed = min((limit.below for limit in limits), default=0), 0, [keys]
+    for corpus, limit in zip(corpora.values(), limits, strict=True):
         if limit.below > least and sum(map(_text_bytes, corpus.files)) <= LISTED_BYTES:
             own = keys_of(document for document in corpus.documents() if not document.is_empty)
             listed.append(own[limit.holds(own)])
         else:
-            others.append(limit)
-    return HeldOut(others, np.sort(np.concatenate(listed)))
+            below = max(below, limit.below)
+            listed.append(limit.keys)
+    return HeldOut(below, np.sort(np.concatenate(listed)))
 
 
 def _text_bytes(file: File) -> int:
@@ -92,7 +75,7 @@ def _text_bytes(file: File) -> int:
     return file.size * (PACKED_TIMES if is_packed else 1)
 
 
-def find_limits(corpora: Mapping[str, Corpus]) -> list[Limit]:
+def find_limits(corpora: Mapping[str, Corpus]) -> list[HeldOut]:
     """Return what each source holds out. If it holds out any and two documents differ, it is at least one and not all.
 
     Reads each until a document to hold out and one to learn from are found. Raises UserError when all documents are left out.
@@ -100,7 +83,7 @@ def find_limits(corpora: Mapping[str, Corpus]) -> list[Limit]:
     return [_limit(name, corpus) for name, corpus in corpora.items()]
 
 
-def _limit(name: str, corpus: Corpus) -> Limit:
+def _limit(name: str, corpus: Corpus) -> HeldOut:
     holds_out = corpus.validation is None and corpus.holdout_fraction > 0
     below = int(corpus.holdout_fraction * 2**64) if holds_out else 0
     smallest, largest = 1 << 64, -1
@@ -108,10 +91,10 @@ def _limit(name: str, corpus: Corpus) -> Limit:
         key = document.split_key()
         smallest, largest = min(smallest, key), max(largest, key)
         if not holds_out or smallest < below <= largest:
-            return Limit(below)
+            return HeldOut(below)
     if smallest == largest:
-        return Limit()
-    return Limit(below, smallest) if below <= smallest else Limit(largest)
+        return HeldOut()
+    return HeldOut(below, np.array([smallest], np.uint64)) if below <= smallest else HeldOut(largest)
 
 
 def check_rest(name: str, corpus: Corpus, held: HeldOut) -> None:
@@ -119,31 +102,24 @@ def check_rest(name: str, corpus: Corpus, held: HeldOut) -> None:
     next(_kept(name, corpus, held))
 
 
-def _kept(name: str, corpus: Corpus, held: HeldOut | None = None) -> Iterator[Document]:
+def _kept(name: str, corpus: Corpus, held: HeldOut = NOTHING) -> Iterator[Document]:
     """Yield the documents of a source that are neither left out nor in `held`; raises UserError when there are none."""
     has_any, dropped = False, Counter[str]()
     for number in corpus.order().tolist():
         for document, _, look in corpus.judged(corpus.parts[number]):
-            reason = look.reason or (HELD_OUT if held is not None and held.has(document) else "")
-            if not reason:
+            if reason := look.reason or (HELD_OUT if held.has(document) else ""):
+                dropped[reason] += 1
+            else:
                 has_any = True
                 yield document
-                continue
-            dropped[reason] += 1
-            if not has_any and dropped.total() == MANY:
-                logger.warning(f"The first {MANY:,} documents of the source {name} are all left out ({told(dropped)}).")
     if not has_any:
         raise nothing_to_learn(name, dropped)
 
 
 def nothing_to_learn(name: str, dropped: Mapping[str, int]) -> UserError:
     """Return the error that says why no document of a source is learned."""
-    found = f"all its documents are left out ({told(dropped)})" if dropped else "it has no documents"
+    told = ", ".join(f"{reason}: {count:,}" for reason, count in dropped.items() if count)
+    found = f"all its documents are left out ({told})" if dropped else "it has no documents"
     return UserError(
         f"There is nothing to learn from in the source {name}: {found}. Change what it reads or its `clean`, or leave it out."
     )
-
-
-def told(dropped: Mapping[str, int]) -> str:
-    """Return how many documents are left out for each reason, in words."""
-    return ", ".join(f"{reason}: {count:,}" for reason, count in dropped.items() if count)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import locale
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -23,9 +22,9 @@ def check_languages(names: Sequence[str], key: str) -> None:
     known = sorted(code for code, _ in _langid().rank(""))
     for name in names:
         if name not in known:
-            code = locale.locale_alias.get(name.lower(), "")[:2]  # such as en_EN.ISO8859-1 for english
-            told = f"; did you mean `{code}`?" if code in known else f"; known: {', '.join(known)}"
-            raise UserError(f"{key}: `{name}` is not the ISO 639-1 code of a language that can be told{told}")
+            raise UserError(
+                f"{key}: `{name}` is not the ISO 639-1 code of a language that can be told; known: {', '.join(known)}"
+            )
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -86,13 +86,43 @@ class Loader:
         """
         span = self.timeline.at_step(step)
         shares = map(max, zip(*(packing.mixture.fractions for packing in self.packings), strict=True))
-        skipped = [span.rows_in(math.ceil(share * skipped_tokens)) for share in shares]
-        return self.packings[span.number - 1].skipping(skipped)
+        skipped = [-(-math.ceil(share * skipped_tokens) // span.seq_len) for share in shares]
+        of_stage = self.packings[span.number - 1]
+        return MixedPacking(of_stage.packings, of_stage.mixture, skipped)
 
     def tokens_before(self, step: int, skipped_tokens: int = 0) -> dict[str, int]:
         """Return how many tokens of each source are consumed before a step, skipped ones included."""
         last = max(0, step - 1)
         return self.packing(last, skipped_tokens).tokens(self.timeline.rows_at(last).stop if step else 0)
+
+    def planned_tokens(self, total_tokens: int) -> dict[str, float]:
+        """Return how many tokens of each source a run of `total_tokens` reads, with padding counted as data."""
+        found: dict[str, float] = {}
+        for span, tokens in self.timeline.shares(total_tokens):
+            packing = self.packings[span.number - 1]
+            for name, fraction in zip(packing.packings, packing.mixture.fractions, strict=True):
+                found[name] = found.get(name, 0.0) + fraction * tokens
+        return found
+
+    def bytes_per_token(self, step: int) -> float | None:
+        """Return the bytes of text per token before a step; None when only a part of the tokens is learned."""
+        return self.packing(step - 1).bytes_per_token(self.timeline.rows_at(step - 1).stop)
+
+    def metrics(self, step: int, steps: int, *, skipped_tokens: int = 0) -> dict[str, float]:
+        """Return the metrics of the data before a step: padding of the last `steps`, the largest epoch of a source, and more.
+
+        Nothing is counted while training, so every rank gets the same numbers, and a resumed run continues them.
+        """
+        span, stop = self.timeline.at_step(step - 1), self.timeline.rows_at(step - 1).stop
+        packing = self.packing(step - 1, skipped_tokens)
+        tokens, of_epoch = packing.tokens(stop), packing.epoch_tokens
+        target = dict(zip(tokens, packing.mixture.fractions, strict=True))
+        epochs = [tokens[name] / size for name, size in of_epoch.items() if size]
+        return {
+            **({"data/epoch": max(epochs)} if epochs else {}),
+            "data/padding_frac": packing.padding(max(0, stop - steps * span.rows_per_batch), stop),
+            **source_metrics(tokens=tokens, consumed=tokens, of_epoch=of_epoch, target=target),
+        }
 
     def check_prepared(self, step: int, skipped_tokens: int = 0) -> None:
         """Raise NotPreparedYet while some rank's data of a step are not prepared."""
@@ -149,3 +179,26 @@ def make_batch(packing: Packing, indices: Sequence[int]) -> Batch:
     """Return the rows with these numbers as one batch."""
     rows = [packing.row(index) for index in indices]
     return Batch(*(torch.from_numpy(np.stack(arrays)) for arrays in zip(*rows, strict=True)))
+
+
+def source_metrics(
+    *,
+    tokens: Mapping[str, float],
+    consumed: Mapping[str, float],
+    of_epoch: Mapping[str, float | None],
+    target: Mapping[str, float],
+) -> dict[str, float]:
+    """Return the metrics of each source.
+
+    ``consumed`` and ``of_epoch`` are in one unit (tokens, or questions); ``target`` holds weights relative to one another. A
+    source without anything in an epoch, because all its documents are too long, is left out. While a source is still
+    being prepared (None), its epoch is not known.
+    """
+    metrics: dict[str, float] = {}
+    for name, size in of_epoch.items():
+        if size != 0:
+            metrics |= {} if size is None else {f"data/epoch/{name}": consumed[name] / size}
+            metrics[f"data/tokens/{name}"] = tokens[name]
+            metrics[f"data/target_frac/{name}"] = target[name] / sum(target.values())
+            metrics[f"data/consumed_frac/{name}"] = consumed[name] / sum(consumed.values())
+    return metrics

@@ -16,7 +16,7 @@ from typing import Any
 
 from osler.config.schema import nearest
 from osler.data.clean import Exam
-from osler.data.config import HubData
+from osler.data.config import HUB, HubData
 from osler.data.documents import Corpus, Document
 from osler.data.readers import read_text_file, text_of, value_of
 from osler.files.find import NAMED_ONLY_ENDING, ROW_ENDINGS, TEXT_ENDINGS, ending, find_files, shown
@@ -244,14 +244,9 @@ def read_named(data: HubData, part: Part) -> Iterator[Document]:
 
 def open_hub(data: HubData, key: str) -> Corpus:
     """Open a source by name: local files if the config names some, else those of the hub."""
-    source = SOURCES.get(data.name)
-    if source is None:
-        raise UserError(f"{key}.name={data.name} is no source that Osler knows{nearest(data.name, list(SOURCES))}")
-    for field, chosen, known in (("subset", data.subset, source.subsets), ("split", data.split, source.splits)):
-        if chosen and chosen not in known:
-            raise UserError(f"{key}.{field}={chosen}: {data.name} has {', '.join(filter(None, known)) or 'none'}.")
+    commit, files = named_files(data, key)
+    source = SOURCES[data.name]
     subset, split = data.subset or source.subsets[0], data.split or source.splits[0]
-    commit, files = _files(data, source, subset, split, key)
     parts: Parts | list[Part] = [Part(file) for file in files] if source.reads_whole_files else Parts(files)
     options = {"name": data.name, "subset": subset, "split": split, "reasoning": data.reasoning, "commit": commit}
     if data.fold != "all":
@@ -259,28 +254,18 @@ def open_hub(data: HubData, key: str) -> Corpus:
             raise UserError(f"{key}.fold={data.fold}: {data.title} has no questions that an exam asks, and so no folds.")
         options["fold"] = data.fold
     about = {"licence": source.licence, "revision": commit or "local files", "home": source.repo or data.place}
-    corpus = Corpus(parts, partial(read_named, data), options, None, data.holdout_fraction, data.seed)
-    return replace(corpus, about=about)
+    return Corpus(parts, partial(read_named, data), options, None, data.holdout_fraction, data.seed, about=about)
 
 
-# The subset of each exam that models are examined with.
-EXAMS = {
-    "medqa": "",
-    "medmcqa": "",
-    "pubmedqa": "pqa_labeled",
-    "mmlu": "all",
-    "gsm8k": "main",
-    "humaneval": "",
-    "hellaswag": "",
-    "trivia_qa": "rc.nocontext",
-}
+EXAMS = {task.type: task for task in SCHEMAS if task.type in SOURCES}  # that are known by name
 
 
 def examined(name: str) -> tuple[type[ExamFile], str, str]:
     """Return the kind of an exam, and the subset and split that models are examined with."""
-    [kind] = [task for task in SCHEMAS if task.type == name]
-    split, splits = SCHEMAS[kind].split, SOURCES[name].splits
-    return kind, EXAMS[name], split if split in splits else splits[0]  # PubMedQA's only split holds its test
+    kind, source = EXAMS[name], SOURCES[name]
+    split = SCHEMAS[kind].split
+    subset = "pqa_labeled" if name == "pubmedqa" else source.subsets[0]
+    return kind, subset, split if split in source.splits else source.splits[0]  # PubMedQA has one split
 
 
 def load_task(task: Any, key: str = "task", root: str = "") -> list[ExamItem]:
@@ -315,23 +300,27 @@ def open_exam(exam: ExamFile, root: str, key: str) -> Exam:
         if exam.split and said and _SPLITS.get(exam.split, exam.split) not in said:
             logger.warning(f"{key}.split is {exam.split}, but the name of {exam.path} says {' or '.join(sorted(said))}.")
         return Exam(exam, tuple(find_local(exam.path, ROW_ENDINGS, key=f"{key}.path")))
-    return _named_exam(exam, root, key)
-
-
-def _named_exam(exam: HubExam, root: str, key: str) -> Exam:
     if exam.name not in EXAMS:
         raise UserError(f"{key}.name={exam.name} is no exam that Osler knows{nearest(exam.name, list(EXAMS))}")
     kind, subset, split = examined(exam.name)
-    data = HubData(name=exam.name, revision=exam.revision, path=exam.path, root=exam.root or root)
-    commit, files = _files(data, SOURCES[exam.name], subset, split, key)
+    root = exam.root or root
+    data = HubData(name=exam.name, subset=subset, split=split, revision=exam.revision, path=exam.path, root=root)
+    commit, files = named_files(data, key)
     task = kind(type=exam.name, path=f"the exam {exam.name}", split=split)
     return Exam(replace(task, fold=exam.fold, limit=exam.limit, seed=exam.seed), tuple(files), commit)
 
 
-def _files(data: HubData, source: NamedSource, subset: str, split: str, key: str) -> tuple[str, list[File]]:
-    """Return the commit and the files of a subset and split; local files have no commit."""
+def named_files(data: HubData, key: str) -> tuple[str, list[File]]:
+    """Return the commit and the files of a source by name; local files have no commit. Raises UserError when it is not known."""
+    source = SOURCES.get(data.name)
+    if source is None:
+        raise UserError(f"{key}.name={data.name} is no source that Osler knows{nearest(data.name, list(SOURCES))}")
+    for field, chosen, known in (("subset", data.subset, source.subsets), ("split", data.split, source.splits)):
+        if chosen and chosen not in known:
+            raise UserError(f"{key}.{field}={chosen}: {data.name} has {', '.join(filter(None, known)) or 'none'}.")
+    subset, split = data.subset or source.subsets[0], data.split or source.splits[0]
     patterns = tuple(pattern.format(subset=subset, split=split) for pattern in source.files)
-    if data.path or data.root:
+    if data.place != HUB:
         return "", _local_files(data, source, patterns, split, key)
     if not source.repo:
         raise UserError(f"{key}: {data.name} is on no hub; name its files with {key}.path=DIR or data.root=DIR.")

@@ -254,10 +254,6 @@ class MixedPacking:
         self._packings = list(packings.values())
         self._skipped = skipped or [0] * len(packings)  # rows of each source that are passed over
 
-    def skipping(self, rows: Sequence[int]) -> MixedPacking:
-        """Return the same mixture with the first rows of each source passed over."""
-        return MixedPacking(self.packings, self.mixture, rows)
-
     def row(self, index: int) -> PackedRow:
         """Return a row of the stage."""
         source, row = self.mixture.locate(index)

@@ -28,15 +28,15 @@ from typing import Any
 import numpy as np
 
 from osler.data.card import CARD, data_card
-from osler.data.content import OPTIONS, Target, difference_of, first_change, manifest_of, other_data, targets_of
+from osler.data.content import OPTIONS, Target, difference_of, manifest_of, other_data, targets_of
 from osler.data.documents import EMPTY, Corpus
-from osler.data.exams import EXAMS_FILE, look_through
-from osler.data.holdout import HELD_OUT, HeldOut, Keys, Limit, check_rest, find_limits, hold_out, nothing_to_learn
-from osler.data.prepared import Prepared, open_folder
+from osler.data.exams import look_through
+from osler.data.holdout import HELD_OUT, HeldOut, Keys, check_rest, find_limits, hold_out, nothing_to_learn
+from osler.data.prepared import Prepared, open_folder, tell
 from osler.data.shards import DATA_MANIFEST, INDEX, SPLITS, TOKENIZER, VALIDATION_PREFIX, read_data_manifest
 from osler.data.tokenise import PartEnd, Task
 from osler.data.workers import process_count, tokenise
-from osler.data.writing import SEEN_FILE, Choice, CorpusWriter, digests, journal_of, read_keys
+from osler.data.writing import SEEN_FILE, Choice, CorpusWriter, journal_of, read_journal, read_keys
 from osler.runtime.errors import UserError
 from osler.runtime.faults import fault
 from osler.runtime.files import fingerprint, locked, no_pause, write_atomic, write_json
@@ -75,10 +75,11 @@ def prepare(
             raise UserError(f"{out} is a file; give a folder for the shards.")
         out.mkdir(parents=True, exist_ok=True)
         with locked(out, None):
-            manifest = _begun(out, wanted, corpora, validation, consent)
+            of_sources, of_sets = list(corpora.values()), list(validation.values())
+            manifest = _begun(out, wanted, partial(difference_of, out, of_sources, of_sets, tokenizer), consent)
             if manifest["complete"]:
-                return open_folder(out)
-            sets, sources = targets_of(out, manifest, corpora, validation)
+                return tell(open_folder(out))
+            sets, sources = targets_of(out, manifest, of_sources, of_sets)
             try:
                 _write(out, manifest, sets, sources, tokenizer, processes, before_shard)
             except UserError:
@@ -86,7 +87,7 @@ def prepare(
                     _clear(out)  # no part is finished
                     out.rmdir()
                 raise
-        return open_folder(out, reused=False)
+        return tell(open_folder(out, reused=False))
     except KeyboardInterrupt:
         logger.info(f"What is prepared so far stays in {out}; the same command goes on from there.")
         raise
@@ -98,9 +99,7 @@ def prepare(
 # -- is it there already? ----------------------------------------------------------------------------------------------
 
 
-def _begun(
-    out: Path, wanted: dict[str, Any], corpora: Mapping[str, Corpus], validation: Mapping[str, Corpus], consent: str | None
-) -> dict[str, Any]:
+def _begun(out: Path, wanted: dict[str, Any], differs: Callable[[], tuple[str, str]], consent: str | None) -> dict[str, Any]:
     """Return the manifest of `out` if it holds these data or some of them; else `wanted`, and the folder is empty.
 
     The names of sources stay, because folders have them; weights, places and times of files become those of `wanted`.
@@ -110,18 +109,14 @@ def _begun(
             raise UserError(f"{out} exists but is not a folder of prepared data; give another folder or remove it.")
         return wanted
     found = read_data_manifest(out)
-    what, difference = difference_of(found, wanted)
-    if not difference:
-        sets, sources = targets_of(out, found, corpora, validation)
-        what, difference = "content", first_change([*sets, *sources])
+    what, difference = differs()
     if not difference:
         for kind in ("sources", "validation"):
             for (name, old), entry in zip(list(found[kind].items()), wanted[kind].values(), strict=True):
                 now = {key: entry[key] for key in ("weight", "content") if key in entry}
                 found[kind][name] = old | now if found["complete"] else entry
         if found["complete"] and found != (before := read_data_manifest(out)):
-            journals = [journal_of(target.folder, target.splits) for target in sources]
-            write_atomic(out / CARD, data_card(found, journals).encode())
+            write_atomic(out / CARD, data_card(found, out).encode())
             write_json(out / DATA_MANIFEST, found)
             weights = {name: entry["weight"] for name, entry in found["sources"].items()}
             if weights != {name: entry["weight"] for name, entry in before["sources"].items()}:
@@ -182,25 +177,25 @@ def _write(
         limits = find_limits(corpora)
         work.run(sets, [lambda keys: {SPLITS[1]: np.ones(len(keys), bool)}] * len(sets))
         keys = np.sort(np.concatenate([np.zeros(0, np.uint64), *(read_keys(target.folder) for target in sets)]))
-        held = hold_out(corpora.values(), limits, keys)
+        held = hold_out(corpora, limits, keys)
         for name, corpus in corpora.items():
             check_rest(name, corpus, held)
         work.run(sources, [partial(_choose, limit, held) for limit in limits])
     work.losses.warn()
-    journals = [journal_of(target.folder, target.splits) for target in (*sets, *sources)]
+    digests = [fingerprint(read_journal(target.folder, target.splits).digests) for target in (*sets, *sources)]
     options = [[target.entry["content"][name] for name in OPTIONS] for target in sources]
-    manifest["content_fingerprint"] = fingerprint([options, [fingerprint(list(digests(journal))) for journal in journals]])
+    manifest["content_fingerprint"] = fingerprint([options, digests])
     manifest["complete"] = True
-    cleaners = dict(zip(journals[len(sets) :], (corpus.clean for corpus in corpora.values()), strict=True))
-    write_atomic(out / EXAMS_FILE, look_through(cleaners).to_bytes())
-    write_atomic(out / CARD, data_card(manifest, list(cleaners)).encode())
+    exams = look_through({target.folder: target.corpus.clean for target in sources})
+    for name, data in {**exams.as_files(), CARD: data_card(manifest, out).encode()}.items():
+        write_atomic(out / name, data)
     fault("prepare-complete")
     write_json(out / DATA_MANIFEST, manifest)
     for target in sources:
         (target.folder / SEEN_FILE).unlink(missing_ok=True)
 
 
-def _choose(limit: Limit, held: HeldOut, keys: Keys) -> Choice:
+def _choose(limit: HeldOut, held: HeldOut, keys: Keys) -> Choice:
     """Return which documents of a source are learned, and which it holds out."""
     return {SPLITS[0]: ~held.holds(keys), SPLITS[1]: limit.holds(keys)}
 
@@ -249,9 +244,10 @@ class _Work:
                     writer.add(result)
                     self.tokens += len(result.tokens)
                 else:
-                    writer.end_part(task.part, result)
+                    num_bytes = target.corpus.parts[task.number].num_bytes
+                    writer.end_part(num_bytes, result)
                     self.losses.add(result.losses)
-                    self.bytes_done += task.part.num_bytes
+                    self.bytes_done += num_bytes
                     if writer.num_parts == len(target.corpus.parts):
                         self._close(target, writer)
                 rate = self.tokens / max(1e-9, time.monotonic() - self.began)
@@ -288,6 +284,6 @@ def _in_turns(targets: Sequence[Target], writers: Sequence[CorpusWriter]) -> Ite
         done, number, place = heapq.heappop(turns)
         target = targets[number]
         if place < len(orders[number]):
-            part = target.corpus.parts[int(orders[number][place])]
-            yield Task(number, int(orders[number][place]), part, only_keys=writers[number].is_full)
-            heapq.heappush(turns, (done + part.num_bytes / target.weight, number, place + 1))
+            part = int(orders[number][place])
+            yield Task(number, part, only_keys=writers[number].is_full)
+            heapq.heappush(turns, (done + target.corpus.parts[part].num_bytes / target.weight, number, place + 1))

@@ -68,8 +68,8 @@ class Prepared:
         return self.named_validation or held_out
 
 
-def open_folder(out: Path, *, reused: bool = True, growing: bool = False) -> Prepared:
-    """Open a folder of shards and log what is in it. With `growing` it may be one that is being prepared.
+def open_folder(out: Path, *, growing: bool = False, reused: bool = True) -> Prepared:
+    """Open a folder of shards; with `growing` it may be one that is being prepared.
 
     Raises UserError when something is missing or torn.
     """
@@ -77,32 +77,44 @@ def open_folder(out: Path, *, reused: bool = True, growing: bool = False) -> Pre
     is_whole = manifest["complete"]
     if not is_whole and not growing:
         raise UserError(f"The data in {out} are not complete: the command that began to prepare them goes on with it.")
+
+    def holds_out(entry: Mapping[str, Any]) -> bool:
+        """Return whether documents of a source are held out, or may be while it is being prepared."""
+        if is_whole or SPLITS[1] in entry["splits"]:
+            return bool(entry["splits"].get(SPLITS[1], {}).get("documents"))
+        return entry["content"]["validation"] is not None or entry["content"]["holdout_fraction"] > 0
+
     sources = []
     for name, entry in manifest["sources"].items():
         train = ShardSet.open(out, name, SPLITS[0], growing=growing)
-        validation = ShardSet.open(out, name, SPLITS[1], growing=growing) if _holds_out(entry, is_whole) else None
+        validation = ShardSet.open(out, name, SPLITS[1], growing=growing) if holds_out(entry) else None
         sources.append(PreparedSource(name, entry["weight"], train, validation))
-        if is_whole:
-            held = f", {validation.num_documents:,} held out" if validation is not None else ""
-            verb = "Reusing the data prepared in" if reused else "Prepared"
-            empty = f"; skipped {entry['empty_documents']:,} empty" if entry["empty_documents"] else ""
-            copies = f"; dropped {entry['dropped_copies']:,} copies of validation" if entry["dropped_copies"] else ""
-            place = out if len(manifest["sources"]) == 1 else out / name
-            logger.info(f"{verb} {place}: {train.num_documents:,} documents, {train.num_tokens:,} tokens{held}{empty}{copies}")
     sets = {name: ShardSet.open(out, f"{VALIDATION_PREFIX}{name}", SPLITS[1], growing=growing) for name in manifest["validation"]}
-    if is_whole:
-        for name, shards in sets.items():
-            logger.info(f"Validation set {name}: {shards.num_documents:,} documents, {shards.num_tokens:,} tokens")
-    else:
+    if not is_whole:
         reused = any(source.train.num_shards for source in sources)
     return Prepared(out, sources, sets, fingerprint_of([source.train for source in sources]), reused)
 
 
-def _holds_out(entry: Mapping[str, Any], is_whole: bool) -> bool:
-    """Return whether documents of a source are held out, or may be while it is being prepared."""
-    if is_whole or SPLITS[1] in entry["splits"]:
-        return bool(entry["splits"].get(SPLITS[1], {}).get("documents"))
-    return entry["content"]["validation"] is not None or entry["content"]["holdout_fraction"] > 0
+def tell(prepared: Prepared) -> Prepared:
+    """Log what is in a finished folder, and return it."""
+    manifest, out = read_data_manifest(prepared.folder), prepared.folder
+    for source in prepared.sources if manifest["complete"] else ():
+        entry = manifest["sources"][source.name]
+        place = f"{'Reusing the data prepared in' if prepared.reused else 'Prepared'} {out / source.name}"
+        held = f", {source.validation.num_documents:,} held out" if source.validation is not None else ""
+        empty = f"; skipped {entry['empty_documents']:,} empty" if entry["empty_documents"] else ""
+        copies = f"; dropped {entry['dropped_copies']:,} copies of validation" if entry["dropped_copies"] else ""
+        counts = f"{source.train.num_documents:,} documents, {source.train.num_tokens:,} tokens"
+        logger.info(f"{place}: {counts}{held}{empty}{copies}")
+    for name, shards in prepared.named_validation.items() if manifest["complete"] else ():
+        logger.info(f"Validation set {name}: {shards.num_documents:,} documents, {shards.num_tokens:,} tokens")
+    return prepared
+
+
+def held_out_so_far(folder: str | Path) -> dict[str, ShardSet]:
+    """Return the validation sets of a folder by name, as far as they are prepared."""
+    sets = open_folder(Path(folder), growing=True).validation_sets
+    return {name: shards.head(shards.num_shards) for name, shards in sets.items() if shards.num_shards}
 
 
 def open_prepared(folder: str | Path, tokenizer: Tokenizer, whose: str = "of the run", *, growing: bool = False) -> Prepared:
@@ -111,7 +123,7 @@ def open_prepared(folder: str | Path, tokenizer: Tokenizer, whose: str = "of the
     The message says ``whose`` the given tokenizer is. With ``growing`` the folder may be one that is being prepared.
     """
     _refuse_other_tokenizer(folder, tokenizer, whose)
-    return open_folder(Path(folder), growing=growing)
+    return tell(open_folder(Path(folder), growing=growing))
 
 
 def tokenizer_of_shards(folder: str | Path, given: str | None = None) -> Tokenizer:

@@ -16,17 +16,17 @@ import os
 import pickle
 import subprocess
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from osler.data.config import AnySource, TextData
 from osler.data.shard_set import identity_of, is_finished
 from osler.data.shards import DATA_MANIFEST
 from osler.data.sources import prepare_sources
+from osler.runtime.child import end_with_parent, start
 from osler.runtime.errors import UserError
 from osler.runtime.log import complain, flush_or_silence, log_to_terminal
 from osler.tokenizer.bpe import Tokenizer
@@ -50,14 +50,7 @@ class Preparer:
         before = identity_of(folder / DATA_MANIFEST)
         (folder / PAUSED).unlink(missing_ok=True)  # left by a process that ended while it waited; this one may have more room
         with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "osler.data.preparer"],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-                start_new_session=True,
-            )
+            self.process = start("osler.data.preparer", stdout=log, stderr=log)
         assert self.process.stdin is not None
         self.pipe = self.process.stdin
         try:
@@ -116,16 +109,10 @@ def wait_for_room(folder: Path, budget_bytes: float, num_bytes: int) -> None:
     (folder / PAUSED).unlink(missing_ok=True)
 
 
-def _end_with_parent() -> NoReturn:
-    while os.read(0, 1):  # not through sys.stdin, whose lock this thread would hold while the program ends
-        pass
-    os._exit(1)
-
-
 def serve() -> int:
     """Prepare the data that standard input describes, and end when it closes; return the exit code, 2 for a user's error."""
     data, validation, tokenizer_bytes, folder, consent = pickle.load(sys.stdin.buffer)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     log_to_terminal()
     options: dict[str, Any] = {"validation": validation, "consent": consent}
     if data.disk_budget_gb is not None:

@@ -5,7 +5,7 @@ any part of a file can be read alone. A text file is one document, a table has o
 files and columns are not read.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,6 @@ from osler.files.parts import File, Part, find_local
 from osler.files.rows import Row, read_rows, read_texts
 from osler.runtime.errors import UserError
 from osler.tokenizer.chat import Turn
-
-# Common names of the columns of questions and answers, in lower case; the message about a missing column proposes them.
-TURN_COLUMNS = {
-    "question_field": ("question", "prompt", "instruction"),
-    "answer_field": ("answer", "response", "completion", "output"),
-    "thinking_field": ("thinking", "reasoning", "rationale", "explanation", "cot", "complex_cot"),
-}
-CHAT_COLUMNS = {"messages", "conversations", "conversation"}
 
 
 @dataclass(frozen=True)
@@ -64,7 +56,7 @@ def read_turns(data: TurnsData, key: str, part: Part) -> Iterator[Document]:
         fields[f"{key}.thinking_field"] = data.thinking_field
     for row in read_rows(part, list(fields.values())):
         question, answer, *thinking = (text_of(row, field, name) for name, field in fields.items())
-        _log_unread(data.path, row, wants_thinking="" if thinking else key)
+        _log_unread(data.path, row)
         yield Document(turn=Turn(question or "", thinking[0] if thinking else None, answer or ""), where=row.where)
 
 
@@ -82,9 +74,8 @@ def value_of(row: Row, field: str, key: str = "") -> Any:
     value: Any = row.values
     for name in [field] if key else field.split("."):
         if not isinstance(value, Mapping) or name not in value:
-            columns = [shown(name) for name in row.columns]
-            remedy = f" {_remedy(key, columns)}" if key else ""
-            raise UserError(f"{row.where} has no field '{field}'; it has: {', '.join(columns) or 'none'}.{remedy}")
+            columns, remedy = ", ".join(map(shown, row.columns)) or "none", f" {_remedy(key)}" if key else ""
+            raise UserError(f"{row.where} has no field '{field}'; it has: {columns}.{remedy}")
         value = value[name]
     return value
 
@@ -97,37 +88,18 @@ def text_of(row: Row, field: str, key: str = "") -> str | None:
     raise UserError(f"{row.where}: the field '{field}' must be text, but it is {type(value).__name__}.")
 
 
-def _log_unread(path: str | Path, row: Row, *, wants_thinking: str = "") -> None:
-    """Name the columns that look like content and are not read; ``wants_thinking`` is the key of a source without reasoning."""
-    if not row.unread:
-        return
-    reasoning = [name for name in row.unread if wants_thinking and name.lower() in TURN_COLUMNS["thinking_field"]]
-    hint = f" {wants_thinking}.thinking_field={shown(reasoning[0])} would read the reasoning." if reasoning else ""
-    log_once(f"{shown(path)}: columns not read: {', '.join(map(shown, row.unread))}.{hint}")
+def _log_unread(path: str | Path, row: Row) -> None:
+    """Name the columns that look like content and are not read."""
+    if row.unread:
+        log_once(f"{shown(path)}: columns not read: {', '.join(map(shown, row.unread))}.")
 
 
-def _remedy(key: str, columns: Sequence[str]) -> str:
-    """Return which settings would read these columns, when the column that `key` chooses is missing."""
+def _remedy(key: str) -> str:
+    """Return which settings read other columns, when the one that `key` chooses is missing."""
     source, _, field = key.rpartition(".")
-    lower = {column.lower(): column for column in columns}
-    likely = {field: next((lower[name] for name in names if name in lower), "") for field, names in TURN_COLUMNS.items()}
     if field == "thinking_field":
-        name = f"={likely[field]}" if likely[field] else " to the column that holds the reasoning"
-        return f"Set {key}{name}, or {key}=null where there is no reasoning."
-    if source and likely["question_field"] and likely["answer_field"]:
-        settings = [f"{source}.type=turns"]
-        for name, column in likely.items():
-            is_default = column == name.removesuffix("_field") and name != "thinking_field"  # its default is null
-            if column and (not is_default or field == name):
-                settings.append(f"{source}.{name}={column}")
-        if not likely["thinking_field"] and len(lower) > 2:
-            settings.append(f"(and {source}.thinking_field=NAME if one of the others is the reasoning)")
-        other = f", or {key}=NAME to learn one column as text" if field == "field" else ""
-        return f"These look like questions and answers: set {' '.join(settings)}{other}."
-    if source and CHAT_COLUMNS.intersection(columns):
-        return (
-            "Lists of chat messages are not read: write one row with a question and an answer for each exchange, and set "
-            f"{source}.type=turns."
-        )
-    rows = f" of text, or {source}.type=turns for rows of questions and answers" if field == "field" else " that holds it"
-    return f"Set {key}=NAME to the column{rows}."
+        return f"Set {key}=NAME to the column with the reasoning, or {key}=null where there is none."
+    if field == "field":
+        names = ", ".join(f"{source}.{name}_field=NAME" for name in ("question", "answer", "thinking"))
+        return f"Set {key}=NAME to the column of text, or {source}.type=turns for questions with answers ({names})."
+    return f"Set {key}=NAME to the column that holds it."

@@ -8,7 +8,7 @@ import functools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,6 @@ from osler.data.shards import (
     INDEX,
     NO_SHARDS,
     RECORD,
-    SPLITS,
     VALIDATION_PREFIX,
     Int64Array,
     MaskArray,
@@ -77,16 +76,15 @@ def _entry(manifest: Mapping[str, Any], source: str) -> dict[str, Any]:
     return dict(manifest["sources"].get(source) or manifest["validation"][source.removeprefix(VALIDATION_PREFIX)])
 
 
-class _Index(NamedTuple):
-    """The records of the shards so far, and how many documents and tokens there are up to the end of each shard."""
+class _Count:
+    """How many there are in the shards so far."""
 
-    records: npt.NDArray[Any]
-    ends_of_documents: Int64Array
-    ends_of_tokens: Int64Array
+    def __init__(self, name: str) -> None:
+        self.name = name
 
-    @classmethod
-    def of(cls, records: npt.NDArray[Any]) -> _Index:
-        return cls(records, records["documents"].astype(np.int64), records["tokens"].astype(np.int64))
+    def __get__(self, shards: ShardSet, owner: type[ShardSet]) -> int:
+        records = shards._records  # read once, because other threads may take in new shards
+        return int(records[self.name][-1]) if len(records) else 0
 
 
 class ShardSet:
@@ -95,9 +93,7 @@ class ShardSet:
     While the split is `growing`, `refresh` takes in new shards until it `is_complete`.
     """
 
-    def __init__(
-        self, folder: Path, *, vocab_size: int, tokenizer_fingerprint: str, eos_id: int, growing: bool = False
-    ) -> None:
+    def __init__(self, folder: Path, *, vocab_size: int, tokenizer_fingerprint: str, eos_id: int, growing: bool = False) -> None:
         self.folder = folder
         self.tokenizer_fingerprint = tokenizer_fingerprint
         self.eos_id = eos_id
@@ -105,7 +101,7 @@ class ShardSet:
         self.is_complete = not growing  # no shard will follow those that this reader knows
         self.is_streamed = growing  # whether the split was growing when it was opened
         self._lock = threading.Lock()
-        self._index = _Index.of(_read_index(folder / INDEX, np.zeros(0, RECORD), must_exist=not growing))
+        self._records = _read_index(folder / INDEX, np.zeros(0, RECORD), must_exist=not growing)
         self.shard = functools.lru_cache(OPEN_SHARDS)(self._map)
         evicted = num_evicted(folder)
         for number in range(evicted, min(self.num_shards, evicted + SIZES_CHECKED)):
@@ -132,9 +128,7 @@ class ShardSet:
             return
         with self._lock:
             is_finished = _is_split_finished(self.folder)  # asked first: the index of a finished split has all its shards
-            records = _read_index(self.folder / INDEX, self._index.records, must_exist=False)
-            if len(records) > self.num_shards:
-                self._index = _Index.of(records)
+            self._records = _read_index(self.folder / INDEX, self._records, must_exist=False)
             self.is_complete = is_finished
 
     def head(self, num_shards: int) -> ShardSet:
@@ -144,7 +138,7 @@ class ShardSet:
             if self.num_shards < num_shards and not self.is_complete:
                 raise self.not_yet()
         head = copy.copy(self)
-        head._index, head.is_complete = _Index.of(self._index.records[:num_shards]), True
+        head._records, head.is_complete = self._records[:num_shards], True
         return head
 
     def head_within(self, num_tokens: int) -> ShardSet:
@@ -162,47 +156,28 @@ class ShardSet:
     @property
     def num_shards(self) -> int:
         """The shards so far."""
-        return len(self._index.records)
+        return len(self._records)
 
     @property
     def ends_of_documents(self) -> Int64Array:
         """The documents up to the end of each shard."""
-        return self._index.ends_of_documents
+        return self._records["documents"].view(np.int64)
 
     @property
     def ends_of_tokens(self) -> Int64Array:
         """The tokens up to the end of each shard."""
-        return self._index.ends_of_tokens
+        return self._records["tokens"].view(np.int64)
 
-    @property
-    def num_documents(self) -> int:
-        """The documents so far."""
-        return self._count("documents")
-
-    @property
-    def num_tokens(self) -> int:
-        """The tokens so far."""
-        return self._count("tokens")
-
-    @property
-    def num_loss_tokens(self) -> int:
-        """The tokens so far that the model learns, by the loss masks."""
-        return self._count("loss_tokens")
-
-    @property
-    def num_bytes(self) -> int:
-        """The UTF-8 bytes of text so far."""
-        return self._count("num_bytes")
-
-    def _count(self, name: str) -> int:
-        records = self._index.records
-        return int(records[name][-1]) if len(records) else 0
+    num_documents = _Count("documents")
+    num_tokens = _Count("tokens")
+    num_loss_tokens = _Count("loss_tokens")  # that the model learns, by the loss masks
+    num_bytes = _Count("num_bytes")  # of text in UTF-8
 
     def bytes_per_token(self, token: int) -> float:
         """Return the average bytes of text per token, up to the end of the shard that holds this token of the first epoch."""
-        index = self._index
-        number = min(int(np.searchsorted(index.ends_of_tokens, token)), len(index.records) - 1)
-        return float(index.records["num_bytes"][number] / index.ends_of_tokens[number])
+        records = self._records
+        number = min(int(np.searchsorted(records["tokens"], token)), len(records) - 1)
+        return float(records["num_bytes"][number] / records["tokens"][number])
 
     @property
     def fingerprint(self) -> str:
@@ -211,7 +186,7 @@ class ShardSet:
 
     def fingerprint_up_to(self, num_shards: int) -> str:
         """Return the fingerprint of the first shards."""
-        return str(self._index.records["fingerprint"][num_shards - 1].tobytes().hex()) if num_shards else NO_SHARDS
+        return str(self._records["fingerprint"][num_shards - 1].tobytes().hex()) if num_shards else NO_SHARDS
 
     def document(self, index: int, start: int = 0, stop: int | None = None) -> tuple[TokenArray, MaskArray | None]:
         """Return ids and loss mask (None = all ones) of a document, or of its tokens `start:stop`, without copying."""
@@ -238,7 +213,7 @@ class ShardSet:
     @property
     def file_bytes(self) -> int:
         """Return the size of all shards."""
-        masked = np.diff(self.ends_of_tokens, prepend=0)[self._index.records["is_masked"] > 0].sum()
+        masked = np.diff(self.ends_of_tokens, prepend=0)[self._records["is_masked"] > 0].sum()
         return int(4 * self.num_documents + self._dtype.itemsize * self.num_tokens + masked)
 
     def verify(self) -> list[str]:
@@ -246,21 +221,21 @@ class ShardSet:
         problems, chain = [], NO_SHARDS
         evicted = num_evicted(self.folder)
         for number in range(self.num_shards):
-            path, chain = self.folder / shard_name(number), chained(chain, self._index.records[number])
+            path, chain = self.folder / shard_name(number), chained(chain, self._records[number])
             if chain != self.fingerprint_up_to(number + 1):
                 return [f"{self.folder / INDEX} has changed since it was written, from the record of {path.name} on."]
             if number < evicted:
                 continue
             if not path.is_file():
                 problems.append(f"{path} is missing.")
-            elif sha256_file(path) != self._index.records["digest"][number].tobytes().hex():
+            elif sha256_file(path) != self._records["digest"][number].tobytes().hex():
                 problems.append(f"{path} has changed since it was prepared (its sha256 is not the index's).")
         return problems
 
     def _counts(self, number: int) -> tuple[int, int, bool]:
         """Return the documents and tokens of one shard, and whether it has a mask."""
-        before = self._index.records[number - 1] if number else np.zeros((), RECORD)
-        here = self._index.records[number]
+        before = self._records[number - 1] if number else np.zeros((), RECORD)
+        here = self._records[number]
         return (int(here["documents"] - before["documents"]), int(here["tokens"] - before["tokens"]), bool(here["is_masked"]))
 
     def _check_size(self, number: int) -> Path:
@@ -286,29 +261,6 @@ class ShardSet:
         end = middle + tokens * self._dtype.itemsize
         mask = data[end:] if is_masked else None
         return Shard(data[:middle].view("<u4"), data[middle:end].view(self._dtype), mask)
-
-
-def open_split(path: str | Path, split: str) -> dict[str, ShardSet]:
-    """Open a split of every source of a prepared folder that has it. An unfinished folder gives the shards so far.
-
-    The validation sets of the folder are opened with the split `validation`, under the names of their folders.
-    """
-    manifest = read_data_manifest(path)
-    entries = dict(manifest["sources"])
-    if split == SPLITS[1]:
-        entries |= {f"{VALIDATION_PREFIX}{name}": entry for name, entry in manifest["validation"].items()}
-
-    def may_have(entry: Mapping[str, Any]) -> bool:
-        return bool(entry["splits"][split]["documents"]) if split in entry["splits"] else not manifest["complete"]
-
-    opened = {name: ShardSet.open(path, name, split, growing=True) for name, entry in entries.items() if may_have(entry)}
-    return {name: shards.head(shards.num_shards) for name, shards in opened.items() if shards.num_shards}
-
-
-def open_validation_sets(path: str | Path) -> dict[str, ShardSet]:
-    """Open the validation sets of a prepared folder by name. A folder without any gives what is held out of its sources."""
-    found, prefix = open_split(path, SPLITS[1]), VALIDATION_PREFIX
-    return {name.removeprefix(prefix): shards for name, shards in found.items() if name.startswith(prefix)} or found
 
 
 def _read_index(path: Path, known: npt.NDArray[Any], *, must_exist: bool) -> npt.NDArray[Any]:

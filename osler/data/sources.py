@@ -2,8 +2,8 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,17 @@ from osler.data.config import (
     ClinicData,
     FilesData,
     HubData,
-    MixtureData,
+    Preparation,
     Sources,
     TextData,
     TurnsData,
     sets_of,
     sources_of,
 )
-from osler.data.content import check_unchanged
+from osler.data.content import difference_of, other_data
 from osler.data.documents import Corpus, Document, in_memory
 from osler.data.holdout import find_limits, hold_out, keys_of
-from osler.data.named import open_exam, open_hub
+from osler.data.named import named_files, open_exam, open_hub
 from osler.data.prepare import prepare
 from osler.data.prepared import Prepared
 from osler.data.readers import TextFiles, read_turns
@@ -105,41 +105,41 @@ def open_corpora(data: TextData, validation: Sources = ()) -> dict[str, Corpus]:
     return {source.title: _open(data, source, key, cleaners, validation) for key, source in _keyed(data)}
 
 
-def _open(data: TextData, source: AnySource, key: str, cleaners: dict[CleanConfig, Cleaner], validation: Sources) -> Corpus:
-    corpus = CORPORA[type(source)](source, key)
-    about = {"config": encode(source, defaults=False), **corpus.about}
-    if source.licence:
-        about["licence"] = source.licence
-    if validation:
-        corpus = replace(corpus, validation=None, holdout_fraction=0.0)
-    return replace(corpus, clean=_open_cleaner(data, source, key, cleaners), about=about)
-
-
-def _open_cleaner(data: TextData, source: AnySource, key: str, cleaners: dict[CleanConfig, Cleaner]) -> Cleaner | None:
-    """Return the cleaner of a source; sources that are cleaned alike share one, which reads its exams once."""
-    clean = source.clean
-    if clean is None:
-        return None
-    if clean not in cleaners:
-        root, where = getattr(data, "root", ""), _key_of_clean(data, source, key)
-        exams = (open_exam(exam, root, f"{where}.exams[{number}]") for number, exam in enumerate(clean.exams))
-        cleaners[clean] = Cleaner(clean, tuple(exams))
-    return cleaners[clean]
-
-
-def _key_of_clean(data: TextData, source: AnySource, key: str) -> str:
-    return f"{'data' if source.clean == data.clean else key}.clean"
-
-
 def open_validation(data: TextData, validation: Sources) -> dict[str, Corpus]:
     """Open validation sets by name. A source gives its documents for validation, or all documents if it has no such ones."""
     return {source.title: _open_set(source, key) for key, source in _keyed(data, validation)}
 
 
+def _open(data: TextData, source: AnySource, key: str, cleaners: dict[CleanConfig, Cleaner], validation: Sources) -> Corpus:
+    corpus = _described(source, key)
+    if validation:
+        corpus = replace(corpus, validation=None, holdout_fraction=0.0)
+    return replace(corpus, clean=_open_cleaner(data, source, key, cleaners))
+
+
 def _open_set(source: AnySource, key: str) -> Corpus:
+    corpus = _described(source, key)
+    return replace(corpus.validation or corpus, holdout_fraction=0.0, about=corpus.about)
+
+
+def _described(source: AnySource, key: str) -> Corpus:
     corpus = CORPORA[type(source)](source, key)
-    about = {"config": encode(source, defaults=False), **corpus.about}
-    return replace(corpus.validation or corpus, holdout_fraction=0.0, about=about)
+    licence = {"licence": source.licence} if source.licence else {}
+    return replace(corpus, about={"config": encode(source, defaults=False), **corpus.about, **licence})
+
+
+def _open_cleaner(data: TextData, source: AnySource, key: str, cleaners: dict[CleanConfig, Cleaner]) -> Cleaner | None:
+    """Return the cleaner of a source; sources that are cleaned alike share one, which reads its exams once."""
+    clean, where = source.clean, _key_of_clean(data, source, key)
+    if clean is not None and clean not in cleaners:
+        root = getattr(data, "root", "")
+        exams = (open_exam(exam, root, f"{where}.exams[{number}]") for number, exam in enumerate(clean.exams))
+        cleaners[clean] = Cleaner(clean, tuple(exams))
+    return None if clean is None else cleaners[clean]
+
+
+def _key_of_clean(data: TextData, source: AnySource, key: str) -> str:
+    return f"{'data' if source.clean == data.clean else key}.clean"
 
 
 def _keyed(data: TextData, validation: Sources | None = None) -> Iterator[tuple[str, AnySource]]:
@@ -153,10 +153,12 @@ def _keyed(data: TextData, validation: Sources | None = None) -> Iterator[tuple[
 def check_present(data: TextData, validation: Sources, out: Path, consent: str) -> None:
     """Raise UserError when sources that are still there differ from those that the folder `out` was made of."""
     cleaners: dict[CleanConfig, Cleaner] = {}
-    data = _exams_at_known_commits(data, read_data_manifest(out)["sources"])
+    data, validation = at_known_commits(data, validation, out, is_known=True)
     learned = [_open(data, source, key, cleaners, validation) if is_there(source) else None for key, source in _keyed(data)]
     sets = [_open_set(source, key) if is_there(source) else None for key, source in _keyed(data, validation)]
-    check_unchanged(out, learned, sets, consent)
+    what, difference = difference_of(out, learned, sets)
+    if difference:
+        raise other_data(out, what, difference, consent)
 
 
 def is_there(source: AnySource) -> bool:
@@ -212,47 +214,39 @@ def prepare_sources(
     return prepare(corpora, tokenizer, out, weights=weights, validation=sets, consent=consent, **options)
 
 
-def at_known_commits(data: TextData, validation: Sources, out: str | Path) -> tuple[TextData, Sources]:
+def at_known_commits(data: TextData, validation: Sources, out: str | Path, *, is_known: bool = False) -> tuple[TextData, Sources]:
     """Return a config and its validation sets at commits of the hub: the commits that `out` was begun with, else the newest.
 
-    So every process uses the same texts and looks for the same exams, also after a stop, even when `main` moves on the hub.
+    So every process uses the same texts and looks for the same exams, also after a stop, even when `main` moves on the hub. What
+    `is_known` already, because `out` was made of it, is not asked for.
     """
+    root = getattr(data, "root", "")
     begun = read_data_manifest(out) if Path(out, DATA_MANIFEST).exists() else {"sources": {}, "validation": {}}
+    configs = [entry["about"].get("config", {}) for kind in ("sources", "validation") for entry in begun[kind].values()]
+    exams = [exam for config in configs for exam in (config.get("clean") or {}).get("exams", ())]
+    known = {
+        (kind, given["name"]): given["revision"]
+        for kind, entries in ((HubData, configs), (HubExam, exams))
+        for given in entries
+        if given.get("type") == "hub" and "revision" in given
+    }
 
-    def pinned(source: AnySource, keyed: tuple[str, AnySource], entries: Mapping[str, Any]) -> AnySource:
-        key, rooted = keyed
-        if not isinstance(source, HubData) or rooted.place != HUB or source.revision != HubData.revision:
-            return source
-        known = entries[source.title]["content"] if source.title in entries else {"options": open_hub(source, key).options}
-        return replace(source, revision=known["options"].get("commit") or source.revision)
+    def pinned(value: Any, key: str) -> Any:
+        """Return a part of the config in which what is on the hub has a commit."""
+        if isinstance(value, tuple):
+            return tuple(pinned(item, f"{key}[{number}]") for number, item in enumerate(value))
+        if isinstance(value, (Preparation, CleanConfig)):
+            given = {field.name: getattr(value, field.name) for field in fields(value)}
+            value = replace(value, **{name: pinned(item, f"{key}.{name}") for name, item in given.items()})
+        is_named = isinstance(value, (HubData, HubExam)) and value.revision == HubData.revision
+        if not is_named or value.path or value.root or root:
+            return value
+        commit = known.get((type(value), value.name), "")
+        if not commit and not is_known:
+            commit = named_files(value, key)[0] if isinstance(value, HubData) else open_exam(value, root, key).commit
+        return replace(value, revision=commit or value.revision)
 
-    data = _exams_at_known_commits(data, begun["sources"])
-    given = data.sources if isinstance(data, MixtureData) else (data,)
-    sources = tuple(pinned(source, keyed, begun["sources"]) for source, keyed in zip(given, _keyed(data), strict=True))
-    keyed_sets = zip(validation, _keyed(data, validation), strict=True)
-    sets = tuple(pinned(source, keyed, begun["validation"]) for source, keyed in keyed_sets)
-    return replace(data, sources=sources) if isinstance(data, MixtureData) else sources[0], sets
-
-
-def _exams_at_known_commits(data: TextData, begun: Mapping[str, Any]) -> TextData:
-    """Return a config with its exams by name at the commits in these entries of a manifest, else at the newest commits."""
-    root, at_commits = getattr(data, "root", ""), dict[CleanConfig | None, CleanConfig]()
-    for key, source in _keyed(data):
-        clean = source.clean
-        if clean is None or clean in at_commits:
-            continue
-        where, exams = _key_of_clean(data, source, key), list(clean.exams)
-        entries = begun.get(source.title, {}).get("about", {}).get("config", {}).get("clean", {}).get("exams", ())
-        known = {entry["name"]: entry.get("revision") for entry in entries if entry["type"] == HubExam.type}
-        for number, exam in enumerate(clean.exams):
-            if isinstance(exam, HubExam) and exam.revision == HubExam.revision and not (exam.path or exam.root or root):
-                commit = known.get(exam.name) or open_exam(exam, root, f"{where}.exams[{number}]").commit
-                exams[number] = replace(exam, revision=commit)
-        at_commits[clean] = replace(clean, exams=tuple(exams))
-    if isinstance(data, MixtureData):
-        sources = tuple(replace(source, clean=at_commits.get(source.clean, source.clean)) for source in data.sources)
-        data = replace(data, sources=sources)
-    return replace(data, clean=at_commits.get(data.clean, data.clean))
+    return pinned(data, "data"), pinned(validation, "validation")
 
 
 def train_tokenizer(data: TextData, wanted: BPEConfig | SuperBPEConfig, validation: Sources = ()) -> Tokenizer:
@@ -265,7 +259,7 @@ def train_tokenizer(data: TextData, wanted: BPEConfig | SuperBPEConfig, validati
     corpora, weights = open_corpora(data, validation), [source.weight for source in sources_of(data).values()]
     sets = [*open_validation(data, validation).values(), *(corpus.validation for corpus in corpora.values())]
     keys = keys_of(document for corpus in sets if corpus is not None for document in corpus.documents())
-    held = hold_out(corpora.values(), find_limits(corpora), keys)
+    held = hold_out(corpora, find_limits(corpora), keys)
     logger.info(f"Training a tokenizer of {wanted.vocab_size:,} tokens on the text; tokenizer.path=FILE would take one.")
 
     def texts() -> Iterator[str]:

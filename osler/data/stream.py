@@ -22,7 +22,7 @@ from osler.data.order import Order
 from osler.data.preparer import GIGABYTE, PAUSED
 from osler.data.shard_set import NotPreparedYet, ShardSet, evict, identity_of, num_evicted
 from osler.data.shards import read_data_manifest
-from osler.data.writing import bytes_read
+from osler.data.writing import read_journal
 from osler.runtime.errors import UserError
 from osler.runtime.files import read_json
 from osler.runtime.stop import AskedToStop, asked
@@ -175,7 +175,7 @@ class DiskBudget:
         if shards.is_complete:
             return shards.num_tokens
         content = read_data_manifest(self.folder)["sources"][name]["content"]
-        size, read = sum(size for _, size, _ in content["files"]), bytes_read(shards.folder.parent)
+        size, read = sum(size for _, size, _ in content["files"]), read_journal(shards.folder.parent).counts["bytes"]
         return shards.num_tokens * (1 + SURE_SHARE * max(0, size - read) / (read or math.inf))
 
     def _done_and_needed(self) -> tuple[dict[str, int], dict[str, int]]:

@@ -20,11 +20,10 @@ from osler.data.clean import Cleaner
 from osler.data.documents import EMPTY, Corpus, Document, batches, permutation
 from osler.data.duplicates import Rows, rows_of
 from osler.data.shards import Int64Array, MaskArray, TokenArray, token_dtype
-from osler.files.parts import Part
 from osler.runtime.faults import fault
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.chat import encode_examples
-from osler.tokenizer.round_trip import Losses, RoundTrip
+from osler.tokenizer.round_trip import Losses
 
 STRETCH_CHARACTERS = 1 << 23
 BATCH_CHARACTERS = 1 << 20
@@ -40,7 +39,6 @@ class Task(NamedTuple):
 
     corpus: int
     number: int
-    part: Part
     only_keys: bool = False
 
 
@@ -57,7 +55,6 @@ class Chunk(NamedTuple):
     masks: MaskArray | None
     is_masked: npt.NDArray[np.bool_] | None
     rows: Rows | None  # they find copies
-    beginnings: Sequence[str]  # of the documents, for the data card; empty where copies are kept
 
 
 class PartEnd(NamedTuple):
@@ -90,7 +87,7 @@ class Tokeniser:
 
         def kept() -> Iterator[Document]:
             nonlocal count
-            for document, exact, look in corpus.judged(task.part):
+            for document, exact, look in corpus.judged(corpus.parts[task.number]):
                 digest.update(exact)
                 count += 1
                 exam_items.update(look.exam_items)
@@ -101,17 +98,17 @@ class Tokeniser:
                 if drops[look.reason] <= EXAMPLES and look.reason != EMPTY:
                     examples.setdefault(look.reason, []).append(beginning(document))
 
-        round_trip = None if tokenizer is None else RoundTrip(tokenizer)
+        losses = Losses()
         for number, stretch in enumerate(batches(kept(), STRETCH_CHARACTERS)):
-            if tokenizer is None or round_trip is None:
+            if tokenizer is None:
                 continue
             order = permutation(len(stretch), corpus.seed, task.number, number, "stretch").tolist()
             for batch in batches((stretch[place] for place in order), BATCH_CHARACTERS):
                 if not task.only_keys:
-                    round_trip.look(part for document in batch[::LOOK_EVERY] for part in document.parts)
+                    losses.look(tokenizer, (part for document in batch[::LOOK_EVERY] for part in document.parts))
                 yield _chunk(tokenizer, batch, corpus.clean, only_keys=task.only_keys)
         found = examples, sorted(exam_items)
-        yield PartEnd(digest.hexdigest(), count, dict(drops), *found, Losses() if round_trip is None else round_trip.losses)
+        yield PartEnd(digest.hexdigest(), count, dict(drops), *found, losses)
 
 
 def encode(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[tuple[list[int], list[int] | None]]:
@@ -145,5 +142,4 @@ def _chunk(tokenizer: Tokenizer, documents: Sequence[Document], clean: Cleaner |
         rows_of([document.content_key() for document in documents], [document.signature for document in documents])
         if clean is not None and clean.config.duplicates != "keep"
         else None,
-        () if clean is None or clean.config.duplicates == "keep" else [beginning(document) for document in documents],
     )

@@ -18,7 +18,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,8 +27,7 @@ from osler.data.config import FIRST_SHARD_TOKENS, VALIDATION_TOKENS, CleanConfig
 from osler.data.documents import EMPTY
 from osler.data.duplicates import Seen
 from osler.data.shards import SHARD_TOKENS, SPLITS, ShardWriter
-from osler.data.tokenise import EXAMPLES, Chunk, PartEnd
-from osler.files.parts import Part
+from osler.data.tokenise import Chunk, PartEnd
 from osler.runtime.faults import fault
 from osler.runtime.files import no_pause, open_durable
 
@@ -69,8 +68,6 @@ class CorpusWriter:
         if clean is not None and clean.duplicates != "keep":
             memory_bytes, near = clean.duplicates_memory_mb << 20, clean.duplicates == "near"
             self._seen = Seen(folder / SEEN_FILE, near=near, similarity=clean.similarity, memory_bytes=memory_bytes)
-        self._num_examples = Counter[str]()
-        self._examples: dict[str, list[str]] = {}  # beginnings of copies in the current part
         self.num_parts, self.counts = self._go_on()
         self._skip = {split: shards.num_documents - self.counts[split] for split, shards in self.splits.items()}
 
@@ -82,11 +79,10 @@ class CorpusWriter:
         if self._seen is not None:
             finished[_NUM_DISTINCT] = self._seen.num_written
         parts, end, counts = 0, 0, Counter[str]()
-        for number, (line, place) in enumerate(journal_lines(self._journal), 1):
+        for number, (line, place) in enumerate(_journal_lines(self._journal), 1):
             if any(line["counts"].get(split, 0) > documents for split, documents in finished.items()):
                 break
             parts, end, counts = number, place, Counter(line["counts"])
-            self._num_examples.update({reason: len(texts) for reason, texts in line.get("examples", {}).items()})
         if self._journal.exists():
             os.truncate(self._journal, end)
         if self._keys_file is not None and self._keys_file.exists():
@@ -132,15 +128,13 @@ class CorpusWriter:
                 if reason:
                     is_new[place] = False
                     self.counts[reason] += 1
-                    if self.counts[reason] <= EXAMPLES:
-                        self._examples.setdefault(reason, []).append(chunk.beginnings[place])
             self.counts[_NUM_DISTINCT] += int(is_new.sum())
         return is_new
 
-    def end_part(self, part: Part, end: PartEnd) -> None:
-        """Write down that a part is finished."""
+    def end_part(self, num_bytes: int, end: PartEnd) -> None:
+        """Write down that a part of this size is finished."""
         before = self.counts["bytes"]
-        self.counts.update({"bytes": part.num_bytes, "documents": end.documents, **end.drops})
+        self.counts.update({"bytes": num_bytes, "documents": end.documents, **end.drops})
         if self.counts["bytes"] // CUT_BYTES > before // CUT_BYTES:
             for shards in self.splits.values():
                 shards.cut()
@@ -151,21 +145,11 @@ class CorpusWriter:
         if self._seen is not None:
             self._seen.write()
         line: dict[str, Any] = {"digest": end.digest, "counts": self.counts}
-        if examples := {**self._examples_to_show(end.examples), **self._examples}:
-            line["examples"] = examples
-        if end.exam_items:
-            line["exam_items"] = end.exam_items
-        self._examples = {}
+        line |= {name: found for name, found in (("examples", end.examples), ("exam_items", end.exam_items)) if found}
         fault("prepare-journal")
         with open(self._journal, "ab") as file:
             file.write(json.dumps(line).encode() + b"\n")
         self.num_parts += 1
-
-    def _examples_to_show(self, examples: Mapping[str, list[str]]) -> dict[str, list[str]]:
-        """Return as many examples of dropped documents as the data card still takes."""
-        some = {reason: texts[: EXAMPLES - self._num_examples[reason]] for reason, texts in examples.items()}
-        self._num_examples.update({reason: len(texts) for reason, texts in some.items()})
-        return {reason: texts for reason, texts in some.items() if texts}
 
     def close(self) -> dict[str, Any]:
         """Write the last shards, and return what the manifest says of the corpus."""
@@ -192,17 +176,25 @@ def journal_of(folder: Path, splits: Sequence[str]) -> Path:
     return folder / f"{splits[0]}.jsonl"
 
 
-def digests(journal: Path) -> Iterator[str]:
-    """Yield the digests of the parts in a journal."""
-    return (line["digest"] for line, _ in journal_lines(journal))
+class Journal(NamedTuple):
+    """What a journal says: the digest of each part, the counts of all, examples of dropped documents by reason, exam items."""
+
+    digests: list[str]
+    counts: Counter[str]
+    examples: dict[str, list[str]]
+    exam_items: set[str]
 
 
-def bytes_read(folder: Path) -> int:
-    """Return how many bytes of a source's files were read for the training data in its folder."""
-    last = 0
-    for line, _ in journal_lines(journal_of(folder, SPLITS[:1])):
-        last = int(line["counts"]["bytes"])
-    return last
+def read_journal(folder: Path, splits: Sequence[str] = SPLITS[:1]) -> Journal:
+    """Read the journal of a corpus that was written into some splits of a folder, of a source if nothing else is said."""
+    journal = Journal([], Counter(), {}, set())
+    for line, _ in _journal_lines(journal_of(folder, splits)):
+        journal.digests.append(line["digest"])
+        journal = journal._replace(counts=Counter(line["counts"]))
+        for reason, texts in line.get("examples", {}).items():
+            journal.examples.setdefault(reason, []).extend(texts)
+        journal.exam_items.update(line.get("exam_items", ()))
+    return journal
 
 
 def read_keys(folder: Path) -> npt.NDArray[np.uint64]:
@@ -211,7 +203,7 @@ def read_keys(folder: Path) -> npt.NDArray[np.uint64]:
     return np.fromfile(path, np.uint64) if path.exists() else np.zeros(0, np.uint64)
 
 
-def journal_lines(journal: Path) -> Iterator[tuple[dict[str, Any], int]]:
+def _journal_lines(journal: Path) -> Iterator[tuple[dict[str, Any], int]]:
     """Yield each line of a journal with the byte at which it ends; stop at a torn line, which a kill can leave."""
     place = 0
     if journal.exists():

@@ -20,8 +20,9 @@ from osler.config.schema import decode, encode
 from osler.data.documents import Document
 from osler.data.exams import ExamsInData
 from osler.data.named import SOURCES, check_task, load_task, open_hub
+from osler.data.prepared import held_out_so_far
 from osler.data.readers import TextFiles
-from osler.data.shard_set import ShardSet, open_validation_sets
+from osler.data.shard_set import ShardSet
 from osler.eval.config import CLINIC_EXAM, EvalConfig, config_of
 from osler.eval.exams import Form, Normalise, presentations, score_by_generation, score_by_likelihood
 from osler.eval.likelihood import TextScore, batches, measure, windows
@@ -38,7 +39,7 @@ from osler.runtime.log import Progress
 from osler.tasks.answers import PUBLISHED, published_reading
 from osler.tasks.item import ExamItem
 from osler.tasks.registry import ClinicTask
-from osler.tokenizer.round_trip import RoundTrip, refuse_missing_bytes
+from osler.tokenizer.round_trip import Losses, refuse_missing_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ def complete(config: EvalConfig, ready: LoadedModel) -> tuple[EvalConfig, Mappin
     if ready.training.get("eval_task"):
         return decode(EvalConfig, {**encode(config), "task": ready.training["eval_task"]}), {}
     data = ready.shards
-    if data is not None and data.is_dir() and not ready.answers_questions and (held_out := open_validation_sets(data)):
+    if data is not None and data.is_dir() and not ready.answers_questions and (held_out := held_out_so_far(data)):
         if next(iter(held_out.values())).tokenizer_fingerprint != ready.tokenizer.fingerprint:
             raise UserError(f"{data} was prepared with another tokenizer than the model's; prepare it anew.")
         return config, held_out
@@ -313,9 +314,9 @@ def measured(name: str, read: Callable[[], Iterable[Document]], config: EvalConf
         count, num_bytes, words = count + 1, num_bytes + len(text.encode("utf-8")), words + len(text.split())
     if not count:
         raise UserError(f"{name} holds no text: there is nothing to measure.")
-    round_trip = RoundTrip(ready.tokenizer)
-    round_trip.look(islice(texts(), LOOKED_AT))
-    round_trip.losses.warn()
+    losses = Losses()
+    losses.look(ready.tokenizer, islice(texts(), LOOKED_AT))
+    losses.warn()
     ids = ([*ready.tokenizer.encode(text), ready.tokenizer.eos_id] for text in texts())
     return replace(text_score(config, ready, ids, count, num_bytes), words=words)
 

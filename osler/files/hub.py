@@ -12,7 +12,7 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import IO, Any
+from typing import Any
 
 from typing_extensions import Buffer
 
@@ -40,7 +40,7 @@ class HubFile:
         """Return repository and path."""
         return f"{self.repo}/{self.path}"
 
-    def open(self) -> IO[bytes]:
+    def open(self) -> io.BufferedReader:
         """Open the file for reading at any position."""
         return io.BufferedReader(_Ranges(self), RANGE_BYTES)
 

@@ -11,9 +11,10 @@ import bisect
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from itertools import accumulate
 from pathlib import Path
-from typing import IO, Protocol
+from typing import Protocol
 
 from osler.files.find import PARQUET_ENDING, TEXT_ENDINGS, compression, ending, find_files, shown
 from osler.runtime.errors import UserError
@@ -33,7 +34,7 @@ class File(Protocol):
     @property
     def stamp(self) -> str: ...
 
-    def open(self) -> IO[bytes]:
+    def open(self) -> BufferedReader:
         """Open the file for reading at any position; raises UserError when it is no longer what `stamp` says."""
 
     def check(self) -> None:
@@ -64,7 +65,7 @@ class LocalFile:
         """Return the path as it can be printed."""
         return shown(self.path)
 
-    def open(self) -> IO[bytes]:
+    def open(self) -> BufferedReader:
         """Open the file by Python, because pyarrow takes no names that are not UTF-8."""
         self.check()
         return open(self.path, "rb")
@@ -99,7 +100,8 @@ class Parts:
 
     def __init__(self, files: Sequence[File]) -> None:
         self.files = files
-        self._ends = list(accumulate(map(_count, files)))
+        self._part_bytes = PART_BYTES  # goes along to other processes
+        self._ends = list(accumulate(map(self._count, files)))
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -113,12 +115,12 @@ class Parts:
         number = bisect.bisect_right(self._ends, index)
         place = index - (self._ends[number - 1] if number else 0)
         file = self.files[number]
-        if _count(file) == 1:
+        if self._count(file) == 1:
             return Part(file)
-        stop = (place + 1) * PART_BYTES
-        return Part(file, place * PART_BYTES, None if stop >= file.size else stop)
+        stop = (place + 1) * self._part_bytes
+        return Part(file, place * self._part_bytes, None if stop >= file.size else stop)
 
-
-def _count(file: File) -> int:
-    is_whole = ending(file.name) in TEXT_ENDINGS or (ending(file.name) != PARQUET_ENDING and compression(file.name) is not None)
-    return 1 if is_whole else max(1, -(-file.size // PART_BYTES))
+    def _count(self, file: File) -> int:
+        kind = ending(file.name)
+        is_whole = kind in TEXT_ENDINGS or (kind != PARQUET_ENDING and compression(file.name) is not None)
+        return 1 if is_whole else max(1, -(-file.size // self._part_bytes))

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     import pyarrow
 
 BLOCK_BYTES = 1 << 20
-MOST_DIGITS = 640  # Python surely converts integers of this length, because sys.set_int_max_str_digits takes no smaller limit
 MOST_NULS = 0.1  # the largest share of NULs in a text; UTF-16 has about half
 BATCH_ROWS, BATCH_BYTES = 1024, 1 << 23  # are in memory at once of a parquet file, whichever is less
 BUFFER_BYTES = 1 << 20  # are read at once of each column of a parquet file
@@ -121,7 +120,7 @@ def decode_lines(lines: Iterable[bytes], name: str, start: int = 0) -> Iterator[
         yield where, text.removeprefix("\ufeff")  # joined files have this mark on later lines
 
 
-def _open(file: File) -> IO[bytes]:
+def _open(file: File) -> io.BufferedReader:
     """Open a file for reading its decompressed bytes; reading raises OSError where a compressed file is torn."""
     handle, packing = file.open(), compression(file.name)
     if packing is None:
@@ -142,41 +141,25 @@ def _os_errors_named(name: str) -> Iterator[None]:
         raise UserError(_damaged(name, error)) from None
 
 
-def _lines(stream: IO[bytes], head: bytes = b"") -> Iterator[bytes]:
-    """Cut a stream, after the ``head`` read of it, only at newlines. Pyarrow cannot do this where the stream is compressed."""
-    parts: list[bytes] = []  # pieces of a line longer than a block, joined once
-    while block := head or stream.read(BLOCK_BYTES):
-        first, *others = block.split(b"\n")
-        parts.append(first)
-        for line in others:
-            yield b"".join(parts) + b"\n"
-            parts = [line]
-        head = b""
-    if any(parts):
-        yield b"".join(parts)
-
-
-def _lines_between(stream: IO[bytes], start: int, stop: int | None, head: bytes = b"") -> tuple[int, Iterator[bytes]]:
+def _lines_between(stream: IO[bytes], start: int, stop: int | None) -> tuple[int, Iterator[bytes]]:
     """Return the lines that begin at byte ``start`` or later and before ``stop``, and where the first of them begins.
 
     A line that began earlier is passed over and not put together.
     """
+    place = max(0, start - 1)
     if start:
-        stream.seek(start - 1)
-        while (end := head.find(b"\n")) < 0:
-            start += len(head)
-            if (stop is not None and start - 1 >= stop) or not (head := stream.read(BLOCK_BYTES)):
-                return start, iter(())
-        head, start = head[end + 1 :], start + end
+        stream.seek(place)
+        while (stop is None or place < stop) and (piece := stream.readline(BLOCK_BYTES)):
+            place += len(piece)
+            if piece.endswith(b"\n"):
+                break
 
-    def lines(position: int) -> Iterator[bytes]:
-        for line in _lines(stream, head):
-            if stop is not None and position >= stop:
-                return
+    def lines(place: int) -> Iterator[bytes]:
+        while (stop is None or place < stop) and (line := stream.readline()):
             yield line
-            position += len(line)
+            place += len(line)
 
-    return start, lines(start)
+    return place, lines(place)
 
 
 def _not_utf8(where: str, error: UnicodeDecodeError, offset: int) -> str:
@@ -199,22 +182,17 @@ def _json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _json_integer(digits: str) -> int | float:
-    """Return an integer; one with more digits than Python converts becomes infinite, which matters only if it is used."""
-    return int(digits) if len(digits) < MOST_DIGITS else float(digits)
-
-
-_decode = json.JSONDecoder(object_pairs_hook=_json_object, parse_int=_json_integer).decode
+_decode = json.JSONDecoder(object_pairs_hook=_json_object).decode
 
 
 def _json_rows(part: Part, columns: Sequence[str] | None) -> Iterator[Row]:
     name = part.file.name
     with _os_errors_named(name), _open(part.file) as stream:
-        head = b"" if part.start else stream.read(HEAD_BYTES)
+        head = b"" if part.start else stream.peek(HEAD_BYTES)
         if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):  # the line may be larger than the memory
             raise UserError(f"{name} begins with '['. {_one_object_per_line('[')}")
         is_first = columns is not None and not part.start
-        start, lines = _lines_between(stream, part.start, part.stop, head)
+        start, lines = _lines_between(stream, part.start, part.stop)
         for where, text in decode_lines(lines, name, start):
             if not text.strip():
                 continue

@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from osler.checkpoint import store
-from osler.data.consumed import source_metrics
+from osler.data.loader import source_metrics
 from osler.eval.exams import greedy, score_by_generation, shared_exam
 from osler.model.transformer import Transformer
 from osler.monitor.history import RunSettings

@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from osler.runtime.child import start
 from osler.runtime.errors import UserError
 from osler.tasks.answers import MAX_ANSWER_CHARS, read_answer
 from osler.tasks.item import LETTERS, ExamItem, render_option
@@ -105,14 +106,8 @@ class OwnReward:
     def __init__(self, name: str, seconds: float) -> None:
         """Start the process, which ends with this one, and wait for the function; raises UserError when there is none."""
         self.name, self.seconds = name, seconds
-        serving = f"import sys; sys.path[:] = {['', *sys.path]!r}\nfrom osler.tasks.rewards import serve; serve()"
         try:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", serving],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                start_new_session=True,  # a Ctrl-C is for the run
-            )
+            self.process = start("osler.tasks.rewards", stdout=subprocess.PIPE)
         except OSError as error:
             raise UserError(f"The reward {name} cannot have a process of its own: {error.strerror}.") from error
         self.close = weakref.finalize(self, _end, self.process)  # called by hand, or when nothing holds this object any more
@@ -190,3 +185,7 @@ def _find(name: str) -> Callable[..., Any]:
         module = importlib.import_module(where)
     function: Callable[..., Any] = getattr(module, wanted)
     return function
+
+
+if __name__ == "__main__":
+    serve()

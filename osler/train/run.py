@@ -104,7 +104,7 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
     else:
         loop = Loop(trainer)
         warn_of_plan(config)
-        setup.tell_of_repeats(config, prepared, trainer.consumed)
+        setup.tell_of_repeats(config, prepared, trainer.loader)
         logger.info(
             f"{config.kind}: {model.config.num_parameters:,} parameters, {prepared.size}, "
             f"{config.length} to train on; {machine.dtype} on {place_of(machine, config.parallel, world)}."

@@ -21,9 +21,8 @@ from osler.data.config import (
     TextData,
     sources_of,
 )
-from osler.data.consumed import ConsumedData
 from osler.data.curriculum import rows_per_micro_batch
-from osler.data.loader import check_shares
+from osler.data.loader import Loader, check_shares
 from osler.data.order import WINDOW_SHARDS
 from osler.data.packing import torn_lengths
 from osler.data.prepared import Prepared, tokenizer_of_shards
@@ -43,7 +42,7 @@ from osler.runtime.device import pick_device
 from osler.runtime.errors import UserError
 from osler.runtime.sharded import load_whole
 from osler.tokenizer.bpe import Tokenizer
-from osler.tokenizer.round_trip import RoundTrip, refuse_missing_bytes
+from osler.tokenizer.round_trip import Losses, refuse_missing_bytes
 from osler.train.config import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -69,7 +68,8 @@ def check_plan(config: TrainConfig, *, is_new: bool) -> None:
         fitted(config.model, refuse_missing_bytes(tokenizer))
         if not isinstance(config.data, PreparedData):
             for corpus in open_corpora(config.data).values():
-                RoundTrip(tokenizer).look(part for document in islice(corpus.documents(), LOOKED_AT) for part in document.parts)
+                looked_at = islice(corpus.documents(), LOOKED_AT)
+                Losses().look(tokenizer, (part for document in looked_at for part in document.parts))
 
 
 def check_disk_budget(config: TrainConfig, data: TextData) -> None:
@@ -266,7 +266,7 @@ def check_lengths(config: TrainConfig, prepared: Prepared, max_seq_len: int) -> 
     logger.warning(f"{what}; they are left out (too_long=drop).")
 
 
-def tell_of_repeats(config: TrainConfig, prepared: Prepared, consumed: ConsumedData) -> None:
+def tell_of_repeats(config: TrainConfig, prepared: Prepared, loader: Loader) -> None:
     """Warn when the data are less than one row; note when the run repeats them so often that repeats teach little."""
     if not prepared.is_complete:  # the number of tokens becomes known later
         return
@@ -276,7 +276,7 @@ def tell_of_repeats(config: TrainConfig, prepared: Prepared, consumed: ConsumedD
             f"the data are {tokens:,} tokens, less than one row of seq_len {config.seq_len}. Give more data, or set a "
             "smaller seq_len."
         )
-    planned = consumed.planned_tokens(config.total_tokens)
+    planned = loader.planned_tokens(config.total_tokens)
     by_source = {source.name: planned[source.name] / source.train.num_tokens for source in prepared.sources}
     name, epochs = max(by_source.items(), key=lambda item: item[1])
     if config.max_minutes is None and epochs > most:

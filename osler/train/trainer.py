@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from osler.checkpoint import store
-from osler.data.consumed import ConsumedData
 from osler.data.curriculum import rows_per_micro_batch
 from osler.data.loader import Batch, Loader
 from osler.data.shard_set import fingerprint_of, is_of_part
@@ -122,7 +121,7 @@ class SupervisedTrainer(Trainer):
         tend: Callable[[float], None] = untended,
     ) -> None:
         super().__init__(config, run, learner, total=config.total_tokens, lines_every=config.log_every_steps)
-        self.loader, self.consumed, self.timeline, self.tend = loader, ConsumedData(loader), config.timeline, tend
+        self.loader, self.timeline, self.tend = loader, config.timeline, tend
         self.held_out, self.exam = held_out, exam
         self.train_step = TrainStep(
             learner,
@@ -248,9 +247,9 @@ class SupervisedTrainer(Trainer):
         self._fetch()
         tokens, began = self.since
         self.since = self.tokens, time.monotonic()
-        metrics = step_stats(self.window, self.config.clip_norm, self.consumed.bytes_per_token(self.step))
+        metrics = step_stats(self.window, self.config.clip_norm, self.loader.bytes_per_token(self.step))
         metrics |= {"train/lr": self.config.optim.lr * scale, **self.collector.line()}
-        metrics |= self.consumed.metrics(self.step, len(self.window), skipped_tokens=self.incidents.data_offset)
+        metrics |= self.loader.metrics(self.step, len(self.window), skipped_tokens=self.incidents.data_offset)
         self.window = []
         loss = metrics.get("train/loss")  # None when no step had a token to learn
         if loss is not None:

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from osler.config.schema import decode
-from osler.data.clean import EXAM, KEEP, Cleaner
-from osler.data.config import CleanConfig, FilesData, MixtureData
+from osler.data.clean import EXAM, Cleaner
+from osler.data.config import CleanConfig, FilesData, MixtureData, sources_of
 from osler.data.documents import Document, in_memory
 from osler.data.duplicates import EXACT, NEAR, Rows, Seen, rows_of, signatures
 from osler.data.exams import ExamsInData, read_exams_in_data, refuse_unchecked
 from osler.data.from_recipe import read_sections
 from osler.data.languages import languages_of
-from osler.data.named import examined, load_task
+from osler.data.named import EXAMS, examined, load_task
 from osler.data.ngrams import Words
 from osler.data.prepare import prepare
 from osler.data.shards import read_data_manifest
@@ -26,6 +26,7 @@ from osler.runtime.errors import UserError
 from osler.tasks.config import HubExam, MedqaTask, QuestionsTask
 from osler.tokenizer.bpe import Tokenizer
 from tests.data.prose import prose
+from tests.data.test_named import ROWS
 
 # -- quality -----------------------------------------------------------------------------------------------------------
 
@@ -50,7 +51,7 @@ GERMAN = "Der Patient hat seit drei Tagen Fieber und hustet in der Nacht, die Lu
     ],
 )
 def test_quality_and_language(config: CleanConfig, text: str, reason: str) -> None:
-    assert [look.reason for look in Cleaner(config).looks([(text,)])] == [reason]
+    assert [look.reason for look in Cleaner(config).looks([(text,), ("2 + 2?", "4")])] == [reason, ""], "questions may be short"
 
 
 def test_languages_are_those_that_the_library_tells() -> None:
@@ -59,13 +60,6 @@ def test_languages_are_those_that_the_library_tells() -> None:
     texts = [SENTENCE, GERMAN, GERMAN.upper(), *others, *(" ".join(prose(seed, 40)) for seed in range(50))]
     assert languages_of(texts) == [py3langid.classify(text)[0] for text in texts]
     assert languages_of([]) == []
-
-
-def test_questions_with_answers_may_be_short() -> None:
-    assert Cleaner(CleanConfig()).looks([("2 + 2?", "4")]) == [KEEP]
-
-
-# -- copies ------------------------------------------------------------------------------------------------------------
 
 
 def seen(path: Path, *, near: bool = True, memory_bytes: int = 1 << 20) -> Seen:
@@ -149,7 +143,7 @@ def test_drops_are_counted_and_shown_in_the_card(data: FilesData, exam: MedqaTas
     for part in (
         "CC BY 4.0",
         "notes, too short: No. …",
-        "medqa test (exam.jsonl)",
+        "medqa test |",
         f"`{found_item}`",
         "| near copy | 1 | 0.500% |",
         "duplicates: near",
@@ -161,30 +155,16 @@ def test_drops_are_counted_and_shown_in_the_card(data: FilesData, exam: MedqaTas
 
 
 QUESTION = " ".join(prose(3, 40))
-ROWS = {
-    "medqa": {"question": QUESTION, "options": {"A": "x", "B": "y"}, "answer": "x", "answer_idx": "A"},
-    "medmcqa": {"id": "a", "question": QUESTION, **dict.fromkeys(("opa", "opb", "opc", "opd"), "x"), "cop": 0, "exp": ""},
-    "pubmedqa": {
-        "pubid": 7, "question": "Does it help?", "context": {"contexts": [QUESTION]}, "long_answer": "It does.",
-        "final_decision": "yes",
-    },
-    "mmlu": {"question": QUESTION, "subject": "anatomy", "choices": ["x", "y"], "answer": 0},
-    "gsm8k": {"question": QUESTION, "answer": "It is so. #### 7"},
-    "humaneval": {
-        "task_id": "HumanEval/1", "prompt": QUESTION, "canonical_solution": "return 1", "test": "x", "entry_point": "f",
-    },
-    "hellaswag": {"activity_label": "x", "ctx_a": QUESTION, "ctx_b": "", "endings": ["a", "b"], "label": "1"},
-    "trivia_qa": {"question": QUESTION, "question_id": "sub_1", "answer": {"value": "Onion", "aliases": []}},
-}  # fmt: skip
+ASKED = {"humaneval": "prompt", "hellaswag": "ctx_a"}  # the fields of questions with other names
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", EXAMS)
 @pytest.mark.parametrize("by_name", [False, True])
 def test_every_exam_can_be_named(data: FilesData, tmp_path: Path, name: str, by_name: bool) -> None:
     """By its file, or by its name alone, which takes the split that models are examined with from the folder of the data."""
     file = tmp_path / "root" / name / f"{examined(name)[2]}.jsonl"
     file.parent.mkdir(parents=True)
-    file.write_text(json.dumps(ROWS[name]) + "\n")
+    file.write_text(json.dumps({**ROWS[name][0], ASKED.get(name, "question"): QUESTION}) + "\n")
     entry = {"type": "hub", "name": name} if by_name else {"type": name, "path": str(file)}
     clean = decode(CleanConfig, {"exams": [entry]})
     mixture = MixtureData(sources=(replace(data, clean=None),), root=str(tmp_path / "root"), clean=clean)
@@ -210,13 +190,24 @@ def test_exams_of_ones_own_and_strange_names(data: FilesData, tmp_path: Path, ca
     assert "exams[0].split is test, but the name of" in told and told.count("but the name of") == 1
 
 
-def test_other_rules_of_cleaning_are_other_data(
-    data: FilesData, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+def test_other_cleaning_is_other_data(
+    data: FilesData, exam: MedqaTask, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Other rules, or another exam in the same file."""
     prepare_sources(data, tokenizer, tmp_path / "out")
-    monkeypatch.setattr("osler.data.clean.RULES", 99)
-    with pytest.raises(UserError, match=r"clean\.rules is 2, now it is 99"):
+    with monkeypatch.context() as changed, pytest.raises(UserError, match=r"clean\.rules is 2, now it is 99"):
+        changed.setattr("osler.data.clean.RULES", 99)
         prepare_sources(data, tokenizer, tmp_path / "out")
+    Path(exam.path).write_text(Path(exam.path).read_text().replace('"x"', '"z"'))
+    with pytest.raises(UserError, match=r"clean\.exams is .*, now it is"):
+        prepare_sources(data, tokenizer, tmp_path / "out")
+
+
+def test_an_exam_is_written_down_as_in_every_version(data: FilesData) -> None:
+    """A field that exams get later must not make other data of the shards that there are."""
+    cleaner = open_corpora(data)["notes"].clean
+    assert cleaner is not None
+    assert {*cleaner.options["exams"][0]} == {"type", "path", "split", "limit", "seed", "shots", "shots_path"}
 
 
 def test_documents_with_exam_questions_can_be_kept(data: FilesData, tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -230,16 +221,9 @@ def test_documents_with_exam_questions_can_be_kept(data: FilesData, tmp_path: Pa
 def test_items_are_checked_where_all_sources_are(data: FilesData) -> None:
     one, other = ExamsInData(frozenset("abc"), frozenset("a")), ExamsInData(frozenset("bcd"), frozenset("d"))
     assert one.with_data(other) == ExamsInData(frozenset("bc"), frozenset("ad"))
-    assert ExamsInData.from_bytes(one.to_bytes()) == one
+    assert ExamsInData.from_files(one.as_files()) == one
     with pytest.raises(UserError, match="damaged"):
-        ExamsInData.from_bytes(b"{}")
-
-
-def test_other_cleaning_is_other_data(data: FilesData, exam: MedqaTask, tmp_path: Path, tokenizer: Tokenizer) -> None:
-    prepare_sources(data, tokenizer, tmp_path / "out")
-    Path(exam.path).write_text(Path(exam.path).read_text().replace('"x"', '"z"'))
-    with pytest.raises(UserError, match=r"clean\.exams is .*, now it is"):
-        prepare_sources(data, tokenizer, tmp_path / "out")
+        ExamsInData.from_files({"exams.json": b"{}"})
 
 
 @pytest.mark.parametrize("is_mixture", [False, True])
@@ -262,7 +246,7 @@ def test_the_recipe_in_the_card_gives_the_same_data(
         shutil.copy(tmp_path / file, there)
     monkeypatch.chdir(there)
     sections = read_sections("recipe.yaml", [])
-    assert sections.data.no_benchmark_contamination
+    assert all(source.no_benchmark_contamination for source in sources_of(sections.data).values())
     prepare_sources(sections.data, Tokenizer.load("tokenizer.json"), "again", validation=sections.validation)
     assert files(there / "again", "*.bin") == files(tmp_path / "out", "*.bin")
 

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 
 from osler.data.config import CurriculumStage as Stage
-from osler.data.consumed import ConsumedData, source_metrics
 from osler.data.curriculum import lay_out
-from osler.data.loader import Loader
+from osler.data.loader import Loader, source_metrics
 from osler.data.mixture import Mixture
 from osler.data.order import Order
 from osler.data.packing import MixedPacking, StreamPacking, WholePacking
@@ -33,12 +32,11 @@ def test_a_stream_consumes_what_its_rows_hold(make_shards):
     order = Order(shards, 1)
     packings = [StreamPacking(order, s.seq_len, first_token=s.first_token, prompt_loss=True) for s in timeline.spans]
     loader = Loader(timeline, [alone(packing) for packing in packings])
-    consumed = ConsumedData(loader)
-    assert consumed.bytes_per_token(1) == 1.0
+    assert loader.bytes_per_token(1) == 1.0
     seen = 0
     for step, batch in zip(range(1, 60), loader.batches(), strict=False):
         seen += batch.ids.numel()
-        found = consumed.metrics(step, 1)
+        found = loader.metrics(step, 1)
         assert found["data/epoch"] == found["data/epoch/notes"] == pytest.approx(seen / shards.num_tokens)
         assert (found["data/tokens/notes"], found["data/padding_frac"]) == (seen, 0)
     assert seen / shards.num_tokens > 2
@@ -46,16 +44,16 @@ def test_a_stream_consumes_what_its_rows_hold(make_shards):
 
 def test_whole_documents_are_consumed_with_their_padding(make_shards):
     packing = WholePacking(Order(make_shards(LENGTHS), 1), SEQ_LEN, prompt_loss=True)
-    consumed = ConsumedData(loader_of(packing, 3))
+    loader = loader_of(packing, 3)
     used: list[int] = []
     for step in range(1, 40):
         for number in range(3 * (step - 1), 3 * step):
             row = packing.row(number)
             places = [*row.ids.tolist(), max(0, int(row.labels[-1]))]  # the last place is a label only
             used.append(int(np.flatnonzero(places)[-1]) + 2)  # a document ends with 0, as does the padding
-        found = consumed.metrics(step, 2)
+        found = loader.metrics(step, 2)
         assert found["data/padding_frac"] == pytest.approx(1 - np.mean(used[-6:]) / (SEQ_LEN + 1))
         assert found["data/epoch"] == pytest.approx(sum(used) / sum(LENGTHS))
     assert found["data/epoch"] > 2
-    ahead, later = consumed.metrics(step, 1, skipped_tokens=6 * SEQ_LEN), consumed.metrics(step + 2, 1)
+    ahead, later = loader.metrics(step, 1, skipped_tokens=6 * SEQ_LEN), loader.metrics(step + 2, 1)
     assert ahead == later  # six rows were passed over: two steps

@@ -63,5 +63,5 @@ def test_each_source_is_packed_by_itself(kind, make_shards) -> None:  # type: ig
     assert packing.tokens(30) == {name: part.tokens(count) for (name, part), count in zip(parts.items(), (20, 10), strict=True)}
     used = sum(packing.tokens(30).values()) / (30 * 9)
     assert packing.padding(0, 30) == (0 if kind is StreamPacking else pytest.approx(1 - used))
-    skipping = packing.skipping([3, 2])
+    skipping = MixedPacking(parts, packing.mixture, [3, 2])
     assert np.array_equal(skipping.row(0).ids, parts["a"].row(3).ids)

@@ -331,7 +331,7 @@ def test_everything_made_of_a_config_is_made_of_one_commit(hub, tokenizer, tmp_p
     hub.commit = "d" * 40
     hub_files.cache_clear()
     pinned, sets = at_known_commits(source, (source,), tmp_path / "out")
-    assert (pinned.revision, sets[0].revision) == (COMMIT, hub.commit)
+    assert (pinned.revision, sets[0].revision) == (COMMIT, COMMIT)
 
 
 def test_exams_by_name_are_looked_for_at_one_commit(hub, tokenizer, tmp_path, monkeypatch):

@@ -5,7 +5,6 @@ import json
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,20 +113,6 @@ def test_a_tokenizer_has_not_seen_what_is_held_out(tmp_path: Path) -> None:
     assert [len(tokenizer.encode(word)) > 4 for word in words] == [True] + [False] * 9, "nothing else is held out then"
 
 
-@pytest.mark.parametrize(
-    ("data", "said"),
-    [
-        ({"type": "clinic", "passages": -1}, "passages"),
-        ({"type": "clinic", "passages": 0, "examples": 0}, "passages"),
-        ({"type": "files", "path": "x", "holdout_fraction": -0.1}, r"data.holdout_fraction: must be at least 0 and below 1"),
-        ({"type": "turns", "path": "x", "holdout_fraction": 1.0}, r"data.holdout_fraction: .* given 1\.0"),
-    ],
-)
-def test_configs_are_checked(data: dict[str, Any], said: str) -> None:
-    with pytest.raises(match=said):
-        decode(Sections, {"data": data})
-
-
 def test_a_mixture_is_known_by_its_sources() -> None:
     files = [{"type": "files", "path": "books/a.txt", "weight": 3}, {"type": "turns", "path": "b c.jsonl", "name": "asked"}]
     data = decode(Sections, {"data": {"sources": files}}).data
@@ -154,18 +139,6 @@ def test_no_source_has_what_another_holds_out(tmp_path: Path) -> None:
     train, held = ({tokenizer.decode(ids[:-1]) for part in split for ids in part.documents()} for split in splits)
     assert train | held == set(texts) and not train & held and len(held) > 10
     assert [source.name for source in prepared.sources] == ["a", "b"]
-
-
-def test_weights_and_names_may_change_and_the_shards_stay(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        (tmp_path / f"{name}.txt").write_text(f"The text {name}. " * 20)
-    files = [FilesData(path=str(tmp_path / f"{name}.txt"), holdout_fraction=0) for name in "ab"]
-    tokenizer = train_tokenizer(files[0], BPEConfig(vocab_size=300, max_bytes=MANY))
-    first = prepare_sources(MixtureData(sources=tuple(files)), tokenizer, tmp_path / "out")
-    other = tuple(replace(file, name=name, weight=weight) for file, name, weight in zip(files, "ba", (1, 9), strict=True))
-    again = prepare_sources(MixtureData(sources=other), tokenizer, tmp_path / "out")
-    assert again.reused and [source.weight for source in again.sources] == [1, 9]
-    assert again.fingerprint == first.fingerprint and again.train[0].num_bytes == first.train[0].num_bytes
 
 
 @pytest.mark.parametrize(("name", "title"), [("..", "data"), ("tokenizer.json", "tokenizer-json"), ("a/b", "a-b")])
@@ -211,8 +184,7 @@ def test_sources_take_over_what_their_mixture_says() -> None:
 @pytest.mark.parametrize(
     ("clean", "said"),
     [
-        ({"languages": ["en", "English"]}, r"data.clean.languages: `English` is not the ISO 639-1 code .*; did you mean `en`\?"),
-        ({"languages": ["xx"]}, r"`xx` is not the .*; known: .*, en, .*"),
+        ({"languages": ["en", "English"]}, r"data.clean.languages: `English` is not the ISO 639-1 code .*; known: .*, en, .*"),
         ({"exams": [{"type": "medqa", "path": "nowhere.jsonl"}]}, r"no file or folder .*set data.clean.exams\[0\].path"),
     ],
 )

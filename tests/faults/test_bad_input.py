@@ -127,8 +127,8 @@ def test_a_dry_run_looks_at_what_the_run_will_read(mistake, own_text, tiny, runs
     assert "data.path is empty" in mistake("pretrain", "text-10min", *dry)
     sft = ["sft", tiny.sft, f"init_from={runs.pretrain}"]
     assert f"no file or folder {gone}; set data.path" in mistake(*sft, f"data.path={gone}", *dry)
-    assert "set data.type=turns (and data.thinking_field=NAME if" in mistake("pretrain", *own_text(tiny.turns), *dry)
-    assert "Set data.thinking_field to the column" in mistake(*sft, "data.thinking_field=thinking", *dry)
+    assert "or data.type=turns for questions with answers" in mistake("pretrain", *own_text(tiny.turns), *dry)
+    assert "Set data.thinking_field=NAME to the column" in mistake(*sft, "data.thinking_field=thinking", *dry)
     assert "gone is no folder" in mistake("sft", tiny.sft, f"init_from={gone}", *dry)
     assert "gone" in mistake("pretrain", tiny.pretrain, f"tokenizer.path={gone}", *dry)
     assert not (tmp_path / "run").exists()

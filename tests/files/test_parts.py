@@ -6,7 +6,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -63,16 +63,15 @@ class Counted:
     def size(self) -> int:
         return len(self.content)
 
-    def open(self) -> IO[bytes]:
+    def open(self) -> io.BufferedReader:
         counts = self.read
 
         class Stream(io.BytesIO):
-            def read(self, size: int | None = -1) -> bytes:
-                data = super().read(size)
-                counts.append(len(data))
-                return data
+            def readinto(self, buffer: Any) -> int:
+                counts.append(super().readinto(buffer))
+                return counts[-1]
 
-        return Stream(self.content)
+        return io.BufferedReader(Stream(self.content), 100)  # type: ignore[arg-type]
 
     def check(self) -> None:
         pass

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -160,18 +159,6 @@ def test_a_small_vocabulary_and_half_a_character_are_refused(trained: Tokenizer)
         Tokenizer.train(CORPUS, 100)
     with pytest.raises(UserError, match=r"lone surrogate.*position 1"):
         trained.encode_batch(["fine", "a\ud800"])
-
-
-@pytest.mark.parametrize("piece", ["a", "ACGT", "é", " ", "\n", "!", "7", "aé"])
-def test_time_of_training_is_in_proportion_to_the_length_of_a_word(piece: str) -> None:
-    """Eight times the length: with the square of it the time was 64 times as long."""
-
-    def seconds(chars: int) -> float:
-        start = time.process_time()
-        Tokenizer.train([piece * (chars // len(piece))], 300)
-        return time.process_time() - start
-
-    assert seconds(160_000) < 24 * seconds(20_000) + 0.5
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from osler.data.from_recipe import tokenizer_inspect
 from osler.data.prepare import prepare
 from osler.runtime.errors import UserError
 from osler.tokenizer.bpe import Tokenizer
-from osler.tokenizer.round_trip import RoundTrip, lost_characters, refuse_missing_bytes
+from osler.tokenizer.round_trip import Losses, refuse_missing_bytes
 from tests.tokenizer.test_bpe import CORPUS
 
 
@@ -34,7 +34,7 @@ def test_a_byte_level_tokenizer_without_some_byte_is_refused(tmp_path: Path) -> 
     with pytest.raises(UserError, match=r"loses text.*'A'"):
         refuse_missing_bytes(without_bytes())
     with pytest.raises(UserError, match="'a cab' is read back as 'aab'"):
-        RoundTrip(without_bytes()).look(["a cab"])
+        Losses().look(without_bytes(), ["a cab"])
     assert refuse_missing_bytes(Tokenizer.train(CORPUS, 400))
     for tokenizer in (without_bytes(), words("the")):
         with pytest.raises(UserError, match="loses text"):
@@ -42,26 +42,28 @@ def test_a_byte_level_tokenizer_without_some_byte_is_refused(tmp_path: Path) -> 
         assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("tokenizer", "said"), [(without_bytes(), "must not"), (Tokenizer.train(CORPUS, 400), "nothing")])
+@pytest.mark.parametrize(
+    ("tokenizer", "said"), [(without_bytes(), "is read back as"), (Tokenizer.train(CORPUS, 400), "loses         0 of")]
+)
 def test_inspect_tells_what_is_lost(tokenizer: Tokenizer, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "t.json").write_bytes(tokenizer.to_bytes())
     tokenizer_inspect(str(tmp_path / "t.json"), "a cab")
     out = capsys.readouterr().out
-    assert said in out and ("read back as  'aab'" in out) == (said != "nothing")
+    assert said in out and ("read back as  'aab'" in out) == (said == "is read back as")
 
 
 def test_one_rare_character_is_enough_for_a_byte_level_tokenizer() -> None:
     backend = Backend(models.BPE({chr(code): code for code in range(33, 127)} | {"Ġ": 0}, []))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    round_trip = RoundTrip(Tokenizer(backend))
-    round_trip.look(["plain ASCII text " * 100])
+    tokenizer, losses = Tokenizer(backend), Losses()
+    losses.look(tokenizer, ["plain ASCII text " * 100])
     with pytest.raises(UserError, match="5 µg"):
-        round_trip.look(["plain ASCII text " * 100 + "5 µg"])
+        losses.look(tokenizer, ["plain ASCII text " * 100 + "5 µg"])
 
 
 def test_unknown_words_are_refused_and_what_is_little_or_meant_is_only_told(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(UserError, match="loses text"):
-        RoundTrip(words("the", "of")).look(["the fever of malaria"])
+        Losses().look(words("the", "of"), ["the fever of malaria"])
     backend = Backend.from_str(Tokenizer.train(CORPUS, 400)._backend.to_str())
     backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     normalizing = refuse_missing_bytes(Tokenizer(backend))
@@ -69,20 +71,20 @@ def test_unknown_words_are_refused_and_what_is_little_or_meant_is_only_told(capl
         (words("the", "fever"), "the fever " * 200 + "rash", ["rash"]),
         (normalizing, "Fever ABC", ["44.44%", "'fever abc'"]),
     ]:
-        round_trip = RoundTrip(tokenizer)
-        round_trip.look([text])
+        losses = Losses()
+        losses.look(tokenizer, [text])
         with caplog.at_level(logging.WARNING):
-            round_trip.losses.warn()
+            losses.warn()
         assert all(part in caplog.text for part in said)
 
 
 @pytest.mark.parametrize("path", ["gpt2", "gpt2/encoder.json", "superbpe-t80k"])
 def test_published_tokenizers_pass(path: str, shared_data: Callable[[str], Path], caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = refuse_missing_bytes(Tokenizer.load(shared_data(f"tokenizers/{path}")))
-    round_trip = RoundTrip(tokenizer)
-    round_trip.look([*CORPUS, "ΔG ≥ 5 µg/ml 👩‍👩‍👧 日本語\r\n\t <|answer|>"])
-    round_trip.losses.warn()
-    assert lost_characters(tokenizer) == [] and not caplog.text
+    losses = Losses()
+    losses.look(tokenizer, [*CORPUS, "ΔG ≥ 5 µg/ml 👩‍👩‍👧 日本語\r\n\t <|answer|>"])
+    losses.warn()
+    assert losses.lost == 0 and not caplog.text
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "metaspace", "wordpiece"])
@@ -103,6 +105,6 @@ def test_other_kinds_pass(kind: str) -> None:
             backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
             backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), *bytes_back, decoders.Strip(" ", 1, 0)])
     tokenizer, texts = Tokenizer(backend), [text.replace("\n", " ") for text in CORPUS]
-    RoundTrip(tokenizer).look(texts)  # raises when text is lost
+    Losses().look(tokenizer, texts)  # raises when text is lost
     for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
         assert "".join(tokenizer.decode(ids).split()) == "".join(text.split())

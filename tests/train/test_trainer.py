@@ -345,7 +345,7 @@ def test_what_a_model_learned_before_is_known_after_every_resume(config, tmp_pat
         files = {} if known is None else known.as_files()
         if name == "run" or known is not None:
             saved[name] = store.load(store.save(tmp_path / name / "checkpoints", 1, tensors={}, state={}, files=files))
-    (tmp_path / EXAMS_FILE).write_bytes(ExamsInData(frozenset("abc"), frozenset("a")).to_bytes())
+    (tmp_path / EXAMS_FILE).write_bytes(ExamsInData(frozenset("abc"), frozenset("a")).as_files()[EXAMS_FILE])
     config = replace(config, init_from=None if of_start else str(tmp_path / "origin"), allow_data_change=allowed)
     now = ExamsInData.from_files(exams_in_data(config, tmp_path, saved["run"])())
     assert (now.checked, now.found) == (frozenset("ab" if found else ""), frozenset(found or "a"))
@@ -357,7 +357,7 @@ def test_checkpoints_of_a_stream_know_of_exams_from_the_end_of_its_preparation_o
     shards.mkdir()
 
     def evaluate() -> dict[str, float]:
-        (shards / EXAMS_FILE).write_bytes(known.to_bytes())
+        (shards / EXAMS_FILE).write_bytes(known.as_files()[EXAMS_FILE])
         return {"eval/loss": 5.0}
 
     trainer = make_trainer(tmp_path / "run", evaluate=evaluate, checkpoint={"keep_last": 4, "every_tokens": 4 * 256})
