@@ -147,24 +147,6 @@ def split_items(items: Sequence[str]) -> tuple[str | None, list[str]]:
     return recipes[0] if recipes else None, [item for item in items if "=" in item]
 
 
-def report(path: str, out: str | None) -> str:
-    """Write the page of a run, and return its summary."""
-    from osler.report.page import build_report
-    from osler.report.read import read_run
-    from osler.report.words import summary_text
-
-    run = read_run(path)
-    return summary_text(run, build_report(run, out))
-
-
-def compare(folders: Sequence[str], out: str) -> str:
-    """Write the page that compares runs, and return its table. Single checkpoints get a table alone."""
-    from osler.report.compare import build_comparison
-
-    text, page = build_comparison(folders, out)
-    return f"{text}\n\n{page}" if page else text
-
-
 COMMANDS: tuple[Command, ...] = (
     Command(
         "quickstart",
@@ -319,7 +301,7 @@ COMMANDS: tuple[Command, ...] = (
         "report",
         "Write the report of a run, and print its summary",
         "osler report runs/quickstart",
-        report,
+        "osler.report.page:report",
         (RUN, option("--out", metavar="FILE", help="the page to write (default: report.html in the run folder)")),
     ),
     Command(
@@ -359,7 +341,7 @@ COMMANDS: tuple[Command, ...] = (
         "compare",
         "Compare runs or checkpoints: a page of curves, a table, and their exams question by question",
         "osler compare runs/mine runs/mine-lower-lr --out lower-lr.html",
-        compare,
+        "osler.report.compare:compare",
         (
             option("folders", nargs="+", metavar="DIR", help="two run folders or more, or checkpoints in them"),
             option("--out", default="compare.html", metavar="FILE", help="the page to write (default: compare.html)"),

@@ -59,13 +59,13 @@ WITHOUT_RECIPE: dict[str, tuple[type[Any], Mapping[str, Any]]] = {
 
 def list_recipes() -> str:
     """Return name, parameters and description of every recipe, one line each."""
-    rows = []
+    rows = {}
     for name, description in available_recipes().items():
         model = load_recipe(name).get("model")
         size = f"{decode(ModelConfig, model, source=name).num_parameters:,}" if model else ""
-        rows.append((name, size, description))
-    width = max(len(name) for name, _, _ in rows)
-    return "\n".join(f"{name:<{width}}  {size:>13}  {description}" for name, size, description in rows)
+        rows[name] = size, description
+    width = max(map(len, rows))
+    return "\n".join(f"{name:<{width}}  {size:>13}  {description}" for name, (size, description) in rows.items())
 
 
 def show_recipe(recipe: str | None, overrides: Sequence[str] = (), *, explain: bool = False) -> str:

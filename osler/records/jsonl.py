@@ -224,8 +224,13 @@ def still_wrong(count: int) -> str:
     return "1 alert still holds" if count == 1 else f"{count} alerts still hold"
 
 
+def newest_of_life(events: Sequence[Event]) -> Event | None:
+    """Return the newest start or end of a process of the run."""
+    return next((event for event in reversed(events) if event.kind in LIFETIME), None)
+
+
 def unresolved_at_end(events: Sequence[Event]) -> list[str]:
     """Return the names of the alerts that held at the end of a complete run, by its newest start or end."""
-    newest = next((event for event in reversed(events) if event.kind in LIFETIME), None)
+    newest = newest_of_life(events)
     alerts = as_list(newest.details.get("unresolved")) if newest else []
     return [as_text(alert["name"]) for alert in map(as_dict, alerts) if "name" in alert]

@@ -67,28 +67,30 @@ class Member(NamedTuple):
 Table = list[tuple[str, list[str]]]  # each row: its title, and a text for each run
 
 
-def build_comparison(folders: Sequence[str], out: str | Path) -> tuple[str, Path | None]:
-    """Write the page, return the terminal's table and the page's path; raises UserError when nothing can be compared.
+def compare(folders: Sequence[str], out: str | Path) -> str:
+    """Run the command ``compare``: write the page, and return the table for the terminal and the page's path.
 
-    Single checkpoints get no page.
+    Single checkpoints get no page. Raises UserError when nothing can be compared.
     """
     pairs = paired(folders)
+    pair_table = fmt.table([PAIRED, *pairs], left=2) if pairs else HOW_TO_PAIR
     if any(is_checkpoint(Path(folder)) for folder in folders):
         if len(folders) < 2 or not pairs:
             raise UserError(f"These checkpoints have no answers to the same exam. {HOW_TO_PAIR}")
-        return fmt.table([PAIRED, *pairs], left=2), None
+        return pair_table
     runs = _open(folders)
-    groups = _groups(runs)
-    shown: dict[str, dict[str, Any]] = {}
-    for position, (title, members) in enumerate(groups.items()):
-        tables = {"Numbers": numbers(members), "What differs in their configurations": differences(members)}
+    groups, texts = [], []
+    for title, members in _groups(runs).items():
+        rows, apart = numbers(members), differences(members)
         main, families = _curves(members)
-        title = title or "Comparison"
-        shown[f"group-{position}"] = {"title": title, "members": members, "tables": tables, "main": main, "families": families}
+        tables = {"Numbers": rows, "What differs in their configurations": apart}
+        groups.append({"title": title or "Comparison", "members": members, "tables": tables, "main": main, "families": families})
+        names, short = [m.name for m in members], [(key, [cell[:CELL_WIDTH] for cell in row]) for key, row in apart]
+        lines = [(title, names), *rows, ("", [""] * len(members)), *short]
+        texts.append(fmt.table([[what, *row] for what, row in lines]).rstrip())
     about = {"name": " · ".join(runs), "what": "Osler comparison", "made_of": "the files of these runs"}
-    path = write_page(Path(out), "compare.html", about, names=list(runs), groups=shown, titles=PAIRED, pairs=pairs)
-    texts = [_as_text(title, members) for title, members in groups.items()]
-    return "\n\n".join([*texts, fmt.table([PAIRED, *pairs], left=2) if pairs else HOW_TO_PAIR]), path
+    path = write_page(Path(out), "compare.html", about, names=list(runs), groups=groups, titles=PAIRED, pairs=pairs)
+    return "\n\n".join([*texts, pair_table, str(path)])
 
 
 def paired(folders: Sequence[str]) -> list[list[str]]:
@@ -236,13 +238,6 @@ def _curves(members: Sequence[Member]) -> tuple[list[Figure], list[tuple[charts.
     whole, _ = charts.by_layer(left)  # layers of several runs over one another could not be told apart
     rest = [(family, [overlaid(charts.spec_of(name), name) for name in names]) for family, names in charts.in_families(whole)]
     return list(filter(None, main)), [(family, list(filter(None, drawn))) for family, drawn in rest]
-
-
-def _as_text(title: str, members: Sequence[Member]) -> str:
-    """Return numbers and differences as one table of text."""
-    apart = [(key, [cell[:CELL_WIDTH] for cell in row]) for key, row in differences(members)]
-    rows = [(title, [m.name for m in members]), *numbers(members), ("", [""] * len(members)), *apart]
-    return fmt.table([[what, *row] for what, row in rows]).rstrip()
 
 
 def _last_tenth(known: Floats) -> float:

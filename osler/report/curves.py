@@ -84,16 +84,14 @@ class MetricsLog:
     def _read(self, lines: Iterable[bytes]) -> None:
         """Take in all whole lines."""
         steps, tokens, times = array("q"), array("d"), array("d")
-        found: dict[str, tuple[array[int], array[float]]] = {}  # metric -> the numbers of its lines, and its values
+        found: dict[str, tuple[array[int], array[float]]] = {}  # metric -> its steps and values
         for raw in lines:
             if not raw.endswith(b"\n"):  # torn
                 break
             if line := MetricsLine.parse(raw):
                 for name, value in line.values.items():
-                    if name not in found:
-                        found[name] = array("I"), array("d")
-                    numbers, values = found[name]
-                    numbers.append(len(steps))
+                    own, values = found.setdefault(name, (array("q"), array("d")))
+                    own.append(line.step)
                     values.append(value)
                 steps.append(line.step)
                 tokens.append(line.tokens)
@@ -102,15 +100,10 @@ class MetricsLog:
                 self.unreadable += 1
             self._position += len(raw)
             self._mark = raw[-MARK_BYTES:]
-        at, known = np.asarray(steps, np.int64), np.asarray(times)
-        own, before = at, np.arange(len(at))
         for name in list(found):
-            numbers, values = found.pop(name)
-            if not np.array_equal(before, numbers):  # curves of the same lines share their steps
-                before = np.asarray(numbers)
-                own = at[before]
-            self.curves[name] = self.curves.get(name, Series()).extended(own, np.asarray(values))
-        self.tokens = self.tokens.extended(at, np.asarray(tokens))
+            self.curves[name] = self.curves.get(name, Series()).extended(*map(np.asarray, found.pop(name)))
+        self.tokens = self.tokens.extended(np.asarray(steps), np.asarray(tokens))
+        known = np.asarray(times)
         self.times = np.concatenate([self.times, known[np.isfinite(known)]])
 
 

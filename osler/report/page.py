@@ -34,6 +34,12 @@ MOST_STAGES, MOST_QUESTIONS = 3, 24  # stages and questions whose answers are sh
 MOST_EVALUATIONS = 8  # rows in the table of validation sets
 
 
+def report(path: str, out: str | None) -> str:
+    """Run the command ``report``: write the page, and return a summary."""
+    run = read_run(path)
+    return words.summary_text(run, build_report(run, out))
+
+
 def build_report(run_folder: str | Path | RunRecord, out: str | Path | None = None) -> Path:
     """Write the page, into the run folder unless `out` names a file, and return its path.
 

@@ -5,7 +5,7 @@ viewBox.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ import numpy.typing as npt
 from osler.runtime import format as fmt
 
 Numbers = npt.NDArray[Any]  # a chart takes a list as well
+Scale = Callable[[Any], Any]
 
 WIDTH, HEIGHT = 520, 240
 LEFT, RIGHT, TOP, BOTTOM = 54, 12, 12, 26
@@ -50,18 +51,9 @@ class Band(NamedTuple):
     high: Numbers
 
 
-@dataclass
-class Scale:
-    """A linear map from values to coordinates, rounded to one decimal; a value outside lands on the edge."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-
-    def __call__(self, value: Any) -> Any:
-        inside = np.clip(value, self.low, self.high)
-        return np.round(self.start + (inside - self.low) / (self.high - self.low) * (self.end - self.start), 1)
+def scale(low: float, high: float, start: float, end: float) -> Scale:
+    """Return the linear map from values to coordinates, rounded to one decimal; a value outside lands on the edge."""
+    return lambda value: np.round(start + (np.clip(value, low, high) - low) / (high - low) * (end - start), 1)
 
 
 def nice_ticks(low: float, high: float, target: int = 5) -> list[float]:
@@ -127,18 +119,18 @@ def line_chart(
     low, high, above = value_range(np.concatenate(finite), zero)
     rows = nice_ticks(low, high, 5)
     columns = [x for x in nice_ticks(first, last, 6) if first <= x <= last and abs(x - round(x)) < 1e-9]  # whole numbers
-    sx, sy = Scale(x_low, x_high, LEFT, WIDTH - RIGHT), Scale(rows[0], rows[-1], HEIGHT - BOTTOM, TOP)
+    axes = {"x": [x_low, x_high, LEFT, WIDTH - RIGHT], "y": [rows[0], rows[-1], HEIGHT - BOTTOM, TOP]}
+    sx, sy = scale(*axes["x"]), scale(*axes["y"])
     curves, shown = [], []
     for line in lines:
         smooth = line.smooth and np.isfinite(line.y).sum() >= SMOOTH_FROM
         x, y = thinned(line.x, line.y)
         curves.append((line.colour, "raw" if smooth else "line", *_path(x, y, sx, sy)))
         if smooth:
-            at, level = averaged(line.x, np.minimum(line.y, sy.high))  # a spike above the axis must not bend the level
+            at, level = averaged(line.x, np.minimum(line.y, rows[-1]))  # a spike above the axis must not bend the level
             curves.append((line.colour, "line", *_path(at, smoothed(level), sx, sy)))
         values = [float(f"{v:.5g}") if math.isfinite(v) else None for v in y]
         shown.append({"label": line.label, "c": line.colour, "x": x.tolist(), "y": values})
-    axes = {"x": [x_low, x_high, sx.start, sx.end], "y": [sy.low, sy.high, sy.start, sy.end]}
     return {
         "spoken": f"{title}: {'; '.join(_spoken(line, kind, over) for line in lines if np.isfinite(line.y).any())}.",
         "rows": [(sy(y), fmt.tick(y, kind)) for y in rows],

@@ -49,27 +49,20 @@ def busy_elsewhere(before: CpuReading, after: CpuReading) -> float:
     return max(0.0, after.used - before.used - (after.own - before.own)) / seconds if seconds > 0 else 0.0
 
 
-class IdleTeam(threading.Thread):
-    """A team of OpenMP threads that sleeps until ``dismissed`` is set."""
+def hold_team(dismissed: threading.Event) -> None:
+    """Start this thread's own team of OpenMP threads, and keep it asleep until ``dismissed``."""
+    import torch
 
-    def __init__(self) -> None:
-        super().__init__(name="osler-idle-team", daemon=True)
-        self.dismissed = threading.Event()
-        self.start()
-
-    def run(self) -> None:
-        """Start the team and sleep; the thread keeps its team until it ends."""
-        import torch
-
-        torch.ones(PARALLEL_NUMEL).add_(1.0)
-        self.dismissed.wait()
+    torch.ones(PARALLEL_NUMEL).add_(1.0)
+    dismissed.wait()
 
 
 class NeighbourMonitor:
     """Chooses how this process's threads wait, by what other processes do on the CPUs."""
 
     def __init__(self) -> None:
-        self.idle_teams: list[IdleTeam] = []
+        self.idle_teams: list[threading.Thread] = []
+        self._dismissed = threading.Event()
         self._calm_polls = 0
 
     def poll(self, ended: threading.Event) -> None:
@@ -91,7 +84,8 @@ class NeighbourMonitor:
             self._calm_polls = 0
             # Each team has one thread that OpenMP did not start and so does not count.
             while 1 + (1 + len(self.idle_teams)) * (threads - 1) <= cpus:
-                self.idle_teams.append(IdleTeam())
+                self.idle_teams.append(threading.Thread(target=hold_team, args=(self._dismissed,), daemon=True))
+                self.idle_teams[-1].start()
         elif self.idle_teams:
             self._calm_polls += 1
             if self._calm_polls >= CALM_POLLS:
@@ -99,10 +93,10 @@ class NeighbourMonitor:
 
     def spin(self) -> None:
         """Let the threads wait by spinning: end the idle teams."""
-        while self.idle_teams:
-            team = self.idle_teams.pop()
-            team.dismissed.set()
+        self._dismissed.set()
+        for team in self.idle_teams:
             team.join()
+        self.idle_teams, self._dismissed = [], threading.Event()
 
 
 @contextmanager

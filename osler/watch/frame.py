@@ -13,6 +13,7 @@ from osler.records.jsonl import LIFETIME
 from osler.records.values import as_text
 from osler.report.charts import Family, by_layer, by_row, in_families, inner, kind_of
 from osler.report.curves import Floats, Series
+from osler.report.read import count_parameters, find_model
 from osler.report.svg import averaged, value_range
 from osler.report.words import grouped
 from osler.runtime import format as fmt
@@ -44,22 +45,17 @@ class Text(NamedTuple):
 
 def frame(watched: WatchedFolder, now: float, width: int, height: int | None = None) -> list[Text]:
     """Return at most `height` lines, or all of them for None; no line is longer than `width`."""
-    run, lines = watched.current, list[Text]()
+    run = watched.current
     top = [*_header(watched, run, now, width), *_stages(watched, run)]
     below = [*_happened(run, now), *_values(run)]
+    wrap = textwrap.TextWrapper(width, subsequent_indent="  " if width > 20 else "", break_on_hyphens=False).wrap
+    lines: list[Text] = []
     for rows in HEIGHTS if height is not None else (PLAIN_HEIGHT,):
         whole = [*top, *_panels(run, width, rows), *below]
-        lines = [Text(part, style) for text, style in whole for part in _wrapped(clean(text).rstrip(), width)]
+        lines = [Text(part, style) for text, style in whole for part in wrap(clean(text)) or [""]]
         if height is None or len(lines) <= height:
             break
     return lines[:height]
-
-
-def _wrapped(text: str, width: int) -> list[str]:
-    """Return text as lines of at most `width`; text that fits keeps its spaces."""
-    if len(text) <= width:
-        return [text]
-    return textwrap.wrap(text, width, subsequent_indent="  " if width > 20 else "", break_on_hyphens=False)
 
 
 def clean(text: str) -> str:
@@ -69,12 +65,12 @@ def clean(text: str) -> str:
 
 def _header(watched: WatchedFolder, run: WatchedRun, now: float, width: int) -> list[Text]:
     """Return lines on the run's name, its machine, its progress and the time left."""
-    parameters = f"{fmt.count(run.parameters)} parameters" if run.parameters else ""
-    machine = (as_text(run.machine.get(key)) for key in ("device", "dtype"))
-    kinds = dict.fromkeys((watched.root.kind, run.kind or run.name))
-    facts = filter(None, (str(watched.root.folder.root), *kinds, parameters, *machine))
+    parameters = count_parameters(run.saved_model or find_model(run.config))
+    facts = [str(watched.root.folder.root), *dict.fromkeys((watched.root.kind, run.kind or run.name))]
+    facts += [f"{fmt.count(parameters)} parameters"] if parameters else []
+    facts += [as_text(run.machine.get(key)) for key in ("device", "dtype")]
     state = run.state(now)
-    lines = [Text(" · ".join(facts), "title"), Text(state.words, STATE_STYLES.get(state.kind, "dim"))]
+    lines = [Text(" · ".join(filter(None, facts)), "title"), Text(state.words, STATE_STYLES.get(state.kind, "dim"))]
     if not run.has_lines:
         return lines
     done, total, unit = run.progress
@@ -111,11 +107,8 @@ def _panels(run: WatchedRun, width: int, rows: int) -> list[Text]:
     side_by_side = max(1, min(len(shown), (width + GAP) // (PANEL_WIDTH + GAP)))
     size = (width - GAP * (side_by_side - 1)) // side_by_side
     panels = [_panel(title, run.curves[name], name, zero, size, rows) for title, name, zero in shown]
-    lines = []
-    for start in range(0, len(panels), side_by_side):
-        for i, parts in enumerate(zip(*panels[start : start + side_by_side], strict=True)):
-            lines.append(Text((" " * GAP).join(parts), "chart" if i else "title"))
-    return lines
+    beside = (zip(*panels[start : start + side_by_side], strict=True) for start in range(0, len(panels), side_by_side))
+    return [Text((" " * GAP).join(parts), "chart" if i else "title") for lines in beside for i, parts in enumerate(lines)]
 
 
 def _panel(title: str, curve: Series, name: str, zero: bool, width: int, rows: int) -> list[str]:

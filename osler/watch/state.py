@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from osler.checkpoint.folders import MANIFEST, Best, Entry, best_checkpoint, by_age
-from osler.records.jsonl import EARLY_STOP, END, FAILED, FINISHED, LIFETIME, STOPPED, Event, still_wrong, unresolved_at_end
+from osler.records.jsonl import EARLY_STOP, END, FINISHED, STOPPED, newest_of_life, still_wrong, unresolved_at_end
 from osler.records.results import FinishedStage
 from osler.records.values import as_dict, as_number, as_text, read_records
-from osler.report.read import StageLog, count_parameters, find_model, stage_rank, stamp, sub_runs
+from osler.report.read import StageLog, stage_rank, stamp, sub_runs
 from osler.runtime import format as fmt
 from osler.runtime.errors import UserError
 from osler.runtime.files import is_locked, read_json
@@ -40,7 +40,6 @@ class WatchedRun(StageLog):
     def __init__(self, folder: Path, name: str = "") -> None:
         super().__init__(folder, name)
         self.machine: dict[str, Any] = {}
-        self.parameters: int | None = None
         self.checkpoints: list[Entry] = []  # the newest first
         self.saved_at = 0.0  # when the newest checkpoint was written, in unix seconds
         self.best: Best | None = None
@@ -49,10 +48,8 @@ class WatchedRun(StageLog):
         """Read what changed since the last call."""
         with suppress(UserError, OSError):  # gone, or half written
             super().refresh()
-            if self._has_changed(self.folder.root / "versions.json"):
-                self.machine = as_dict(as_dict(read_json(self.folder.root / "versions.json")).get("machine"))
-        if self.parameters is None:
-            self.parameters = count_parameters(self.saved_model or find_model(self.config))
+            if self._has_changed(versions := self.folder.root / "versions.json"):
+                self.machine = as_dict(as_dict(read_json(versions)).get("machine"))
 
     def _read_checkpoints(self) -> None:
         super()._read_checkpoints()
@@ -83,12 +80,9 @@ class WatchedRun(StageLog):
         done, unit = (self.last_step, "steps") if self.kind == "grpo" else (self.tokens, "tokens")
         if self.stopped_early:
             return done, done, unit
-        if self.kind == "grpo":
-            return done, as_number(self.config.get("steps")), unit
-        if self.config.get("max_minutes"):
-            left = self.newest("perf/eta_seconds") * self.newest("perf/tokens_per_second")
-            return done, done + left, unit
-        return done, as_number(self.config.get("total_tokens")), unit
+        if unit == "tokens" and self.config.get("max_minutes"):
+            return done, done + self.newest("perf/eta_seconds") * self.newest("perf/tokens_per_second"), unit
+        return done, as_number(self.config.get("steps" if unit == "steps" else "total_tokens")), unit
 
     @property
     def stopped_early(self) -> bool:
@@ -100,16 +94,22 @@ class WatchedRun(StageLog):
 
     def state(self, now: float) -> State:
         """Return whether the run runs, and what its silence means."""
-        silent, kept = max(0.0, now - self.newest_sign), "nothing saved"
-        if self.checkpoints:
-            kept = f"saved at step {self.checkpoints[0].step:,}"
-        event = next((event for event in reversed(self.events) if event.kind in LIFETIME), None)
-        if event and event.kind == END:
-            return self._ended(event, f"{fmt.duration(max(0.0, now - event.time))} ago", kept)
+        silent = max(0.0, now - self.newest_sign)
+        kept = f"saved at step {self.checkpoints[0].step:,}" if self.checkpoints else "nothing saved"
+        event = newest_of_life(self.events)
+        if event and event.kind == END:  # the last process ended, in its own words
+            ago = f"{fmt.duration(max(0.0, now - event.time))} ago"
+            alerts = unresolved_at_end(self.events)
+            but = f", but {still_wrong(len(alerts))}: {', '.join(alerts)}" if alerts else ""
+            ends = {
+                FINISHED: f"finished {'early ' if self.stopped_early else ''}{ago}{but}",
+                STOPPED: f"stopped {ago} by Ctrl-C or a signal, {kept}",
+            }
+            return State(event.name, ends.get(event.name, f"failed {ago} at step {event.step}, {kept}: {event.message}"))
         if not self.has_lines:
-            if not self.folder.config.is_file():
-                return State("waiting", "nothing here yet: waiting for a run to write its config.yaml here (Ctrl-C leaves)")
-            return State("waiting", f"no metrics yet; begun {fmt.duration(silent)} ago")
+            begun = f"no metrics yet; begun {fmt.duration(silent)} ago"
+            nothing = "nothing here yet: waiting for a run to write its config.yaml here (Ctrl-C leaves)"
+            return State("waiting", begun if self.folder.config.is_file() else nothing)
         gaps = np.diff(self.log.times[-RECENT_LINES:])
         gap = float(np.median(gaps[gaps > 0])) if (gaps > 0).any() else 0.0
         locked = is_locked(self.folder.root)
@@ -121,16 +121,6 @@ class WatchedRun(StageLog):
             guess = "killed, or the machine went down"
             return State("dead", f"dead: {for_so_long} ({guess}); last line at step {self.last_step:,}, {kept}")
         return State("running", f"running, {for_so_long}" if silent > max(QUIET_SECONDS, QUIET_GAPS * gap) else "running")
-
-    def _ended(self, end: Event, ago: str, kept: str) -> State:
-        """Return how the last process ended, in its own words."""
-        if end.name == FINISHED:
-            unresolved = unresolved_at_end(self.events)
-            but = f", but {still_wrong(len(unresolved))}: {', '.join(unresolved)}" if unresolved else ""
-            return State("finished", f"finished {'early ' if self.stopped_early else ''}{ago}{but}")
-        if end.name == STOPPED:
-            return State("stopped", f"stopped {ago} by Ctrl-C or a signal, {kept}")
-        return State(FAILED, f"failed {ago} at step {end.step}, {kept}: {end.message}")
 
 
 class WatchedFolder:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from osler.cli.main import main
-from osler.report.compare import build_comparison
+from osler.report.compare import compare
 from osler.runtime.errors import UserError
 from tests.report.conftest import Page, write_run
 
@@ -36,7 +36,7 @@ def test_two_runs_are_overlaid_over_tokens(make_run, tmp_path):
     config = f"{shared}optim: {{lr: 0.01, type: adamw}}\nmax_minutes: null\n"
     a = make_run("a", config=config, exams_json={"a": {"test": score}})
     b = make_run("b", config=f"{shared}optim: {{lr: 0.02, type: adamw}}\n{other}", steps=20)
-    text, page = build_comparison([str(a), str(b)], tmp_path / "out.html")
+    text = compare([str(a), str(b)], page := tmp_path / "out.html")
     assert row(text, "steps") == ["40", "20"] and row(text, "tokens") == ["20,480", "10,240"]
     assert row(text, "time") == ["39 s", "19 s"]
     assert row(text, "optim.lr") == ["0.01", "0.02"] and row(text, "curriculum[0].seq_len") == ["–", "64"]
@@ -52,7 +52,7 @@ def test_two_runs_are_overlaid_over_tokens(make_run, tmp_path):
 def test_other_kinds_share_what_they_share(make_run, tmp_path):
     a = make_run("a", metrics="train/loss train/grad_norm perf/tokens_per_second")
     g = make_run("g", config="kind: grpo\n", metrics="reward train/grad_norm")
-    text, page = build_comparison([str(a), str(g)], tmp_path / "out.html")
+    text = compare([str(a), str(g)], page := tmp_path / "out.html")
     html = page.read_text(encoding="utf-8")
     assert re.findall(r"<h4>([^<]+?)(?: <small>.*?)?</h4>", html) == ["Gradient norm"]
     assert row(text, "kind") == ["pretrain", "grpo"] and row(text, "reward, mean of the last tenth")[0] == "–"
@@ -62,7 +62,7 @@ def test_the_terminal_has_short_values_and_hostile_names_stay_text(make_run, tmp
     evil = "<script>alert(1)<-script>"
     a = make_run(evil, config=f"seed: 0\nevil: {json.dumps(evil)}\nnote: {'long ' * 40}\n")
     g = make_run("g", config="seed: 1\nnote: short\n")
-    text, page = build_comparison([str(a), str(g)], tmp_path / "out.html")
+    text = compare([str(a), str(g)], page := tmp_path / "out.html")
     assert row(text, "seed") == ["0", "1"] and row(text, "note") == ["long " * 7 + "l", "short"]
     assert max(map(len, text.splitlines())) < 120 and "long " * 39 in page.read_text(encoding="utf-8")
     assert len(Page(page).names("script")) == 1
@@ -74,7 +74,7 @@ def test_stories_are_compared_stage_by_stage(make_run, tmp_path):
             make_run(f"{story}/{stage}", steps=steps, config=f"kind: {stage}\n")
         (tmp_path / story / "config.yaml").write_text("kind: quickstart\n", encoding="utf-8")
     make_run("plain", config="kind: sft\n", steps=30)
-    text, page = build_comparison([str(tmp_path / name) for name in ("one", "two", "plain")], tmp_path / "out.html")
+    text = compare([str(tmp_path / name) for name in ("one", "two", "plain")], page := tmp_path / "out.html")
     first, second = text.split("\n\n")[0], text.split("Supervised fine-tuning")[1]
     assert first.startswith("Pretraining") and row(first, "steps") == ["10", "20"] and row(second, "steps") == ["10", "20", "30"]
     html = page.read_text(encoding="utf-8")
@@ -83,7 +83,7 @@ def test_stories_are_compared_stage_by_stage(make_run, tmp_path):
 
 def test_runs_of_one_name_are_told_by_their_path(make_run, tmp_path):
     folders = [str(make_run("x/run")), str(make_run("y/run"))]
-    text, _ = build_comparison(folders, tmp_path / "out.html")
+    text = compare(folders, tmp_path / "out.html")
     assert folders[0] in text and folders[1] in text
 
 
@@ -98,7 +98,7 @@ def test_what_does_not_compare_is_refused(make_run, tmp_path, capsys):
         ([a, story], "no stage in common"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
-            build_comparison([str(folder) for folder in folders], tmp_path / "out.html")
+            compare([str(folder) for folder in folders], tmp_path / "out.html")
     assert not (tmp_path / "out.html").exists()
     assert main(["compare", str(a), str(make_run("b")), "--out", str(tmp_path / "no" / "out.html")]) == 2
     assert "cannot be written" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import pytest
 
 from osler.records import jsonl
 from osler.records.jsonl import MetricsFile
-from osler.report.compare import build_comparison
+from osler.report.compare import compare
 from osler.report.curves import MetricsLog
 from osler.report.page import build_report
 from osler.report.words import summary_text
@@ -124,7 +124,7 @@ def test_time_and_memory_grow_as_the_lines_do(tmp_path):
     """A page that looks at every line once for each line would take some 64 times as long for 8 times the lines."""
     short, long, other = (write_long_run(tmp_path / str(n), n) for n in (SHORT, TIMES * SHORT, SHORT + 1))
     out = tmp_path / "page.html"
-    for build in (build_report, lambda run: build_comparison([str(run), str(other)], out)):
+    for build in (build_report, lambda run: compare([str(run), str(other)], out)):
         build(short)  # what is imported on first use is no part of it
         assert seconds(lambda: build(long)) < 3 * TIMES * seconds(lambda: build(short))  # noqa: B023
     more = peak_bytes(lambda: summary_text(long)) - peak_bytes(lambda: summary_text(short))
