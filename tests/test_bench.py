@@ -13,7 +13,6 @@ from osler.bench import build_learner, machine_of
 from osler.cli.main import main
 from osler.config.recipe import override
 from osler.config.schema import decode
-from osler.runtime.device import Stopwatch
 from osler.train.config import TrainConfig
 
 SHAPE = {"num_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16}
@@ -61,19 +60,6 @@ def test_the_peer_is_the_same_model_with_the_same_loss(benchmark_module):
     assert not unexpected and all("norm" in name for name in missing)
     ids, labels = (torch.randint(vocab, (4, 32), generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     torch.testing.assert_close(ours.engine.loss(ids, labels, None), their_loss(ids, labels, None), rtol=1e-4, atol=1e-3)
-
-
-def test_a_stopwatch_knows_where_time_went(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr("osler.runtime.device.time.perf_counter", lambda: now[0])
-    stopwatch = Stopwatch(torch.device("cpu"))
-    for _ in range(2):
-        stopwatch.start()
-        now[0] += 2.0
-        stopwatch.mark("long")
-        now[0] += 0.5
-        stopwatch.mark("short")
-    assert stopwatch.read() == {"long": 4.0, "short": 1.0} and stopwatch.read() == {}
 
 
 def test_a_result_names_its_machine(tmp_path, capsys, benchmark_module):

@@ -1,30 +1,31 @@
 """Trackers in separate processes, so that nothing they do costs the run a step.
 
 A library that talks to a network installs signal handlers, patches how processes start, holds the end of the program until its
-uploads are done, hangs, and crashes. Here it does that in a child process, which follows a file of JSON lines, one for each call,
-and prints into another file in the run folder. The run appends to the file and waits for nobody. At the end of the run the
-children have a few seconds to finish, and then continue alone for at most ``LINGER_SECONDS``.
+uploads are done, hangs, and crashes. Here it does that in a child process, which reads one JSON line for each call from a pipe
+and prints into a file in the run folder. The run puts calls into a queue in memory, which a thread empties into the pipe, and
+waits for nobody. At the end of the run the children have a few seconds to finish, and then continue alone for at most
+``LINGER_SECONDS``.
 """
 
+import json
 import logging
 import os
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
+from typing import IO, Any
 
 from osler.monitor.alerts import Alert
-from osler.records.jsonl import parse, to_line
+from osler.records.jsonl import to_line
 
 logger = logging.getLogger(__name__)
 
-POLL_SECONDS = 0.1  # between two looks of a child at the file of calls
 CLOSE_SECONDS = 8.0  # how long the end of a run waits for all its trackers together
 LINGER_SECONDS = 300.0  # how long a tracker may outlive the run's process
 
@@ -53,31 +54,25 @@ class Trackers:
         """Start the trackers, of each ``module:Class`` with arguments that may be secret; they print into ``folder``."""
         self.folder = folder
         self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self._queues: dict[str, SimpleQueue[bytes]] = {}
         self._failed: set[str] = set()
-        try:
-            if wanted:
-                self._start(wanted)
-        except OSError as error:
-            logger.warning(f"monitor.{' and monitor.'.join(wanted)} could not be started ({error}). The run goes on.")
+        for name, given in wanted.items():
+            try:
+                self._start(name)
+                self._queues[name].put(to_line({"open": given}).encode())  # other users can read a command line
+            except OSError as error:
+                logger.warning(f"monitor.{name} could not be started ({error}). The run goes on.")
 
-    def _start(self, wanted: Mapping[str, Sequence[Any]]) -> None:
+    def _start(self, name: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        # Other users can read a command line, and not this file, which loses its name once every child has opened it.
-        self._calls = tempfile.NamedTemporaryFile(dir=self.folder, buffering=0, delete=False)  # noqa: SIM115 - open to the end
-        for name in wanted:
-            serving = f"from osler.monitor.tracker import serve; serve({name!r}, {os.getpid()})"
-            with open(self._calls.name, "rb") as calls, self._printed(name).open("wb") as printed:
-                self.running[name] = subprocess.Popen(
-                    [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}\n{serving}"],
-                    stdin=calls,
-                    stdout=subprocess.PIPE,
-                    stderr=printed,
-                    bufsize=0,
-                    start_new_session=True,  # a Ctrl-C is meant for the run alone
-                )
-            os.set_blocking(self.running[name].stdout.fileno(), False)  # type: ignore[union-attr]
-        os.unlink(self._calls.name)
-        self.send("open", wanted)
+        serving = f"import sys; sys.path[:] = {sys.path!r}\nfrom osler.monitor.tracker import serve; serve()"
+        command, pipe = [sys.executable, "-c", serving], subprocess.PIPE
+        with self._printed(name).open("wb") as printed:  # in a session of its own, because a Ctrl-C is meant for the run alone
+            child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=printed, start_new_session=True)
+        assert child.stdin is not None and child.stdout is not None
+        os.set_blocking(child.stdout.fileno(), False)
+        self.running[name], self._queues[name] = child, SimpleQueue()
+        threading.Thread(target=_feed, args=(self._queues[name], child.stdin), daemon=True).start()
 
     def _printed(self, name: str) -> Path:
         return self.folder / f"{name}.log"
@@ -85,9 +80,8 @@ class Trackers:
     def send(self, call: str, given: Mapping[str, Any]) -> None:
         """Hand on a call: ``write`` with finite metrics, ``alert``, or ``close``."""
         self._look()
-        if self.running:
-            with suppress(OSError):  # a full disk, which metrics.jsonl tells of; the newline in front ends a torn line
-                self._calls.write(f"\n{to_line({call: given})}".encode("utf-8", "backslashreplace"))
+        for name in self.running:
+            self._queues[name].put(to_line({call: given}).encode("utf-8", "backslashreplace"))
 
     def close(self, seconds: float = CLOSE_SECONDS) -> None:
         """Wait at most ``seconds`` until the trackers have finished, and log which have not. Closing twice is fine."""
@@ -113,17 +107,25 @@ class Trackers:
                 del self.running[name]
 
 
-def serve(name: str, parent: int) -> None:
+def _feed(calls: SimpleQueue[bytes], pipe: IO[bytes]) -> None:
+    """Write calls into the pipe as they come, until the child has ended."""
+    with suppress(OSError):
+        while True:
+            pipe.write(calls.get())
+            pipe.flush()
+
+
+def serve() -> None:
     """In the child: open the tracker and make the calls that come in, until the run closes it or is gone."""
-    threading.Thread(target=_leave_after, args=(parent,), daemon=True).start()
+    threading.Thread(target=_leave_after, args=(os.getppid(),), daemon=True).start()
     to_run = os.dup(1)
     os.dup2(2, 1)  # what the library prints goes to the file
-    calls = follow(parent)
     try:
-        target, *arguments = next(calls)["open"][name]
+        target, *arguments = json.loads(sys.stdin.readline())["open"]
         module, _, kind = target.partition(":")
         tracker: Tracker = getattr(import_module(module), kind)(*arguments)
-        for (call, given), in map(dict.items, calls):
+        for line in sys.stdin:
+            ((call, given),) = json.loads(line).items()
             if call == "close":
                 break
             try:
@@ -136,22 +138,6 @@ def serve(name: str, parent: int) -> None:
     except BaseException as error:
         os.write(to_run, f"{type(error).__name__}: {error}\n".encode())
         raise
-
-
-def follow(parent: int) -> Iterator[dict[str, Any]]:
-    """Yield the calls that the process ``parent`` appends to this process's standard input, until that process is gone."""
-    line = b""
-    while True:
-        is_last = os.getppid() != parent
-        line += sys.stdin.buffer.readline()
-        if line.endswith(b"\n"):
-            if call := parse(line):
-                yield call
-            line = b""
-        elif is_last:
-            return
-        else:
-            time.sleep(POLL_SECONDS)
 
 
 def _leave_after(parent: int) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from osler.monitor.metrics import METRICS
 from osler.report import svg
-from osler.report.charts import FAMILIES, OTHER, bundle, by_layer, charts_of, family_of, kind_of
+from osler.report.charts import FAMILIES, OTHER, bundle, charts_of, family_of, kind_of
 from osler.report.curves import Series
 from osler.report.page import PAGES
 from osler.report.read import StageLog
@@ -144,11 +144,6 @@ def test_every_metric_of_the_table_has_a_family() -> None:
     assert family_of("train/grad_norm").title == "Gradients" and family_of("train/loss").title == "Quality"
     for each in FAMILIES:
         assert {family_of(row) for spec in each.charts for row, _ in spec.lines} <= {each}
-
-
-def test_layers_are_told_by_their_number() -> None:
-    whole = ["b", "grad/norm/embed", "model/effective_rank/0.o_proj"]
-    assert by_layer(["a/10", *whole, "a/layer_9"]) == (whole, {"a": {9: "a/layer_9", 10: "a/10"}})
 
 
 WRITTEN: dict[Callable[..., str], dict[float | tuple[object, ...], str]] = {

@@ -1,24 +1,14 @@
-"""The curves of a log are what its lines say, whatever happens to the file; a long log costs no more for each line."""
+"""The curves of a log are what its lines say, whatever happens to the file."""
 
 import json
 import math
-import time
-import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from osler.records import jsonl
 from osler.records.jsonl import MetricsFile
-from osler.report.compare import compare
 from osler.report.curves import MetricsLog
-from osler.report.page import build_report
-from osler.report.words import summary_text
-from tests.report.conftest import write_run
-
-SHORT, TIMES = 1500, 8
-NAMES = [f"train/m{number}" for number in range(12)]
 
 
 def line(step: int, **metrics: object) -> str:
@@ -99,33 +89,3 @@ def test_a_resume_drops_the_lines_after_its_checkpoint(path):
     path.unlink()
     log.poll()
     assert not log.curves and not len(log.times)
-
-
-def write_long_run(folder: Path, lines: int) -> Path:
-    same = {"train/loss": 2.0, **dict.fromkeys(NAMES, 0.5)}
-    return write_run(folder, [{"step": step, "tokens": 100 * step, "time": 0.5 * step, **same} for step in range(1, lines + 1)])
-
-
-def seconds(work: Callable[[], object]) -> float:
-    begun = time.process_time()
-    work()
-    return time.process_time() - begun
-
-
-def peak_bytes(work: Callable[[], object]) -> int:
-    tracemalloc.start()
-    work()
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    return peak
-
-
-def test_time_and_memory_grow_as_the_lines_do(tmp_path):
-    """A page that looks at every line once for each line would take some 64 times as long for 8 times the lines."""
-    short, long, other = (write_long_run(tmp_path / str(n), n) for n in (SHORT, TIMES * SHORT, SHORT + 1))
-    out = tmp_path / "page.html"
-    for build in (build_report, lambda run: compare([str(run), str(other)], out)):
-        build(short)  # what is imported on first use is no part of it
-        assert seconds(lambda: build(long)) < 3 * TIMES * seconds(lambda: build(short))  # noqa: B023
-    more = peak_bytes(lambda: summary_text(long)) - peak_bytes(lambda: summary_text(short))
-    assert more < (TIMES - 1) * SHORT * len(NAMES) * 30, "bytes of each number"

@@ -12,7 +12,7 @@ from osler.monitor.metrics import METRICS
 from osler.report.charts import SPECS
 from osler.report.page import build_report, place
 from osler.report.read import read_run
-from osler.report.words import attention, grouped, headline, marks_of, model_of, stage_colour, stage_title, summary_text
+from osler.report.words import attention, grouped, headline, marks_of, model_of, summary_text
 from osler.runtime import format as fmt
 from tests.report.conftest import Page, write
 
@@ -265,12 +265,6 @@ def test_a_model_that_came_from_another_run_is_read_from_the_checkpoint(bare, qu
     assert "Started from runs/earlier: its model and tokenizer take the place" in shown and "hidden_size: 64" in shown
     write(quickstart / "grpo" / "checkpoints" / "step-000000010" / "model.json", encode(MODEL))
     assert model_of(read_run(quickstart))[0]["hidden_size"] == 64, "of a stage"
-
-
-def test_a_checkpoint_is_named_and_coloured_by_its_stage():
-    assert stage_title("sft, earlier checkpoint") == "Supervised fine-tuning, earlier checkpoint"
-    assert stage_title("my_stage") == "My stage"
-    assert stage_colour("sft, earlier checkpoint") == stage_colour("sft") != stage_colour("rl") == stage_colour("grpo-2")
 
 
 # What monitoring adds.

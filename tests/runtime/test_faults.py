@@ -1,7 +1,6 @@
 """The fault hook strikes where and when it is told to, once, and not otherwise."""
 
 import errno
-import signal
 
 import pytest
 
@@ -16,17 +15,6 @@ def test_an_error_strikes_its_stage_once(monkeypatch, kind, code):
         faults.fault("save-state")
     assert caught.value.errno == code
     faults.fault("save-state")
-
-
-def test_sigterm_reaches_the_handler(monkeypatch):
-    received = []
-    previous = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
-    try:
-        monkeypatch.setenv(faults.VARIABLE, "step:sigterm")
-        faults.fault("step")
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-    assert received == [signal.SIGTERM]
 
 
 def test_visits_may_be_a_range_and_faults_several(monkeypatch):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import select
 import shutil
 import signal
@@ -14,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from osler.cli.main import main
-from osler.watch.frame import Text
-from osler.watch.screen import CLEAR_BELOW, CLEAR_LINE, ENTER, HOME, LEAVE, draw
+from osler.watch.screen import ENTER, HOME, LEAVE
 from tests.report.conftest import write_run
 
 pty = pytest.importorskip("pty", reason="terminals of this kind are Unix's")
@@ -97,13 +95,6 @@ def test_the_terminal_is_left_as_it_was(run: Path, how: signal.Signals, code: in
     terminal = Terminal(run, every=30.0)
     assert terminal.until("so far").startswith(ENTER + HOME)
     assert terminal.leave(how) == code
-
-
-def test_a_line_is_cleared_before_it_is_written(capsys: pytest.CaptureFixture[str]) -> None:
-    """After a full line the cursor is on its last character, which clearing would take."""
-    draw([Text("0 to 0.23689", "title"), Text("short")])
-    plain = re.sub(r"\x1b\[[0-9]+m", "", capsys.readouterr().out)
-    assert plain == f"{HOME}{CLEAR_LINE}0 to 0.23689\r\n{CLEAR_LINE}short{CLEAR_BELOW}"
 
 
 def test_the_picture_follows_the_run_from_before_it_begins_and_the_size_of_the_terminal(run: Path) -> None:
