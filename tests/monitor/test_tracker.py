@@ -143,7 +143,8 @@ def test_a_tracker_that_hangs_stops_no_step_and_holds_up_the_end_a_little(start,
 def test_a_tracker_finishes_what_it_has_when_the_run_is_killed(tmp_path, got):
     (tmp_path / "library.py").write_text(LIBRARY)
     script = (
-        "import os, sys, pathlib, time\nfrom osler.monitor.tracker import Trackers\nfolder = sys.argv[1]\nsys.path.insert(0, folder)\n"
+        "import os, sys, pathlib, time\nfrom osler.monitor.tracker import Trackers\n"
+        "folder = sys.argv[1]\nsys.path.insert(0, folder)\n"
         "trackers = Trackers(pathlib.Path(folder) / 'run', {'far': ('library:Library', folder, 'works')})\n"
         "trackers.send('write', {'step': 1, 'tokens': 10, 'metrics': {'train/loss': 0.5}})\n"
         "while not os.path.exists(folder + '/got'):\n    time.sleep(0.01)\nos.kill(os.getpid(), 9)\n"
