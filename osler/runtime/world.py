@@ -181,7 +181,7 @@ def joined(device: str) -> Iterator[World]:
         with suppress(RuntimeError):
             if store is not None:
                 store.set(ERROR_KEY, str(error))
-        error.is_reporter = _is_reporter(store, str(error))
+        error.is_reporter = is_reporter(str(error), store)
         raise
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):  # gloo's errors have no class
@@ -195,40 +195,29 @@ def joined(device: str) -> Iterator[World]:
             or f"Rank {here.rank} of {here.size} lost the others: one of them ended or cannot be reached ({first_line}). "
             "Its last message says why; the same command goes on from the newest checkpoint."
         )
-        lost.is_reporter = _is_reporter(store, left or "lost")
+        lost.is_reporter = is_reporter(left or "lost", store)
         raise lost from error
 
 
-# The store is where the processes met. Under torchrun it outlives all of them; otherwise it ends with rank 0.
+def is_reporter(message: str, store: Store | None = None) -> bool:
+    """Return whether this process is the first on its machine to report an error; ``store`` is where the processes met.
 
-
-def _is_reporter(store: Store | None, message: str) -> bool:
-    """Return whether this process is the first on its machine to report this; without a store, rank 0 of the machine is.
-
-    The store ends with rank 0, which has reported its own error by then.
+    Under torchrun the store outlives all processes, and one that has not connected asks it too: torchrun ends the others as soon
+    as one has ended, so the first to end must report. Elsewhere the store ends with rank 0, which has reported its own error by
+    then.
     """
     from socket import gethostname  # not every command needs it
 
+    has_connected = store is not None
     with suppress(RuntimeError):
+        if store is None and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            import torch.distributed as dist
+
+            where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = dist.TCPStore(*where, is_master=False, wait_for_workers=False, timeout=REPORT_TIMEOUT)
         if store is not None:
             return bool(store.add(f"{ERROR_KEY}/{gethostname()}/{message}", 1) == 1)
-    return not is_silent("LOCAL_RANK")
-
-
-def is_reporter(message: str) -> bool:
-    """Return whether this process, which has not connected, is to report an error: the first on its machine, or all.
-
-    torchrun ends the other processes as soon as one has ended, so the first to end must be the one that reports.
-    """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # then there is no store to ask
-        return True
-    import torch.distributed as dist
-
-    with suppress(RuntimeError):
-        where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(*where, is_master=False, wait_for_workers=False, timeout=REPORT_TIMEOUT)
-        return _is_reporter(store, message)
-    return True
+    return not (has_connected and is_silent("LOCAL_RANK"))
 
 
 def device_of(device: str, here: Place) -> str:
