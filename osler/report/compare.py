@@ -28,7 +28,7 @@ from osler.report import charts
 from osler.report.charts import COLOURS, SPECS, Figure, Spec
 from osler.report.curves import Floats
 from osler.report.page import write_page
-from osler.report.read import RunRecord, StageLog, count_parameters, find_model, read_run
+from osler.report.read import RunRecord, StageLog, read_run
 from osler.report.words import interval, stage_title
 from osler.runs.folder import flat
 from osler.runtime import format as fmt
@@ -143,9 +143,8 @@ def _answers(path: Path) -> dict[str, tuple[dict[str, list[SampledAnswer]], Mapp
 def numbers(members: Sequence[Member]) -> Table:
     """Return how the runs ended, without rows that no run can fill."""
     stages = [m.stage for m in members]
-    models = [m.stage.saved_model or find_model(m.config) for m in members]
     rows: Table = [
-        ("parameters", [fmt.count(count_parameters(model) or math.nan) for model in models]),
+        ("parameters", [fmt.count(s.model.num_parameters if s.model else math.nan) for s in stages]),
         ("steps", [fmt.count(s.last_step) for s in stages]),
         ("tokens", [fmt.count(s.tokens) for s in stages]),
         ("time", [fmt.duration(s.seconds) for s in stages]),

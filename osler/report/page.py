@@ -18,6 +18,7 @@ import numpy as np
 from markupsafe import Markup
 
 from osler.config.recipe import dump_yaml
+from osler.config.schema import encode
 from osler.monitor.metrics import declared_name
 from osler.records.answers import AnswerSheet
 from osler.records.results import ExamScore, SampledAnswer
@@ -122,11 +123,10 @@ def _sets(log: StageLog) -> tuple[list[str], list[tuple[int, list[str]]]]:
 
 def _summary(run: RunRecord) -> str:
     """Return a summary in plain words: the model, the amount of data, and the score."""
-    model, parameters = words.model_of(run)
     score, tokens, what = words.headline_score(run), words.total_tokens(run), []
-    if math.isfinite(parameters):
-        shape = f"{model['num_layers']} layers of width {model['hidden_size']}"
-        what.append(f"A model of {fmt.count(parameters)} parameters ({shape})")
+    if model := words.model_of(run):
+        shape = f"{model.num_layers} layers of width {model.hidden_size}"
+        what.append(f"A model of {fmt.count(model.num_parameters)} parameters ({shape})")
     if math.isfinite(tokens):
         what.append(f"{'trained' if what else 'Trained'} on {fmt.count(tokens)} tokens")
     return (", ".join(what) + "." if what else "") + (f" {words.score_in_words(score)}" if score else "")
@@ -137,7 +137,8 @@ def _tiles(run: RunRecord) -> Iterator[tuple[str, str, str]]:
     together = "all stages" if len(run.stages) > 1 or len(run.runs) > 1 else ""
     if score := words.headline_score(run):
         yield "Score", fmt.percent(score.accuracy), words.interval(score)
-    yield "Parameters", fmt.count(words.model_of(run)[1]), ""
+    if model := words.model_of(run):
+        yield "Parameters", fmt.count(model.num_parameters), ""
     yield "Tokens seen", fmt.count(words.total_tokens(run)), together
     yield "Time", fmt.duration(words.seconds_of(run)), together
     for metric, label in (("eval/loss", "Held-out loss"), ("perf/tokens_per_second", "Tokens/s"), ("reward", "Reward")):
@@ -192,5 +193,6 @@ PAGES = jinja2.Environment(
     loader=jinja2.PackageLoader("osler.report"), autoescape=True, undefined=jinja2.StrictUndefined,
     trim_blocks=True, lstrip_blocks=True,
 )  # fmt: skip
-PAGES.globals |= {"fmt": fmt, "svg": svg, "words": words, "dump_yaml": dump_yaml, "isfinite": math.isfinite, "place": place}
+PAGES.globals |= {"fmt": fmt, "svg": svg, "words": words, "dump_yaml": dump_yaml, "encode": encode}
+PAGES.globals |= {"isfinite": math.isfinite, "place": place}
 PAGES.policies["json.dumps_kwargs"] = {"separators": (",", ":")}

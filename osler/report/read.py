@@ -2,7 +2,7 @@
 
     config.yaml        the resolved configuration (the one file that a run folder must have)
     metrics.jsonl, events.jsonl, exams.json, comparison.json, samples.jsonl, stages.json, answers/       see osler/records
-    checkpoints/       step-XXXXXXXXX/model.json: the model that was trained
+    model.json         the model that is trained
     <stage>/           run folders of a quickstart's stages (pretrain/, sft/, grpo/ ...), read the same way
     versions.json      {package: version, ..., "machine": {...}, any other group: {...}}
     notes.json         [sentence, ...]       what the run wants its reader to know
@@ -11,7 +11,6 @@ A file that cannot be read becomes a line in `RunRecord.problems`, which the pag
 .jsonl, which is skipped without a word.
 """
 
-import dataclasses
 import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -22,7 +21,7 @@ from typing import Any, TypeVar
 from osler.checkpoint.folders import is_checkpoint
 from osler.config.recipe import load_yaml
 from osler.config.schema import decode
-from osler.model.config import MODEL_FILE, ModelConfig
+from osler.model.config import ModelConfig
 from osler.records.answers import AnswerSheet, read_sheets
 from osler.records.jsonl import Event, read_events
 from osler.records.results import Comparison, ExamScore, FinishedStage, read_exams, read_samples
@@ -45,7 +44,7 @@ class StageLog:
         self.log = MetricsLog(self.folder.metrics)
         self.config: dict[str, Any] = {}
         self.config_text = ""
-        self.saved_model: dict[str, Any] = {}  # the model as the checkpoints describe it, {} without a checkpoint
+        self.model: ModelConfig | None = None
         self.events: list[Event] = []  # oldest first
         self.problems: list[str] = []
         self._stamps: dict[Path, tuple[int, int]] = {}
@@ -57,18 +56,13 @@ class StageLog:
         self.log.poll()
         if self._has_changed(self.folder.config):
             self.config_text, self.config = _read_config(self.folder.config, self.problems)
-        if self._has_changed(self.folder.checkpoints):
-            self._read_checkpoints()
+        if self._has_changed(self.folder.model):
+            with suppress(UserError):  # torn
+                self.model = decode(ModelConfig, read_json(self.folder.model))
 
     def _has_changed(self, path: Path) -> bool:
         old, self._stamps[path] = self._stamps.get(path, (0, 0)), stamp(path)
         return self._stamps[path] != old
-
-    def _read_checkpoints(self) -> None:
-        """Read the model out of the newest readable checkpoint; all hold the same model."""
-        for path in sorted(self.folder.checkpoints.glob(f"step-*/{MODEL_FILE}"), reverse=True):
-            with suppress(UserError):
-                self.saved_model = self.saved_model or find_model(read_json(path))
 
     @property
     def curves(self) -> dict[str, Series]:
@@ -174,27 +168,6 @@ def sub_runs(folder: Path) -> list[Path]:
 def is_run(path: Path) -> bool:
     """Return whether a run has begun to write a folder."""
     return (RunFolder(path).config.is_file() or RunFolder(path).metrics.is_file()) and not is_checkpoint(path)
-
-
-def find_model(config: object) -> dict[str, Any]:
-    """Return the first mapping inside a configuration that describes its model (`num_layers`, `hidden_size`), or {}.
-
-    A run with `init_from` trains the model it started from, so the section `model` of its configuration says nothing.
-    """
-    if isinstance(config, dict) and not config.get("init_from"):
-        if "num_layers" in config and "hidden_size" in config:
-            return config
-        return next((found for child in config.values() if (found := find_model(child))), {})
-    return {}
-
-
-def count_parameters(model: dict[str, Any]) -> int | None:
-    """Return the number of parameters, None when the description does not fit a model or leaves something open."""
-    known = {f.name for f in dataclasses.fields(ModelConfig)}
-    try:
-        return None if not model else decode(ModelConfig, {k: v for k, v in model.items() if k in known}).num_parameters
-    except UserError:
-        return None  # for example a vocabulary size that the tokenizer has yet to decide
 
 
 def stamp(path: Path) -> tuple[int, int]:

@@ -10,13 +10,14 @@ import re
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from osler.eval.score import describe_too_long
+from osler.model.config import ModelConfig
 from osler.records.jsonl import END, FAILED, FINISHED, START, Event, still_wrong, unresolved_at_end
 from osler.records.results import Comparison, ExamScore
 from osler.report.curves import time_at_work
-from osler.report.read import NAN, RunRecord, count_parameters, find_model, read_run
+from osler.report.read import NAN, RunRecord, read_run
 from osler.runtime import format as fmt
 from osler.runtime.files import RunFolder
 
@@ -72,13 +73,9 @@ def total_tokens(run: RunRecord) -> float:
     return sum(stage.tokens for stage in run.runs if math.isfinite(stage.tokens)) or NAN
 
 
-def model_of(run: RunRecord) -> tuple[dict[str, Any], float]:
-    """Return the model's configuration and its number of parameters (NaN when it cannot be counted)."""
-    stages = [run.own, *run.runs]
-    found = [*(stage.saved_model for stage in stages), *(find_model(stage.config) for stage in stages)]
-    models = [model for model in found if model]
-    counted = ((model, parameters) for model in models if (parameters := count_parameters(model)) is not None)
-    return next(counted, (models[0] if models else {}, NAN))
+def model_of(run: RunRecord) -> ModelConfig | None:
+    """Return the model of the run, or of the first of its stages that has one."""
+    return next((stage.model for stage in (run.own, *run.runs) if stage.model), None)
 
 
 def headline(run: RunRecord) -> tuple[str, str, str]:

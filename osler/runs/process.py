@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from osler.inference.load import describing_files
-from osler.model.config import ModelConfig
+from osler.model.config import MODEL_FILE, ModelConfig
 from osler.model.transformer import Transformer
 from osler.parallel.compile import should_compile
 from osler.parallel.config import ParallelConfig
@@ -111,10 +111,13 @@ class Run:
         self.events = EventLog(self.folder.events if self.world.is_first else os.devnull)
 
     def describe(self, machine: Machine, model: ModelConfig, tokenizer: Tokenizer) -> None:
-        """Write ``versions.json``, and collect the files that go into every checkpoint."""
+        """Write ``versions.json`` and ``model.json``, and collect the files that go into every checkpoint."""
         versions = self.world.broadcast_from_first(lambda: write_versions(self.folder, machine))
+        describing = describing_files(model, tokenizer)
+        if self.world.is_first:
+            write_or_warn(self.folder.model, describing[MODEL_FILE])
         self.files = {
-            **describing_files(model, tokenizer), "config.yaml": self.folder.config.read_bytes(), VERSIONS: versions,
+            **describing, "config.yaml": self.folder.config.read_bytes(), VERSIONS: versions,
         }  # fmt: skip
 
     @property

@@ -212,6 +212,7 @@ class RunFolder:
     root: Path
 
     config = _Entry("config.yaml")  # the resolved configuration
+    model = _Entry("model.json")  # the config of the model that is trained, as in every checkpoint
     metrics = _Entry("metrics.jsonl")  # one JSON object per line and logged step
     events = _Entry("events.jsonl")  # alerts, incidents and rollbacks, one JSON object per line
     samples = _Entry("samples.jsonl")  # what the model wrote along the way, one JSON object per line

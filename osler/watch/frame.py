@@ -13,7 +13,6 @@ from osler.records.jsonl import LIFETIME
 from osler.records.values import as_text
 from osler.report.charts import Family, by_layer, by_row, in_families, inner, kind_of
 from osler.report.curves import Floats, Series
-from osler.report.read import count_parameters, find_model
 from osler.report.svg import averaged, value_range
 from osler.report.words import grouped
 from osler.runtime import format as fmt
@@ -65,9 +64,8 @@ def clean(text: str) -> str:
 
 def _header(watched: WatchedFolder, run: WatchedRun, now: float, width: int) -> list[Text]:
     """Return lines on the run's name, its machine, its progress and the time left."""
-    parameters = count_parameters(run.saved_model or find_model(run.config))
     facts = [str(watched.root.folder.root), *dict.fromkeys((watched.root.kind, run.kind or run.name))]
-    facts += [f"{fmt.count(parameters)} parameters"] if parameters else []
+    facts += [f"{fmt.count(run.model.num_parameters)} parameters"] if run.model else []
     facts += [as_text(run.machine.get(key)) for key in ("device", "dtype")]
     state = run.state(now)
     lines = [Text(" · ".join(filter(None, facts)), "title"), Text(state.words, STATE_STYLES.get(state.kind, "dim"))]

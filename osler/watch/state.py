@@ -50,12 +50,10 @@ class WatchedRun(StageLog):
             super().refresh()
             if self._has_changed(versions := self.folder.root / "versions.json"):
                 self.machine = as_dict(as_dict(read_json(versions)).get("machine"))
-
-    def _read_checkpoints(self) -> None:
-        super()._read_checkpoints()
-        self.checkpoints = [entry for entry in by_age(self.folder.checkpoints) if (entry.path / MANIFEST).is_file()]
-        self.saved_at = stamp(self.checkpoints[0].path / MANIFEST)[0] / 1e9 if self.checkpoints else 0.0
-        self.best = best_checkpoint(self.folder.checkpoints)
+            if self._has_changed(folder := self.folder.checkpoints):
+                self.checkpoints = [entry for entry in by_age(folder) if (entry.path / MANIFEST).is_file()]
+                self.saved_at = stamp(self.checkpoints[0].path / MANIFEST)[0] / 1e9 if self.checkpoints else 0.0
+                self.best = best_checkpoint(folder)
 
     @property
     def has_lines(self) -> bool:

@@ -15,10 +15,13 @@ from osler.report.charts import family_of
 
 CONFIG = """# resolved configuration
 seed: 1
-model: {num_layers: 6, hidden_size: 256, intermediate_size: 768, num_heads: 8, num_kv_heads: 4, head_dim: 32, vocab_size: 4096}
 optim: {type: muon, lr: 2e-2}
 """
 
+MODEL = {
+    "num_layers": 6, "hidden_size": 256, "intermediate_size": 768, "num_heads": 8, "num_kv_heads": 4, "head_dim": 32,
+    "vocab_size": 4096,
+}  # fmt: skip
 DRUGS = ["velomycin", "tarsodine", "quenapril", "oxafen"]
 GRPO_METRICS = [name for name in METRICS if "<" not in name and family_of(name).title == "Reinforcement learning"]
 GRPO_METRICS += ["answer/letter_A_frac", "rewards/correct/mean", "train/lr", "made_up/by_a_plugin"]
@@ -100,7 +103,7 @@ def write_training(folder: Path, steps: int, start: float, floor: float, start_t
         if step % (steps // 8) == 0:
             row |= {"eval/loss": loss + 0.12, "eval/bits_per_byte": (loss + 0.12) * 0.36}
         rows.append(row)
-    write_run(folder, rows, CONFIG)
+    write_run(folder, rows, CONFIG, model_json=MODEL)
 
 
 def write_grpo(folder: Path, steps: int = 120) -> None:

@@ -21,7 +21,8 @@ from osler.watch.state import DEAD_SECONDS, WatchedFolder
 from tests.report.conftest import write_run
 
 NOW = 2_000_000.0
-CONFIG = "kind: pretrain\ntotal_tokens: 8000\nmodel: {num_layers: 2, hidden_size: 64, vocab_size: 512}\n"
+CONFIG = "kind: pretrain\ntotal_tokens: 8000\n"
+MODEL = {"num_layers": 2, "hidden_size": 64, "vocab_size": 512}
 
 
 @pytest.fixture
@@ -32,7 +33,8 @@ def make_run(tmp_path):
         usual = {"train/grad_norm": 1.0, "perf/tokens_per_second": 50.0, "train/lr": 0.01, **metrics}
         own = ({"step": s, "tokens": 100 * s, "time": NOW - ago - (steps - s) * 2.0} for s in range(1, steps + 1))
         rows = [{**row, "train/loss": 4.0 - row["step"] / 20, **usual} for row in own]
-        folder = write_run(tmp_path / name, rows, config, versions_json={"machine": {"device": "cpu", "dtype": "bfloat16"}})
+        versions = {"machine": {"device": "cpu", "dtype": "bfloat16"}}
+        folder = write_run(tmp_path / name, rows, config, versions_json=versions, model_json=MODEL)
         age(folder, ago)
         return folder
 
@@ -65,7 +67,7 @@ def test_a_running_run(make_run):
     metrics = {"model/activation_rms/0": 1.0, "model/activation_rms/1": 3.0, "perf/eta_seconds": 80.0}
     text = picture(make_run(**metrics))
     lines = text.splitlines()
-    parameters = fmt.count(ModelConfig(num_layers=2, hidden_size=64, vocab_size=512).num_parameters)
+    parameters = fmt.count(ModelConfig(**MODEL).num_parameters)
     assert lines[0].endswith(f"run · pretrain · {parameters} parameters · cpu · bfloat16") and lines[1] == "running"
     assert lines[2] == "step 40 · 4,000 of 8,000 tokens · 1 min 18 s so far · 1 min 19 s to go"
     assert lines[3].endswith("50.0%") and lines[3].count("━") == lines[3].count("─") - 1
