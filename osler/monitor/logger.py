@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from socket import gethostname
@@ -23,7 +23,7 @@ from osler.monitor.config import MonitorConfig
 from osler.monitor.history import RunSettings
 from osler.monitor.sinks import parse_command
 from osler.monitor.tracker import CLOSE_SECONDS, Trackers
-from osler.records.jsonl import END, FAILED, FINISHED, START, STOPPED, EventLog, MetricsFile, still_wrong
+from osler.records.jsonl import END, FAILED, FINISHED, START, STOPPED, EventLog, MetricsFile
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder
 
@@ -99,11 +99,12 @@ class RunLogger:
         for alert in alerts:
             if self.alerter and alert.name not in self.alerter.said:  # only the end raised it
                 self._record(alert)
-        message = f"The run is complete, but {still_wrong(len(alerts))}" if alerts else "The run is complete"
+        names = [alert.name for alert in alerts]
+        message = f"The run is complete, but these alerts still hold: {', '.join(names)}." if alerts else "The run is complete."
         if alerts:
             lines = (f"\n  {alert.severity.capitalize()}: step {alert.step}: {alert.message}" for alert in alerts)
-            logger.warning(f"{message}:{''.join(lines)}")
-        self.events.write(step, END, FINISHED, f"{message}.", tell=False, unresolved=[asdict(alert) for alert in alerts])
+            logger.warning(f"{message}{''.join(lines)}")
+        self.events.write(step, END, FINISHED, message, tell=False, unresolved=names)
 
     def __enter__(self) -> RunLogger:
         return self

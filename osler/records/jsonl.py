@@ -24,7 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from osler.records.values import NAN, as_dict, as_list, as_number, as_text
+from osler.records.values import NAN, as_number, as_text
 from osler.runtime.errors import UserError
 from osler.runtime.files import plain
 
@@ -219,18 +219,6 @@ def read_events(path: str | Path) -> list[Event]:
     return events
 
 
-def still_wrong(count: int) -> str:
-    """Return in words how many alerts hold at the end of a run."""
-    return "1 alert still holds" if count == 1 else f"{count} alerts still hold"
-
-
 def newest_of_life(events: Sequence[Event]) -> Event | None:
     """Return the newest start or end of a process of the run."""
     return next((event for event in reversed(events) if event.kind in LIFETIME), None)
-
-
-def unresolved_at_end(events: Sequence[Event]) -> list[str]:
-    """Return the names of the alerts that held at the end of a complete run, by its newest start or end."""
-    newest = newest_of_life(events)
-    alerts = as_list(newest.details.get("unresolved")) if newest else []
-    return [as_text(alert["name"]) for alert in map(as_dict, alerts) if "name" in alert]

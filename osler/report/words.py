@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from osler.eval.score import describe_too_long
 from osler.model.config import ModelConfig
-from osler.records.jsonl import END, FAILED, FINISHED, START, Event, still_wrong, unresolved_at_end
+from osler.records.jsonl import END, FAILED, FINISHED, START, Event, newest_of_life
 from osler.records.results import Comparison, ExamScore
 from osler.report.curves import time_at_work
 from osler.report.read import NAN, RunRecord, read_run
@@ -203,10 +203,8 @@ def attention(run: RunRecord) -> list[str]:
     """Return everything that deserves attention, the gravest first; empty when nothing stands out."""
     found = list(_about_exams(run))
     for stage in run.runs:
-        told, unresolved = [], unresolved_at_end(stage.events)
-        if unresolved:
-            names = ", ".join(unresolved).replace("-", " ")
-            told.append(f"The run is complete, but {still_wrong(len(unresolved))}: {names}.")
+        newest = newest_of_life(stage.events)
+        told = [newest.message] if newest and newest.details.get("unresolved") else []
         grave = [group for group in grouped(stage.events) if group.weight in GRAVE]
         told += [group.in_words for group in sorted(grave, key=lambda group: GRAVE.index(group.weight))]
         if pauses := time_at_work(stage.log.times)[1]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from osler.checkpoint.folders import MANIFEST, Best, Entry, best_checkpoint, by_age
-from osler.records.jsonl import EARLY_STOP, END, FINISHED, STOPPED, newest_of_life, still_wrong, unresolved_at_end
+from osler.records.jsonl import EARLY_STOP, END, FINISHED, STOPPED, newest_of_life
 from osler.records.results import FinishedStage
 from osler.records.values import as_dict, as_number, as_text, read_records
 from osler.report.read import StageLog, stage_rank, stamp, sub_runs
@@ -97,8 +97,7 @@ class WatchedRun(StageLog):
         event = newest_of_life(self.events)
         if event and event.kind == END:  # the last process ended, in its own words
             ago = f"{fmt.duration(max(0.0, now - event.time))} ago"
-            alerts = unresolved_at_end(self.events)
-            but = f", but {still_wrong(len(alerts))}: {', '.join(alerts)}" if alerts else ""
+            but = f". {event.message}" if event.details.get("unresolved") else ""
             ends = {
                 FINISHED: f"finished {'early ' if self.stopped_early else ''}{ago}{but}",
                 STOPPED: f"stopped {ago} by Ctrl-C or a signal, {kept}",

@@ -142,4 +142,4 @@ def test_text_that_is_read_again_and_again_is_told_at_the_start_and_at_the_end(t
     assert "less than one row of seq_len 64" in said
     assert "Note: the run reads its " in said and " times. Up to about 4 times" in said
     assert "Warning: step 12: the run has read its data " in said
-    assert "repeated-data" in {alert["name"] for alert in read_events(run / "events.jsonl")[-1].details["unresolved"]}
+    assert "repeated-data" in read_events(run / "events.jsonl")[-1].details["unresolved"]
