@@ -98,7 +98,7 @@ def read_exams(path: Path) -> list[ExamScore]:
     """Return the scores of an ``exams.json`` in its order, none when there is no file; raises UserError when it is damaged."""
     table = as_dict(read_json(path)) if path.exists() else {}
     return [
-        replace(from_json(ExamScore, {"presentations": as_dict(row).get("n"), **as_dict(row)}), label=label, split=split)
+        replace(from_json(ExamScore, row), label=label, split=split)
         for label, splits in table.items()
         for split, row in as_dict(splits).items()
         if isinstance(row, dict)
@@ -125,4 +125,4 @@ def add_exams(path: Path, label: str, scores: Mapping[str, ExamScore], *, last: 
 def read_samples(path: Path) -> tuple[list[SampledAnswer], int]:
     """Return the answers of a file, and how many of its lines before the last are unreadable."""
     rows, unreadable = jsonl.read(path)
-    return [from_json(SampledAnswer, {**row, "id": row.get("id") or row.get("question")}) for row in rows], unreadable
+    return [from_json(SampledAnswer, row) for row in rows], unreadable

@@ -10,10 +10,8 @@ from pathlib import Path
 from socket import gethostname
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from osler.checkpoint.folders import MANIFEST, Best, Entry, best_checkpoint, by_age
-from osler.records.jsonl import EARLY_STOP, END, FINISHED, STOPPED, newest_of_life
+from osler.records.jsonl import EARLY_STOP, END, newest_of_life
 from osler.records.results import FinishedStage
 from osler.records.values import as_dict, as_number, as_text, read_records
 from osler.report.read import StageLog, stage_rank, stamp, sub_runs
@@ -22,9 +20,8 @@ from osler.runtime.errors import UserError
 from osler.runtime.files import is_locked, read_json
 
 QUICKSTART_STAGES = ("pretrain", "sft", "grpo")
-RECENT_LINES = 50  # these lines say how long the gap between two lines usually is
-QUIET_SECONDS, QUIET_GAPS = 10.0, 3.0  # a silence longer than both, in seconds and in usual gaps, is worth a word
-DEAD_SECONDS, DEAD_GAPS = 120.0, 20.0  # and a silence longer than these means that no process works on the run
+QUIET_SECONDS = 60.0  # a longer silence is worth a word
+DEAD_SECONDS = 1200.0  # where no lock can tell, a longer silence means that no process works on the run
 
 
 class State(NamedTuple):
@@ -96,28 +93,21 @@ class WatchedRun(StageLog):
         kept = f"saved at step {self.checkpoints[0].step:,}" if self.checkpoints else "nothing saved"
         event = newest_of_life(self.events)
         if event and event.kind == END:  # the last process ended, in its own words
-            ago = f"{fmt.duration(max(0.0, now - event.time))} ago"
-            but = f". {event.message}" if event.details.get("unresolved") else ""
-            ends = {
-                FINISHED: f"finished {'early ' if self.stopped_early else ''}{ago}{but}",
-                STOPPED: f"stopped {ago} by Ctrl-C or a signal, {kept}",
-            }
-            return State(event.name, ends.get(event.name, f"failed {ago} at step {event.step}, {kept}: {event.message}"))
+            ago = f"{'early ' if self.stopped_early else ''}{fmt.duration(max(0.0, now - event.time))} ago"
+            return State(event.name, f"{event.name} {ago} at step {event.step:,}, {kept}: {event.message}")
         if not self.has_lines:
             begun = f"no metrics yet; begun {fmt.duration(silent)} ago"
             nothing = "nothing here yet: waiting for a run to write its config.yaml here (Ctrl-C leaves)"
             return State("waiting", begun if self.folder.config.is_file() else nothing)
-        gaps = np.diff(self.log.times[-RECENT_LINES:])
-        gap = float(np.median(gaps[gaps > 0])) if (gaps > 0).any() else 0.0
         locked = is_locked(self.folder.root)
         # A process that began here writes its end and then unlocks the folder. Without an end in current events it was killed.
         killed = locked is False and event is not None and event.details.get("host") == gethostname()
         killed = killed and stamp(self.folder.events) == self._stamps.get(self.folder.events)
         for_so_long = f"no sign of it for {fmt.duration(silent)}"
-        if killed or (not locked and silent > max(DEAD_SECONDS, DEAD_GAPS * gap)):
+        if killed or (not locked and silent > DEAD_SECONDS):
             guess = "killed, or the machine went down"
             return State("dead", f"dead: {for_so_long} ({guess}); last line at step {self.last_step:,}, {kept}")
-        return State("running", f"running, {for_so_long}" if silent > max(QUIET_SECONDS, QUIET_GAPS * gap) else "running")
+        return State("running", f"running, {for_so_long}" if silent > QUIET_SECONDS else "running")
 
 
 class WatchedFolder:

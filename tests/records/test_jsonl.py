@@ -16,7 +16,6 @@ from osler.monitor.alerts import replay
 from osler.monitor.history import RunSettings
 from osler.records import jsonl
 from osler.records.jsonl import EventLog, MetricsFile, read_events, read_metrics
-from osler.records.results import read_samples
 from osler.records.values import NAN, from_json
 from osler.runtime.errors import UserError
 
@@ -49,8 +48,6 @@ def test_what_is_no_object_is_passed_over(odd: Path) -> None:
     assert found == [{}, {"step": 1e300}, {"step": None}, {"step": 2}] and unreadable == 4
     assert [line.step for line in read_metrics(odd)] == [2]
     assert jsonl.read(odd.with_name("none")) == ([], 0)
-    odd.write_text('{"id": null, "question": "a"}\n{"question": "b"}\n{"id": "c", "question": "d"}\n')
-    assert [sample.id for sample in read_samples(odd)[0]] == ["a", "b", "c"], "known by its question"
     for read in (jsonl.read, MetricsFile):
         with pytest.raises(UserError, match="cannot be read"):
             read(odd.parent)

@@ -83,7 +83,8 @@ def write_run(folder: Path, rows: object = (), config: str = "kind: pretrain\n",
 def exam(accuracy: float, n: int, letters: dict[str, int], unparsed: int = 0) -> dict[str, object]:
     half = 1.96 * math.sqrt(accuracy * (1 - accuracy) / n)
     return {
-        "n": n, "correct": round(accuracy * n), "accuracy": accuracy, "interval": [accuracy - half, accuracy + half],
+        "n": n, "presentations": n, "correct": round(accuracy * n),
+        "accuracy": accuracy, "interval": [accuracy - half, accuracy + half],
         "chance": 0.25, "constant_letter_baseline": 0.273, "letters": letters, "unparsed": unparsed,
         "method": "Options permuted, greedy decoding, Wilson interval.",
     }  # fmt: skip

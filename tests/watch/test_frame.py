@@ -76,7 +76,7 @@ def test_a_running_run(make_run):
 
 
 LONG = DEAD_SECONDS + 60
-KILLED = "dead: no sign of it for 3 min 00 s (killed, or the machine went down); last line at step 40"
+KILLED = "dead: no sign of it for 21 min 00 s (killed, or the machine went down); last line at step 40"
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ KILLED = "dead: no sign of it for 3 min 00 s (killed, or the machine went down);
     [
         (1.0, None, 40, "running"),
         (1.0, None, 80, "running"),  # the last evaluation is to come
-        (30.0, None, 40, "running, no sign of it for 30 s"),
+        (90.0, None, 40, "running, no sign of it for 1 min 30 s"),
         (LONG, None, 40, f"{KILLED}, nothing saved"),
         (LONG, 20, 40, f"{KILLED}, saved at step 20"),
     ],
@@ -102,8 +102,8 @@ def test_what_silence_means(make_run, ago, saved, steps, expected):
 @pytest.mark.parametrize(
     ("name", "message", "expected"),
     [
-        ("finished", "The run is complete.", "finished 30 s ago"),
-        ("stopped", "Stopped.", "stopped 30 s ago by Ctrl-C or a signal, saved at step 20"),
+        ("finished", "The run is complete.", "finished 30 s ago at step 40, saved at step 20: The run is complete."),
+        ("stopped", "Stopped.", "stopped 30 s ago at step 40, saved at step 20: Stopped."),
         ("failed", "Lower optim.lr.", "failed 30 s ago at step 40, saved at step 20: Lower optim.lr."),
     ],
 )
@@ -143,7 +143,7 @@ def test_a_silent_run_whose_folder_is_held_runs(make_run):
     with (folder / "metrics.jsonl").open("a"):  # whoever has the log open is not the run
         assert picture(folder).splitlines()[1].startswith("dead")
     with locked(folder):
-        assert picture(folder).splitlines()[1] == "running, no sign of it for 3 min 00 s"
+        assert picture(folder).splitlines()[1] == "running, no sign of it for 21 min 00 s"
 
 
 @pytest.mark.parametrize(
