@@ -68,16 +68,11 @@ class WatchedRun(StageLog):
 
     @property
     def progress(self) -> tuple[float, float, str]:
-        """The amount done, the total (NaN when it is not known), and their unit: tokens, or steps for GRPO.
-
-        A run with ``max_minutes`` fits its tokens to the time again and again. How many are left follows from its time and speed.
-        """
-        done, unit = (self.last_step, "steps") if self.kind == "grpo" else (self.tokens, "tokens")
-        if self.stopped_early:
-            return done, done, unit
-        if unit == "tokens" and self.config.get("max_minutes"):
-            return done, done + self.newest("perf/eta_seconds") * self.newest("perf/tokens_per_second"), unit
-        return done, as_number(self.config.get("steps" if unit == "steps" else "total_tokens")), unit
+        """The amount done, the total (NaN when it is not known), and their unit: tokens, or steps for GRPO."""
+        if self.kind == "grpo":
+            return self.last_step, self.last_step if self.stopped_early else as_number(self.config.get("steps")), "steps"
+        left = self.newest("perf/eta_seconds") * self.newest("perf/tokens_per_second")  # max_minutes may have changed the total
+        return self.tokens, self.tokens + (0.0 if self.stopped_early else left), "tokens"
 
     @property
     def stopped_early(self) -> bool:

@@ -22,7 +22,8 @@ termios = pytest.importorskip("termios")
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    row = {"step": 1, "tokens": 100, "time": time.time(), "train/loss": 3.25}
+    speed = {"perf/eta_seconds": 9.0, "perf/tokens_per_second": 100.0}
+    row = {"step": 1, "tokens": 100, "time": time.time(), "train/loss": 3.25, **speed}
     return write_run(tmp_path, [row], "kind: pretrain\ntotal_tokens: 1000\n")
 
 
