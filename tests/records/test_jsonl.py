@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 import time
 import tracemalloc
 from dataclasses import asdict, dataclass, field
@@ -142,18 +140,6 @@ def test_a_long_log_is_not_held_in_memory(path: Path, last_step: float) -> None:
     tracemalloc.stop()
     assert len(steps(path)) == min(last_step, 3000)
     assert peak < path.stat().st_size / 4
-
-
-def test_a_killed_and_resumed_run_has_each_step_once(path: Path) -> None:
-    script = (
-        "import os, sys\nfrom osler.records.jsonl import MetricsFile\nfile = MetricsFile(sys.argv[1])\n"
-        "for step in range(7):\n    file.write(step, step, {'train/loss': 1.0})\nos.kill(os.getpid(), 9)\n"
-    )
-    killed = subprocess.run([sys.executable, "-c", script, str(path)], cwd=Path(__file__).parents[2], check=False)
-    assert killed.returncode == -9
-    assert steps(path) == list(range(7)), "what was written before the kill is there"
-    log(path, 4, 9, last_step=3)  # the last checkpoint was at step 3
-    assert steps(path) == list(range(10))
 
 
 def test_a_torn_event_costs_itself_only(path: Path) -> None:
