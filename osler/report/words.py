@@ -26,10 +26,9 @@ STAGES = {  # title and palette number
     "grpo": ("GRPO", 2), "rl": ("Reinforcement learning", 2), "data": ("Data preparation", 4), "tokenizer": ("Tokenizer", 6),
     "untrained": ("Untrained", 5),
 }  # fmt: skip
-HEADLINE_CURVES = (  # metric, words before and after its values; without an exam the first that was measured leads
-    ("eval/bits_per_byte", "", " bits per byte of held-out text"), ("eval/loss", "held-out loss", ""),
-    ("train/loss", "loss", ""), ("reward", "reward", ""),
-)  # fmt: skip
+HEADLINE_CURVES = {  # without an exam the first of these that was measured leads
+    "eval/bits_per_byte": "Held-out bits per byte", "eval/loss": "Held-out loss", "train/loss": "Loss", "reward": "Reward",
+}  # fmt: skip
 GRAVE = ("incident", "rollback", "alert")  # kinds of events that deserve attention, the gravest first; others are only listed
 STEPS_NAMED = 6
 UNPARSED_SHARE = 0.05  # a larger share of unreadable answers deserves attention
@@ -86,12 +85,11 @@ def headline(run: RunRecord) -> tuple[str, str, str]:
         start = "From random weights to " if any("pretrain" in stage.name for stage in run.runs) else "Right on "
         return start, fmt.percent(score.accuracy), f" on {score.split}{took}"
     for stage in reversed(run.runs):
-        for name, before, after in HEADLINE_CURVES:
+        for name, title in HEADLINE_CURVES.items():
             known = stage.finite(name).values
             if len(known):
-                since = f"from {fmt.number(known[0])} to " if len(known) > 1 else "of " if before else ""
-                start = f"{before} {since}".lstrip()
-                return f"{start[:1].upper()}{start[1:]}", fmt.number(known[-1]), after + took
+                since = f"from {fmt.number(known[0])} to" if len(known) > 1 else "of"
+                return f"{title} {since} ", fmt.number(known[-1]), took
     return "Nothing measured yet", "", ""
 
 

@@ -158,9 +158,9 @@ def test_odd_files_do_not_break_the_page(bare, name, content):
         ("".join(f'{{"step": {n}, "train/loss": {v}}}\n' for n, v in enumerate(["3.5", "NaN", "null", "Infinity", "2.25"])),
          "Loss from 3.500 to 2.250"),
         ([{"step": 1, "time": 0, "train/loss": 9}, {"step": 2, "time": 9, "eval/loss": 3.25}], "loss of 3.250 , in 9.0 s"),
-        ([{"step": 1, "train/loss": 9.0}, {"step": 2, "eval/bits_per_byte": 1.502}], "1.502 bits per byte of held-out text"),
+        ([{"step": 1, "train/loss": 9.0}, {"step": 2, "eval/bits_per_byte": 1.502}], "Held-out bits per byte of 1.502"),
         ([{"step": 1, "eval/bits_per_byte": 2.5}, {"step": 2, "eval/bits_per_byte": 1.502}],
-         "From 2.500 to 1.502 bits per byte of held-out text"),
+         "Held-out bits per byte from 2.500 to 1.502"),
     ],
 )  # fmt: skip
 def test_what_a_log_may_hold(bare, log, said):
