@@ -135,8 +135,8 @@ def test_metrics_that_belong_together_share_a_chart(names: list[str], family: st
     stage = StageLog(Path("none"))
     stage.log.curves = {name: Series([1], [1.0]) for name in names}
     ((found, charts),) = charts_of(stage, 0)[1]
-    assert found.title == family and [[line.label for line in chart.lines] for chart in charts] == expected
-    assert len({line.colour for line in charts[0].lines}) == len(charts[0].lines)
+    assert found.title == family and [[line.label for line in chart["lines"]] for chart in charts] == expected
+    assert len({line.colour for line in charts[0]["lines"]}) == len(charts[0]["lines"])
 
 
 def test_every_metric_of_the_table_has_a_family() -> None:
