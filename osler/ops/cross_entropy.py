@@ -29,7 +29,7 @@ Tiles = list[tuple[int, Tensor]]  # the first word of each tile, and its rows of
 
 def cross_entropy_reference(features_NR: Tensor, weight_VR: Tensor, labels_N: Tensor, *, vocab_size: int | None = None) -> Tensor:
     """Compute :func:`linear_cross_entropy` by its definition: full logits, and the sum of ``F.cross_entropy``."""
-    logits = _wide(features_NR @ weight_VR[:vocab_size].to(features_NR.dtype).T)
+    logits = wide(features_NR @ weight_VR[:vocab_size].to(features_NR.dtype).T)
     return F.cross_entropy(logits, labels_N, ignore_index=IGNORED, reduction="sum")
 
 
@@ -40,7 +40,7 @@ def linear_cross_entropy(
 
     Labels equal to -100 count nothing; weight rows from ``vocab_size`` on are padding and take no probability.
     """
-    scale_N = _wide((labels_N != IGNORED).to(features_NR.dtype))  # in the dtype of every sum
+    scale_N = wide((labels_N != IGNORED).to(features_NR.dtype))  # in the dtype of every sum
     words, logit_bytes = weight_VR.shape[0], features_NR.element_size()
     if chunk_tokens is None and torch.compiler.is_compiling() and features_NR.device.type in TILES:
         chunk_tokens = default_chunk_tokens(words, logit_bytes, TILED_CHUNK_TOKENS, TILED_CHUNK_BYTES)
@@ -91,12 +91,13 @@ def _(x: Tensor, after: list[Tensor]) -> Tensor:
     return torch.empty_like(x)
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
     """Return ``x`` in fp32 at least: bf16 is widened, fp64 (numerical tests) stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _without_padding(logits_CV: Tensor, vocab_size: int) -> Tensor:
+def without_padding(logits_CV: Tensor, vocab_size: int) -> Tensor:
+    """Return the logits with -inf in the columns from ``vocab_size`` on."""
     if vocab_size >= logits_CV.shape[1]:
         return logits_CV
     return logits_CV.masked_fill(torch.arange(logits_CV.shape[1], device=logits_CV.device) >= vocab_size, float("-inf"))
@@ -113,7 +114,7 @@ def _eager_gradients(chunks: Chunks, head_VR: Tensor, vocab_size: int) -> tuple[
         logits = x @ head_VR.T
         losses.append(_into_gradient(logits, label, scale, vocab_size))
         grad_chunks.append(logits @ head_VR)
-        _add_weight_gradient(grad_head, logits, x)
+        add_weight_gradient(grad_head, logits, x)
         del logits  # else the logits of two chunks would be in memory
     return torch.stack(losses).sum(), torch.cat(grad_chunks), grad_head
 
@@ -126,14 +127,14 @@ def _into_gradient(logits_CV: Tensor, label_C: Tensor, scale_C: Tensor, vocab_si
     rows = max(1, BLOCK_LOGITS.get(logits_CV.device.type, logits_CV.numel()) // logits_CV.shape[1])
     losses = []
     for block, label, scale in zip(logits_CV.split(rows), label_C.split(rows), scale_C.split(rows), strict=True):
-        log_softmax = _without_padding(_wide(block), vocab_size).log_softmax(-1)
+        log_softmax = without_padding(wide(block), vocab_size).log_softmax(-1)
         losses.append((log_softmax.gather(1, label[:, None]).squeeze(1) * scale).sum())
         error = log_softmax.exp_().scatter_add_(1, label[:, None], log_softmax.new_full((label.shape[0], 1), -1.0))
         block.copy_(error.mul_(scale[:, None]))
     return -torch.stack(losses).sum()
 
 
-def _add_weight_gradient(grad_weight_VR: Tensor, grad_logits_CV: Tensor, x_CR: Tensor) -> None:
+def add_weight_gradient(grad_weight_VR: Tensor, grad_logits_CV: Tensor, x_CR: Tensor) -> None:
     """Add one chunk's part, in pieces of the vocabulary, because the whole widened product would be as large as the sum."""
     rows = max(1, WEIGHT_PIECE // x_CR.shape[1])
     if rows >= grad_weight_VR.shape[0] or torch.compiler.is_compiling():  # compiled, nothing is widened on its own
@@ -163,7 +164,7 @@ def _compiled_gradients(chunks: Chunks, head_VR: Tensor, vocab_size: int) -> tup
         for (start, tile), logits in zip(tiles, tile_logits, strict=True):
             if parts:
                 log_sum_C = in_turn(log_sum_C, [grad_x, parts[-1]])
-            softmax = (_without_padding(_wide(logits), vocab_size - start) - log_sum_C[:, None]).exp()
+            softmax = (without_padding(wide(logits), vocab_size - start) - log_sum_C[:, None]).exp()
             one_hot = (label - start)[:, None] == torch.arange(tile.shape[0], device=label.device)
             error = ((softmax - one_hot.to(softmax.dtype)) * scale[:, None]).to(logits.dtype)
             grad_x = grad_x + error @ tile
@@ -172,7 +173,7 @@ def _compiled_gradients(chunks: Chunks, head_VR: Tensor, vocab_size: int) -> tup
         if grad_tiles:
             grad_tiles = [whole + part for whole, part in zip(grad_tiles, parts, strict=True)]
         else:
-            grad_tiles = parts if len(chunks) == 1 else [_wide(part) for part in parts]
+            grad_tiles = parts if len(chunks) == 1 else [wide(part) for part in parts]
     return loss, torch.cat(grad_chunks), torch.cat(grad_tiles)
 
 
@@ -183,7 +184,7 @@ def _tile_logits(x_CR: Tensor, tiles: Tiles, label_C: Tensor, vocab_size: int) -
     label_logit_C = torch.zeros_like(label_C, dtype=torch.promote_types(x_CR.dtype, torch.float32))
     for start, tile in tiles:
         logits = (in_turn(x_CR, log_sums[-1:]) if log_sums else x_CR) @ tile.T
-        log_sums.append(_without_padding(_wide(logits), vocab_size - start).logsumexp(-1))
+        log_sums.append(without_padding(wide(logits), vocab_size - start).logsumexp(-1))
         is_here_C = (label_C >= start) & (label_C < start + tile.shape[0])
         here = logits.gather(1, ((label_C - start) * is_here_C)[:, None]).squeeze(1)
         label_logit_C = label_logit_C + here.masked_fill(~is_here_C, 0.0)
@@ -210,7 +211,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _scaled_logits(x_CR: Tensor, head_VR: Tensor, mask_CV: Tensor | None, vocab_size: int, temperature: float) -> Tensor:
-    logits_CV = _without_padding(_wide(x_CR @ head_VR.T), vocab_size)
+    logits_CV = without_padding(wide(x_CR @ head_VR.T), vocab_size)
     if mask_CV is not None:
         mask_CV = F.pad(mask_CV, (0, head_VR.shape[0] - mask_CV.shape[1]))
         logits_CV = logits_CV.masked_fill(~mask_CV, float("-inf"))
@@ -252,5 +253,5 @@ class _LinearLogprobs(torch.autograd.Function):
             grad_logits = (one_hot.to(logits.dtype) - logits.softmax(-1)) * (grad_logp[part, None] / temperature)
             grad_logits = grad_logits.to(features.dtype)
             grad_chunks.append(grad_logits @ head)
-            _add_weight_gradient(grad_weight, grad_logits, features[part])
+            add_weight_gradient(grad_weight, grad_logits, features[part])
         return torch.cat(grad_chunks), grad_weight.to(weight.dtype), None, None, None
