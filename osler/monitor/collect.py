@@ -19,6 +19,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.monitor.config import MonitorConfig
 from osler.monitor.model_stats import ProbeRows, activation_stats, gradient_stats, update_stats, weight_stats
@@ -57,6 +58,7 @@ class Collector:
         self.steps = 0  # steps since the last line, or since the clock was restarted
         self.is_probing = False
         self.probed: dict[str, Tensor] = {}
+        self.forward_only: ModelConfig | None = None  # of a teacher, which reads every token too
         self.cpus = read_cpus()  # as they were when the last line was written
 
     def fetch(self, batches: Iterator[T], step: int) -> T:
@@ -143,7 +145,8 @@ class Collector:
     def mfu(self, tokens_per_second: float, seq_len: int) -> dict[str, float]:
         """Return the share of the GPUs' peak at a speed of training on rows of ``seq_len`` tokens, where the peak is known."""
         peak = peak_flops(self.device)
-        flops = tokens_per_second * self.model.config.flops_per_token(seq_len)
+        forward_flops = 0 if self.forward_only is None else self.forward_only.flops_per_token(seq_len) // 3
+        flops = tokens_per_second * (self.model.config.flops_per_token(seq_len) + forward_flops)
         return {} if peak is None else {"perf/mfu": flops / (peak * self.world.size)}
 
 
@@ -153,7 +156,7 @@ def has_learned(loss: float, grad_norm: float) -> bool:
 
 
 def step_stats(window: Sequence[Sequence[float]], clip_norm: float, bytes_per_token: float | None) -> dict[str, float]:
-    """Return the metrics that follow from loss, gradient norm and skip flag of the steps since the last line.
+    """Return the metrics that follow from loss, gradient norm and skip flag, the first of each row, since the last line.
 
     ``bytes_per_token`` is the mean over the text, or None where not all of the text is learned.
     """
@@ -161,14 +164,14 @@ def step_stats(window: Sequence[Sequence[float]], clip_norm: float, bytes_per_to
     unlearned = {"train/unlearned_steps": float(len(window) - len(learned))}
     if not learned:
         return unlearned
-    losses = [loss for loss, _, _ in learned if math.isfinite(loss)] or [math.nan]
+    losses = [row[0] for row in learned if math.isfinite(row[0])] or [math.nan]
     loss = sum(losses) / len(losses)
     metrics = {
         "train/loss": loss,
         "train/perplexity": math.exp(min(loss, 700.0)),
         "train/grad_norm": learned[-1][1],
-        "train/skipped_steps": sum(skipped for _, _, skipped in learned),
-        **norm_stats([norm for _, norm, _ in learned], clip_norm),
+        "train/skipped_steps": sum(row[2] for row in learned),
+        **norm_stats([row[1] for row in learned], clip_norm),
         **unlearned,
     }
     if bytes_per_token is not None:

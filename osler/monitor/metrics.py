@@ -43,6 +43,7 @@ METRICS: dict[str, Metric] = {
     "train/stage": Metric("number", "stage of the curriculum, counted from 1"),
     "train/seq_len": Metric("tokens", "length of the rows of this stage"),
     "train/batch_tokens": Metric("tokens", "tokens in one optimizer step of this stage"),
+    "distill/kl": Metric("nats/token", "distance of the model from its teacher, KL(teacher || model) at teacher.temperature"),
     # gradients, before clipping
     "grad/norm_max": Metric("norm", "largest gradient norm of the steps since the line before"),
     "grad/clipped_frac": Metric("fraction", "steps since the line before whose gradient was longer than clip_norm"),
@@ -82,7 +83,7 @@ METRICS: dict[str, Metric] = {
     "eval/seconds": Metric("s", "time this evaluation took", EVALUATION),
     # speed and memory
     "perf/tokens_per_second": Metric("tokens/s", "training tokens through the optimizer, all devices together"),
-    "perf/mfu": Metric("fraction", "share of the GPUs' peak arithmetic that training uses, where the peak is known"),
+    "perf/mfu": Metric("fraction", "share of the GPUs' peak arithmetic in use, a teacher's included, where the peak is known"),
     "perf/eta_seconds": Metric("s", "time left at this speed, evaluations and checkpoints not counted"),
     "perf/data_ms": Metric("ms", "wait for the batch, per step", BASIC),
     "perf/forward_ms": Metric("ms", "forward passes, per step", BASIC),

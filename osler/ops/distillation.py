@@ -91,16 +91,15 @@ def _of_logits(
     return ce, kl, (error * scale_C[:, None]).to(logits_CV.dtype)
 
 
-def _of_chunk(
-    logits_CV: Tensor, teacher_CV: Tensor, label_C: Tensor, scale_C: Tensor, mix: Mix
-) -> tuple[Tensor, Tensor, Tensor]:
+def _of_chunk(logits_CV: Tensor, teacher_CV: Tensor, label_C: Tensor, scale_C: Tensor, mix: Mix) -> tuple[Tensor, Tensor, Tensor]:
     """Do the same, on a CPU by blocks of rows that stay in the cache. A compiler fuses the operations instead."""
     rows = max(1, BLOCK_LOGITS.get(logits_CV.device.type, logits_CV.numel()) // logits_CV.shape[1])
     if torch.compiler.is_compiling() or rows >= logits_CV.shape[0]:
         return _of_logits(logits_CV, teacher_CV, label_C, scale_C, mix)
     sums = []
-    for block, *others in zip(*(each.split(rows) for each in (logits_CV, teacher_CV, label_C, scale_C)), strict=True):
-        *found, error = _of_logits(block, *others, mix)
+    parts = (each.split(rows) for each in (logits_CV, teacher_CV, label_C, scale_C))
+    for block, taught, label, scale in zip(*parts, strict=True):
+        *found, error = _of_logits(block, taught, label, scale, mix)
         block.copy_(error)
         sums.append(torch.stack(found))
     ce, kl = torch.stack(sums).sum(0)

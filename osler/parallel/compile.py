@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osler.model.transformer import SummedLoss
+from osler.model.transformer import SummedLoss, Transformer
 from osler.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -50,6 +50,11 @@ def compile_loss(loss: SummedLoss, *, by_block: bool) -> None:
     loss.of_hidden = compiled(loss.of_hidden)  # type: ignore[method-assign]
 
 
+def compile_forward(model: Transformer) -> Callable[..., Tensor]:
+    """Return the compiled forward pass of a model that is not trained."""
+    return with_few_shapes(torch.compile(model.forward, fullgraph=True, dynamic=False))
+
+
 def with_few_shapes(compiled: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return a function that does the same, and drops all compiled code before a fifth shape of its first tensor compiles.
 
@@ -57,13 +62,13 @@ def with_few_shapes(compiled: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """
     alive: set[torch.Size] = set()
 
-    def call(first: Tensor, *others: Any) -> Tensor:
+    def call(first: Tensor, *others: Any, **named: Any) -> Tensor:
         if first.shape not in alive:
             if len(alive) == COMPILED_SHAPES:
                 torch.compiler.reset()
                 alive.clear()
             alive.add(first.shape)
-        return compiled(first, *others)
+        return compiled(first, *others, **named)
 
     return call
 

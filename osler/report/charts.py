@@ -91,7 +91,7 @@ FAMILIES: tuple[Family, ...] = (  # a metric is in the first family whose prefix
            "Good: calm, of one order of magnitude in all layers, and every value finite."),
     Family("Plan", ("train/lr", "train/stage", "train/seq_len", "train/batch_tokens"),
            "What was set rather than what came out; the other curves are read by it."),
-    Family("Quality", ("train/", "eval/"),
+    Family("Quality", ("train/", "eval/", "distill/"),
            "Good: losses fall, accuracies climb, and what is measured on held-out text follows what is measured in training.",
            (Spec("How right and how sure", (("train/token_accuracy", "likeliest token right"),
                   ("train/label_probability", "given to the right one"), ("train/top_probability", "given to the likeliest")),

@@ -31,7 +31,7 @@ GIVEN_ANEW = (
     "data.streaming", "data.disk_budget_gb",  # the batches are the same
 )  # fmt: skip
 # Paths of files may change too. The contents may not: the fingerprints of shards and checkpoints ensure this.
-PLACES = re.compile(r"((.*\.)?data(\.sources\[\d+\])?|validation\[\d+\])\.(path|root)|tasks\[\d+\]\.task\.path")
+PLACES = re.compile(r"((.*\.)?data(\.sources\[\d+\])?|validation\[\d+\]|teacher)\.(path|root)|tasks\[\d+\]\.task\.path")
 WHOLE = ("data.sources", "validation", "tasks")  # lists that are given whole
 DATA_SECTIONS = ("data", "validation", "tasks")  # a run learns from these and is evaluated on them
 
@@ -211,8 +211,11 @@ def check_fingerprints(loaded: Loaded, current: Mapping[str, str], *, changes: E
             logger.warning(f"{message} Losses on either side are not comparable (allow_data_change).")
             changes.write(loaded.step, "data-change", name, message, before=before, now=value)
             continue
-        remedy = ", allow it with allow_data_change=true," if name == "data" else ""
+        remedies = {
+            "data": ", allow it with allow_data_change=true,",
+            "teacher": ", name the checkpoint that it was then (teacher.path=RUN/checkpoints/STEP),",
+        }
         raise UserError(
             f"The {name} changed since checkpoint {loaded.path} was written: its fingerprint is {value} and was {before}. "
-            f"Restore it{remedy} or start a new run with --run NEW_FOLDER init_from={loaded.path}."
+            f"Restore it{remedies.get(name, '')} or start a new run with --run NEW_FOLDER init_from={loaded.path}."
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from osler.config.schema import TAGGED, NonNegativeInt, PositiveFloat, PositiveInt, Seed, config
+from osler.config.schema import TAGGED, Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Seed, config
 from osler.data.config import (
     FIRST_SHARD_TOKENS,
     VALIDATION_TOKENS,
@@ -63,6 +63,15 @@ class TokenCheckpoints(CheckpointConfig):
 
 
 @config
+class TeacherConfig:
+    """Distillation: the loss is (1 - weight) x cross-entropy + weight x temperature² x KL(teacher || model)."""
+
+    path: str  # run folder or checkpoint of the teacher, a model with the same tokenizer
+    weight: Fraction = 0.5  # share of the KL in the loss; 0 learns the text alone, 1 the teacher alone
+    temperature: PositiveFloat = 1.0  # divides the logits of both; above 1, unlikely words count for more
+
+
+@config
 class TrainConfig(RunConfig):
     """One supervised stage: ``pretrain`` learns every token, ``sft`` learns what the model must answer."""
 
@@ -71,6 +80,8 @@ class TrainConfig(RunConfig):
     init_from: str | None = None  # run folder or checkpoint to start from; its model and tokenizer replace those given here
     model: ModelConfig = ModelConfig()
     tokenizer: TokenizerConfig = BPEConfig()
+    # a model to learn from beside the data; without init_from and tokenizer.path its tokenizer is taken too; null: none
+    teacher: TeacherConfig | None = None
     data: DataConfig = ClinicData()
     # sets that the run is evaluated on, each by itself and all together; none: what is held out of each source of data. An
     # evaluation reads a million tokens of each at most, and of all of them a fifth of what is learned until the next one
@@ -123,8 +134,8 @@ class TrainConfig(RunConfig):
                 continue
             if problem := wrong_weights(number, stage.weights, sources_of(self.data)):
                 raise ValueError(problem)
-        trains_tokenizer = self.tokenizer.path is None and self.init_from is None and not isinstance(self.data, PreparedData)
-        if trains_tokenizer and self.tokenizer.vocab_size > self.model.vocab_size:
+        is_given = any((self.tokenizer.path, self.init_from, self.teacher, isinstance(self.data, PreparedData)))
+        if not is_given and self.tokenizer.vocab_size > self.model.vocab_size:
             raise ValueError(
                 f"tokenizer.vocab_size {self.tokenizer.vocab_size} is larger than model.vocab_size {self.model.vocab_size}; "
                 f"set model.vocab_size={self.tokenizer.vocab_size}"
@@ -210,5 +221,6 @@ class TrainConfig(RunConfig):
         numbers["evaluations"] = f"every {self.evaluation_tokens:,} tokens"
         model = self.model if model is None and self.init_from is None else model
         if model is not None:
-            numbers |= {"parameters": f"{model.num_parameters:,}", "FLOPs": f"{most}{self.training_flops(model):.3g}"}
+            more = ", and the teacher's forward passes" if self.teacher else ""
+            numbers |= {"parameters": f"{model.num_parameters:,}", "FLOPs": f"{most}{self.training_flops(model):.3g}{more}"}
         return numbers

@@ -19,7 +19,7 @@ from osler.eval.exams import Form, greedy, score_by_generation, score_by_likelih
 from osler.eval.score import ScoredExam
 from osler.inference.engine import InferenceEngine
 from osler.inference.load import TOKENIZER_FILE
-from osler.model.transformer import Transformer
+from osler.model.transformer import SummedLoss, Transformer
 from osler.optim.build import build_optimizer
 from osler.parallel.compile import COMPILE_MIN_STEPS
 from osler.parallel.parallelize import parallelize
@@ -38,6 +38,7 @@ from osler.train.batches import make_loader
 from osler.train.config import TrainConfig
 from osler.train.evaluation import as_metrics, evaluate_checkpoint, held_out_scores
 from osler.train.shards import check_data, exams_in_data, fingerprints_of, prepare_run, shards_of, streams
+from osler.train.teacher import DistilledLoss, open_teacher
 from osler.train.trainer import SupervisedTrainer
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
     kept = folder.root / TOKENIZER_FILE
     tokenizer = world.broadcast_from_first(lambda: refuse_missing_bytes(setup.make_tokenizer(config, tokenizer, kept)))
     model.config = setup.fitted(model.config, tokenizer)
+    teacher = open_teacher(config, machine, model.config, tokenizer, None if start.is_branch else checkpoint)
     engine = parallelize(
         model,
         config.parallel,
@@ -71,6 +73,7 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
         pass_tokens=setup.pass_tokens(config, world.size),
         recompute=config.recompute,
         compile=machine.compile,
+        loss_of=SummedLoss if config.teacher is None else partial(DistilledLoss, config=config.teacher),
     )
     fill()
     del fill  # frees the weights that it loaded
@@ -96,6 +99,7 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
         held_out=held_out,
         exam=exam_probe(config, exams, tokenizer, partial(engine.plain_model, model, machine.eager_dtype), world),
         tend=tend,
+        teacher=teacher,
     )
     if checkpoint is not None:
         loop = resume(trainer, start, checkpoint)
@@ -215,6 +219,7 @@ def check_start(config: TrainConfig, folder: RunFolder, start: store.Loaded | No
     setup.check_plan(config, is_new=start is None)
     for number, task in enumerate(config.exam.tasks):
         check_task(task, f"exam.tasks[{number}]", getattr(config.data, "root", ""))
+    setup.check_distillation(config, start)
     check_data(config, folder, start)
 
 

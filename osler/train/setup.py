@@ -44,6 +44,7 @@ from osler.runtime.sharded import load_whole
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.round_trip import Losses, refuse_missing_bytes
 from osler.train.config import TrainConfig
+from osler.train.teacher import check_teacher, described_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,18 @@ def check_plan(config: TrainConfig, *, is_new: bool) -> None:
             for corpus in open_corpora(config.data).values():
                 looked_at = islice(corpus.documents(), LOOKED_AT)
                 Losses().look(tokenizer, (part for document in looked_at for part in document.parts))
+
+
+def check_distillation(config: TrainConfig, start: store.Loaded | None) -> None:
+    """Raise UserError when there is no teacher, or one that does not fit; ``start`` is the checkpoint to continue from."""
+    if config.teacher is None:
+        return
+    if start is None and config.init_from is not None:
+        start = store.load(store.resolve(config.init_from), names=[])
+    tokenizer = tokenizer_at_hand(config) if start is None else tokenizer_of(start)
+    assert tokenizer is not None  # without another it is the teacher's
+    student = fitted(config.model if start is None else described_model(start), tokenizer)
+    check_teacher(described_teacher(config.teacher), student, tokenizer, config.seq_len)
 
 
 def check_disk_budget(config: TrainConfig, data: TextData) -> None:
@@ -199,7 +212,7 @@ def pass_tokens(config: TrainConfig, processes: int) -> list[int]:
 
 
 def make_tokenizer(config: TrainConfig, given: Tokenizer | None, kept: Path) -> Tokenizer:
-    """Return the run's tokenizer: the model's (``given``), ``kept``, its shards', ``tokenizer.path``, or a new one."""
+    """Return the run's tokenizer: the model's (``given``), ``kept``, the one at hand, or a new one."""
     if given is not None:
         return given
     if kept.exists():
@@ -212,10 +225,12 @@ def make_tokenizer(config: TrainConfig, given: Tokenizer | None, kept: Path) -> 
 
 
 def tokenizer_at_hand(config: TrainConfig) -> Tokenizer | None:
-    """Return the tokenizer of the shards, or of ``tokenizer.path``; None when a new one is to be trained."""
+    """Return the tokenizer of the shards, of ``tokenizer.path`` or of the teacher; None when a new one is to be trained."""
     if isinstance(config.data, PreparedData):
         return tokenizer_of_shards(config.data.path, config.tokenizer.path)
-    return None if config.tokenizer.path is None else Tokenizer.load(config.tokenizer.path).with_specials()
+    if config.tokenizer.path is not None:
+        return Tokenizer.load(config.tokenizer.path).with_specials()
+    return None if config.teacher is None else tokenizer_of(described_teacher(config.teacher))
 
 
 def fitted(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:

@@ -35,6 +35,7 @@ from osler.runs.loop import Due, Trainer
 from osler.runs.process import Learner, Run
 from osler.runs.resume import warn_of_endless_warmup
 from osler.train.config import TrainConfig
+from osler.train.teacher import Teacher
 
 PLANNED_SHARE = 0.97  # share of the minutes that training takes; the rest is for the last checkpoint and evaluation
 
@@ -42,6 +43,7 @@ PLANNED_SHARE = 0.97  # share of the minutes that training takes; the rest is fo
 class StepResult(NamedTuple):
     """The results of a step, on the device: mean loss in nats per learned token, gradient norm before clipping, 1 if skipped.
 
+    The loss is the cross-entropy, also where a teacher changes what is minimised; ``kl`` is the distance from it, 0 without one.
     The loss is a rank's part: its mean over the ranks is that of the global batch. It is NaN on all ranks when none has a token
     to learn; the gradient is zero then.
     """
@@ -49,6 +51,7 @@ class StepResult(NamedTuple):
     loss: Tensor
     grad_norm: Tensor
     skipped: Tensor
+    kl: Tensor
 
 
 class TrainStep:
@@ -60,17 +63,20 @@ class TrainStep:
         *,
         micro_batch_tokens: int | None = None,
         document_mask: bool = False,
+        teacher: Teacher | None = None,
         mark: Callable[[str], None] = lambda part: None,
         around_update: Callable[[Callable[[], ProbeRows]], AbstractContextManager[None]] = lambda rows: nullcontext(),
     ) -> None:
-        """``mark`` is called at the end of each part of a step: forward, backward, optimizer.
+        """With a ``teacher`` the engine's loss is a ``DistilledLoss``.
+
+        ``mark`` is called at the end of each part of a step: forward, backward, optimizer.
 
         ``around_update`` returns a context for the update, while the gradients exist. Its function returns the batch's rows.
         """
         self.parameters = [parameter for parameter in learner.model.parameters() if parameter.requires_grad]
         self.optimizer, self.engine, self.device = learner.optimizer, learner.engine, learner.device
         self.micro_batch_tokens = micro_batch_tokens
-        self.document_mask = document_mask
+        self.document_mask, self.teacher = document_mask, teacher
         self.mark, self.around_update = mark, around_update
 
     def __call__(self, batch: Batch) -> StepResult:
@@ -79,7 +85,7 @@ class TrainStep:
         world = self.engine.world
         found_tokens = world.all_reduce_mean(torch.full((), float(batch.num_loss_tokens), device=self.device))
         learned_tokens = found_tokens.clamp_min(1 / world.size)
-        total = torch.zeros((), device=self.device)
+        totals = torch.zeros((), device=self.device)  # cross-entropy, KL if there is a teacher, and last what is minimised
         num_rows, seq_len = batch.ids.shape
         micro = rows_per_micro_batch(num_rows, seq_len, self.micro_batch_tokens)
         for start in range(0, num_rows, micro):
@@ -87,15 +93,17 @@ class TrainStep:
             ids, labels = (part[rows].to(self.device, non_blocking=True) for part in (batch.ids, batch.labels))
             documents = batch.document_ids[rows].to(self.device, non_blocking=True) if self.document_mask else None
             with nullcontext() if start + micro >= num_rows else self.engine.accumulating():
-                loss = nan_gradient_unless_finite(self.engine.loss(ids, labels, documents) / learned_tokens)
+                taught = () if self.teacher is None else self.teacher(ids, documents)
+                losses = self.engine.loss(ids, labels, documents, *taught).view(-1) / learned_tokens
+                losses = nan_gradient_unless_finite(losses)
                 self.mark("forward")
-                self.engine.backward(loss)
-            total += loss.detach()
+                self.engine.backward(losses[-1])
+            totals = totals + losses.detach()
             self.mark("backward")
         with self.around_update(lambda: ProbeRows(batch.ids, batch.labels, batch.document_ids if self.document_mask else None)):
             norm_and_skipped = self.engine.update(self.optimizer, self.parameters)
         self.mark("optimizer")
-        return StepResult(torch.where(found_tokens > 0, total, math.nan), *norm_and_skipped)
+        return StepResult(torch.where(found_tokens > 0, totals[0], math.nan), *norm_and_skipped, totals[1:-1].sum())
 
 
 class SupervisedTrainer(Trainer):
@@ -119,6 +127,7 @@ class SupervisedTrainer(Trainer):
         held_out: Callable[[], dict[str, float]] = dict,
         exam: Callable[[], dict[str, float]] = dict,
         tend: Callable[[float], None] = untended,
+        teacher: Teacher | None = None,
     ) -> None:
         super().__init__(config, run, learner, total=config.total_tokens, lines_every=config.log_every_steps)
         self.loader, self.timeline, self.tend = loader, config.timeline, tend
@@ -127,11 +136,13 @@ class SupervisedTrainer(Trainer):
             learner,
             micro_batch_tokens=config.micro_batch_tokens,
             document_mask=config.document_mask,
+            teacher=teacher,
             mark=self.collector.mark,
             around_update=self.collector.update,
         )
+        self.collector.forward_only = None if teacher is None else teacher.model.config
         self.train_loss: float | None = None  # the loss of the last line
-        self.window: list[list[float]] = []  # loss, gradient norm and skip flag of each step since the last line
+        self.window: list[list[float]] = []  # loss, gradient norm, skip flag and KL of each step since the last line
         self.on_device: list[StepResult] = []  # results of steps that are not fetched yet
         self.first_step = 0  # the first step of this process
         self.iterator: Generator[Batch, None, None] | None = None  # open from ``begin`` to ``close``
@@ -140,6 +151,8 @@ class SupervisedTrainer(Trainer):
 
     def fingerprints(self) -> dict[str, str]:
         found = dict(self.run.fingerprints)
+        if self.train_step.teacher is not None:
+            found["teacher"] = self.train_step.teacher.fingerprint
         if is_of_part(found.get("data", "")):  # the data were incomplete when this process began
             found["data"] = fingerprint_of(list(self.loader.sources.values()))
         return found
@@ -237,7 +250,7 @@ class SupervisedTrainer(Trainer):
             return
         rows = self.world.all_reduce_mean(torch.stack([torch.stack(result) for result in self.on_device])).tolist()
         self.on_device.clear()
-        for step, (loss, grad_norm, skipped) in enumerate(rows, start=self.step - len(rows) + 1):
+        for step, (loss, grad_norm, skipped, _) in enumerate(rows, start=self.step - len(rows) + 1):
             if has_learned(loss, grad_norm):
                 self.incidents.observe(step, loss, grad_norm, skipped=bool(skipped))
         self.window += rows
@@ -250,6 +263,9 @@ class SupervisedTrainer(Trainer):
         metrics = step_stats(self.window, self.config.clip_norm, self.loader.bytes_per_token(self.step))
         metrics |= {"train/lr": self.config.optim.lr * scale, **self.collector.line()}
         metrics |= self.loader.metrics(self.step, len(self.window), skipped_tokens=self.incidents.data_offset)
+        if self.train_step.teacher is not None:
+            kls = [kl for loss, grad_norm, _, kl in self.window if has_learned(loss, grad_norm) and math.isfinite(kl)]
+            metrics |= {"distill/kl": sum(kls) / len(kls)} if kls else {}
         self.window = []
         loss = metrics.get("train/loss")  # None when no step had a token to learn
         if loss is not None:

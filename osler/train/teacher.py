@@ -1,0 +1,105 @@
+"""The teacher of a distilled run: a frozen model whose predictions the run learns beside the text (arXiv 1503.02531).
+
+The teacher reads the same rows as the model, under the same document mask. Its hidden states and its head go into the loss,
+which computes both models' logits chunk by chunk (``ops/distillation.py``). It is no part of the module that is trained, so DDP,
+FSDP and checkpoints do not know it; every process holds all of it. Nothing about it changes, so resume is exact.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from osler.checkpoint import store
+from osler.checkpoint.folders import MANIFEST
+from osler.inference.load import described_model, load_model, tokenizer_of
+from osler.model.config import ModelConfig
+from osler.model.transformer import SummedLoss, Transformer
+from osler.ops.distillation import Mix, linear_distillation
+from osler.parallel.compile import compile_forward
+from osler.runs.folder import check_fingerprints
+from osler.runs.process import Machine
+from osler.runtime.errors import UserError
+from osler.tokenizer.bpe import Tokenizer
+from osler.train.config import TeacherConfig, TrainConfig
+
+
+class DistilledLoss(SummedLoss):
+    """Map rows, and what a teacher made of them, to three sums in nats: cross-entropy, KL, and the loss to minimise."""
+
+    def __init__(self, model: Transformer, config: TeacherConfig) -> None:
+        super().__init__(model)
+        self.mix = Mix(config.weight, config.temperature, model.config.vocab_size)
+
+    def forward(self, ids_BT: Tensor, labels_BT: Tensor, document_BT: Tensor | None, *teacher: Tensor) -> Tensor:
+        return self.of_hidden(self.model(ids_BT, document_BT=document_BT), labels_BT, *teacher)
+
+    def of_hidden(self, hidden_BTD: Tensor, labels_BT: Tensor, *teacher: Tensor) -> Tensor:
+        features, head = teacher
+        return linear_distillation(*self.model.head(hidden_BTD), labels_BT.flatten(), (features, head), self.mix)
+
+
+class Teacher:
+    """A frozen model in eval mode. Called with ids and document ids, it returns features [N, R] and head [V, R]."""
+
+    def __init__(self, path: Path, fingerprint: str, machine: Machine) -> None:
+        self.fingerprint = fingerprint
+        # In the dtype that it computes in: its layers would cast every weight to that anyway.
+        self.model = load_model(path, device=machine.device, compute_dtype=machine.dtype).model.to(machine.dtype)
+        self.model.requires_grad_(False)
+        self._hidden = compile_forward(self.model) if machine.compile else self.model.forward
+
+    @torch.no_grad()
+    def __call__(self, ids_BT: Tensor, document_BT: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.model.head(self._hidden(ids_BT, document_BT=document_BT))
+
+
+def open_teacher(
+    config: TrainConfig, machine: Machine, student: ModelConfig, tokenizer: Tokenizer, start: store.Loaded | None
+) -> Teacher | None:
+    """Return the teacher of a run, if it has one; raises UserError for one that does not fit, or is not that of ``start``."""
+    if config.teacher is None:
+        return None
+    described = described_teacher(config.teacher)
+    check_teacher(described, student, tokenizer, config.seq_len)
+    fingerprint = fingerprint_of(described.path)
+    if start is not None:
+        check_fingerprints(start, {"teacher": fingerprint})
+    return Teacher(described.path, fingerprint, machine)
+
+
+def described_teacher(config: TeacherConfig) -> store.Loaded:
+    """Return the teacher's checkpoint without its tensors; raises UserError where there is no good one."""
+    try:
+        return store.load(store.resolve(config.path), names=[])
+    except UserError as error:
+        raise UserError(f"teacher.path={config.path}: {error}") from error
+
+
+def fingerprint_of(checkpoint: Path) -> str:
+    """Return 16 hex digits that belong to every file of a checkpoint, by its manifest of hashes."""
+    return hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()[:16]
+
+
+def check_teacher(teacher: store.Loaded, student: ModelConfig, tokenizer: Tokenizer, seq_len: int) -> None:
+    """Raise UserError for a teacher that cannot teach: another tokenizer or vocabulary, or a context shorter than a row."""
+    shape, other = described_model(teacher), tokenizer_of(teacher)
+    if other.fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"The teacher {teacher.path} has another tokenizer ({other.vocab_size:,} tokens, fingerprint {other.fingerprint}) "
+            f"than the model to train ({tokenizer.vocab_size:,} tokens, fingerprint {tokenizer.fingerprint}), so it predicts "
+            "other tokens. A new run without tokenizer.path, init_from and prepared shards takes the teacher's."
+        )
+    if shape.vocab_size != student.vocab_size:
+        raise UserError(
+            f"The teacher {teacher.path} has a vocabulary of {shape.vocab_size:,} tokens and the model to train one of "
+            f"{student.vocab_size:,}: set model.vocab_size={shape.vocab_size}."
+        )
+    if shape.max_seq_len < seq_len:
+        raise UserError(
+            f"The teacher {teacher.path} reads {shape.max_seq_len:,} tokens (max_seq_len), and a row has seq_len {seq_len:,}: "
+            "set a smaller seq_len."
+        )
