@@ -34,10 +34,10 @@ def other_teacher(tiny, tmp_path_factory):
 
 @pytest.fixture
 def distil(osler, tiny, runs):
-    """``distil(folder, *overrides, fault=...)`` trains the tiny student with the pretrained run as its teacher."""
+    """``distil(folder, *overrides, fault=...)`` trains a new tiny model with the fine-tuned one as its teacher."""
 
     def train(folder, *overrides, fault=""):
-        teacher = ["tokenizer.path=null", f"teacher.path={runs.pretrain}", "teacher.temperature=2"]
+        teacher = ["tokenizer.path=null", f"teacher.path={runs.sft}", "teacher.temperature=2"]
         return osler("pretrain", tiny.pretrain, "seed=1", *teacher, *overrides, "--run", folder, fault=fault)
 
     return train
@@ -94,9 +94,9 @@ def test_a_distilled_run_is_an_ordinary_run(distil, osler, runs, tmp_path, capsy
     assert distil(whole, "optim.lr=1e-2") == 0
     lines = [line for line in logged(whole) if "train/loss" in line]
     assert lines[-1]["distill/kl"] < lines[0]["distill/kl"] and lines[-1]["train/loss"] < lines[0]["train/loss"]
-    assert (whole / "tokenizer.json").read_bytes() == (runs.pretrain / "tokenizer.json").read_bytes()
+    assert (whole / "tokenizer.json").read_bytes() == (runs.sft / "tokenizer.json").read_bytes()
     assert distil(cut, "optim.lr=1e-2", fault="train-step:sigterm:7") == STOPPED
-    moved.symlink_to(runs.pretrain)
+    moved.symlink_to(runs.sft)
     assert distil(cut, "optim.lr=1e-2", f"teacher.path={moved}") == 0  # its teacher lies elsewhere now
     assert_same_tensors(cut, whole)
     assert [untimed(line) for line in logged(cut)] == [untimed(line) for line in logged(whole)]
