@@ -103,6 +103,11 @@ def is_checkpoint(path: Path) -> bool:
     return FOLDER_NAME.fullmatch(path.name) is not None or (path / MANIFEST).exists()
 
 
+def fingerprint_of(checkpoint: Path) -> str:
+    """Return 16 hex digits that change with every byte of a checkpoint, from its manifest of hashes."""
+    return sha256_file(checkpoint / MANIFEST)[:16]
+
+
 def verify(path: str | Path, names: Collection[str] | None = None, *, pause: Callable[[], None] = no_pause) -> list[str]:
     """Return what is wrong with a checkpoint folder, one line per file; an empty list means that it is good.
 

@@ -64,6 +64,15 @@ reasoning=false, max_new_tokens=, which=best, device=cpu. `osler show eval --exp
 After an interruption the same command goes on, if checkpoint, questions and settings are the same. `osler report` shows answers,
 the wrong ones first, and `osler compare` tests two models question by question."""
 
+DISTILL_HELP = """\
+  osler sft init_from=runs/small data.type=turns data.path=rows.jsonl data.thinking_field=thinking     (learns them)
+
+It draws samples=8 answers to each question and keeps those that an exam counts as right, each reasoning once and keep=2 of a
+question at most. After an interruption the same command goes on. `osler show distill --explain` says what each field means.
+
+A model may also learn from a teacher's probabilities, as a run like any other, where both have one tokenizer:
+  osler sft init_from=runs/small teacher.path=runs/clinic-sft     (or osler pretrain; teacher.weight, teacher.temperature)"""
+
 WATCH_HELP = """\
   osler watch runs/mine --once | less     (also where no terminal is: a log, a cron job)
 
@@ -278,6 +287,14 @@ COMMANDS: tuple[Command, ...] = (
             option("--harness", metavar="OPTIONS", help="let lm-evaluation-harness ask instead, with these options of its own"),
         ),
         EVAL_HELP,
+    ),
+    Command(
+        "distill",
+        "Write a teacher's right answers to questions as examples for a smaller model",
+        "osler distill runs/clinic-sft task.type=clinic task.split=train --out rows.jsonl",
+        "osler.eval.distill:run",
+        (CHECKPOINT, OVERRIDES, option("--out", required=True, metavar="FILE", help="the rows to write, a .jsonl file")),
+        DISTILL_HELP,
     ),
     Command(
         "generate",

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from osler.config.recipe import as_comments, available_recipes, dump_yaml, load_recipe, override
 from osler.config.schema import config, decode, encode, hints, members_of, range_of, tagged_members, useless_in
-from osler.eval.config import EvalConfig, config_of
+from osler.eval.config import DistillConfig, EvalConfig, config_of
 from osler.model.config import ModelConfig
 from osler.quickstart.config import QuickstartConfig
 from osler.rl.config import GrpoConfig
@@ -54,6 +54,7 @@ WITHOUT_RECIPE: dict[str, tuple[type[Any], Mapping[str, Any]]] = {
     "sft": (TrainConfig, {"kind": "sft"}),
     "grpo": (GrpoConfig, {"init_from": "RUN"}),
     "eval": (EvalConfig, {}),
+    "distill": (DistillConfig, {"task": {"type": "clinic", "split": "train"}}),
 }
 
 

@@ -1,10 +1,10 @@
-"""The configuration of `osler eval`: an exam and how it is taken, or a text to predict. Torch-free."""
+"""The configuration of `osler eval`, an exam and how it is taken, or a text to predict, and of `osler distill`. Torch-free."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from osler.config.recipe import override
-from osler.config.schema import PositiveInt, Seed, config, decode, encode
+from osler.config.schema import Gt, Le, PositiveInt, Seed, config, decode, encode
 from osler.data.config import HubData
 from osler.ops.sampling_params import check_temperature
 from osler.runtime.errors import UserError
@@ -13,6 +13,30 @@ from osler.tasks.registry import ClinicTask, TaskConfig
 
 EXAM_SEED = 7_001  # of the clinic's exam: the same items for every model, and not those that training draws for its own exams
 CLINIC_EXAM = ClinicTask(split="new_findings,new_questions", limit=500, seed=EXAM_SEED)
+
+
+@config
+class DistillConfig:
+    """Questions that a teacher answers, and how many of its right answers are kept."""
+
+    # the questions; a split that models are examined on is used as it is, and named in every row
+    task: TaskConfig
+    samples: PositiveInt = 8  # answers drawn to each question, its options in another order each time
+    keep: PositiveInt = 2  # right answers of a question that are kept at most, each reasoning once
+    reasoning: bool | None = None  # think before the answer; null: as the teacher was trained
+    max_new_tokens: PositiveInt = 128  # thinking and answer together
+    temperature: float = 0.7  # higher: more varied answers, fewer of them right
+    top_p: Annotated[float, Gt(0), Le(1)] = 0.95  # draw from the fewest likeliest tokens that have this share
+    seed: Seed = 0  # of option orders and sampling
+    rows: PositiveInt = 256  # answers written at once; fewer need less memory
+
+    which: Literal["newest", "best"] = "newest"  # checkpoint of a run folder
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+
+    def __post_init__(self) -> None:
+        check_temperature(self.temperature)
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError("samples above 1 needs a temperature above 0, for example 0.7: at 0 all samples are the same")
 
 
 @config

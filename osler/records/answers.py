@@ -28,11 +28,17 @@ logger = logging.getLogger(__name__)
 class AnswerLog:
     """The outputs of a model so far, by the number of the question. They are kept in a file too if there is a ``path``.
 
-    After each answer ``tell`` is called with the number of answers.
+    After each answer ``tell`` is called with the number of answers. A file that has all of them is begun again, unless it
+    ``takes_finished`` ones.
     """
 
     def __init__(
-        self, path: Path | None = None, head: Mapping[str, Any] | None = None, tell: Callable[[int], None] | None = None
+        self,
+        path: Path | None = None,
+        head: Mapping[str, Any] | None = None,
+        tell: Callable[[int], None] | None = None,
+        *,
+        takes_finished: bool = False,
     ) -> None:
         self.outputs: dict[int, list[Any]] = {}
         self._path, self._tell = path, tell
@@ -40,7 +46,7 @@ class AnswerLog:
             return
         first, *rows = jsonl.read(path)[0] or [{}]
         known = {row["number"]: row["output"] for row in rows if {"number", "output"} <= row.keys()} if first == head else {}
-        if 0 < len(known) < head["asked"]:
+        if 0 < len(known) < head["asked"] + takes_finished:
             self.outputs = known
             logger.info(f"Going on after {len(known):,} of {head['asked']:,} answers, which {path} has.")
         else:

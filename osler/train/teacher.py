@@ -7,14 +7,13 @@ FSDP and checkpoints do not know it; every process holds all of it. Nothing abou
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from osler.checkpoint import store
-from osler.checkpoint.folders import MANIFEST
+from osler.checkpoint.folders import fingerprint_of
 from osler.inference.load import described_model, load_model, tokenizer_of
 from osler.model.config import ModelConfig
 from osler.model.transformer import SummedLoss, Transformer
@@ -77,11 +76,6 @@ def described_teacher(config: TeacherConfig) -> store.Loaded:
         return store.load(store.resolve(config.path), names=[])
     except UserError as error:
         raise UserError(f"teacher.path={config.path}: {error}") from error
-
-
-def fingerprint_of(checkpoint: Path) -> str:
-    """Return 16 hex digits that belong to every file of a checkpoint, by its manifest of hashes."""
-    return hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()[:16]
 
 
 def check_teacher(teacher: store.Loaded, student: ModelConfig, tokenizer: Tokenizer, seq_len: int) -> None:

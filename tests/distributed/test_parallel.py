@@ -26,6 +26,10 @@ def test_validation_sets_are_measured_alike_on_two_ranks(run_cases, tiny, tmp_pa
     assert run_cases("distributed/validation_runs.py", tiny.pretrain, tmp_path) == 2
 
 
+def test_a_teacher_teaches_the_same_on_two_ranks(run_cases, tiny, runs, tmp_path):
+    assert run_cases("distributed/teacher_runs.py", tiny.pretrain, runs.sft, tmp_path) == 2
+
+
 def test_muon_shared_and_sharded_is_muon_on_one_rank(run_cases, tmp_path):
     assert run_cases("distributed/muon_ranks.py", tmp_path) == 1
 

@@ -1,0 +1,112 @@
+"""A small model with and without a teacher at equal tokens on the clinic: held-out loss, exam, and their paired differences.
+
+    python benchmarks/bench_distill.py --teacher runs/quickstart/sft [--seeds 0 1 2] [--out FILE]
+
+Of each seed one student is pretrained on text (`distill/pretrain`) and fine-tuned twice from there (`distill/sft`): on the text
+alone and beside the teacher, with the same rows in the same order. All seeds share the teacher. Both sit the exam of `osler eval`
+on the two test splits. Prints one JSON object; with --out also after every seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from measuring import in_fresh_python, publish
+
+from osler.eval.config import EXAM_SEED
+from osler.eval.exams import greedy, score_by_generation
+from osler.eval.score import ScoredExam, compare
+from osler.inference.engine import InferenceEngine
+from osler.inference.load import load_model
+from osler.records.jsonl import read_metrics
+from osler.runtime.files import RunFolder
+from osler.tasks.registry import load_clinic
+
+SPLITS = ("new_findings", "new_questions")
+ARMS = {"plain": ["teacher=null"], "distilled": []}
+T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # of Student's t, by degrees of freedom
+
+
+def examine(run: Path, items: int) -> dict[str, ScoredExam]:
+    ready = load_model(run)
+    engine = InferenceEngine(ready.model)
+    exams = {split: load_clinic(split=split, limit=items, seed=EXAM_SEED) for split in SPLITS}
+    return {split: score_by_generation(engine, ready.tokenizer, exam, greedy(64)) for split, exam in exams.items()}
+
+
+def one_seed(seed: int, folder: Path, teacher: Path, items: int, overrides: list[str]) -> dict[str, Any]:
+    """Train one student and its two continuations; return what became of them."""
+    seeds, student = [f"seed={seed}", f"data.seed={seed}"], folder / f"{seed}-pretrain"
+    tokenizer = f"tokenizer.path={teacher / 'tokenizer.json'}"
+    in_fresh_python(["-m", "osler.cli", "pretrain", "distill/pretrain", tokenizer, *seeds, "--run", str(student)])
+    arms, scores = {}, {}
+    for arm, fields in ARMS.items():
+        run, began = folder / f"{seed}-{arm}", time.monotonic()
+        fields = fields or [f"teacher.path={teacher}", *overrides]
+        start = ["-m", "osler.cli", "sft", "distill/sft", f"init_from={student}"]
+        in_fresh_python([*start, *seeds, *fields, "--run", str(run)])
+        last = read_metrics(RunFolder(run).metrics, having="eval/loss")[-1].values
+        scores[arm] = examine(run, items)
+        told = {split: {"accuracy": score.accuracy, "interval": score.interval} for split, score in scores[arm].items()}
+        arms[arm] = {"held_out_loss": last["eval/loss"], "exam": told, "seconds": time.monotonic() - began}
+    gains = {split: compare(scores["plain"][split], scores["distilled"][split]) for split in SPLITS}
+    return {
+        "seed": seed,
+        **arms,
+        "loss_difference": arms["distilled"]["held_out_loss"] - arms["plain"]["held_out_loss"],
+        "exam_difference": {split: {"difference": gain.mean, "interval": gain.interval} for split, gain in gains.items()},
+    }
+
+
+def over_seeds(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The mean differences over the seeds, with 95 % intervals.
+
+    That of the loss is Student's, of the seeds' paired differences. All seeds sit the same exam, so that of an accuracy is the
+    mean of the seeds' intervals, which is never too narrow (see ``quickstart_seeds.py``); beside it is Student's over the seeds.
+    """
+    exams = {}
+    for split in SPLITS:
+        found = [row["exam_difference"][split] for row in rows]
+        over_items = [statistics.mean(one["interval"][end] for one in found) for end in (0, 1)]
+        exams[split] = {**with_interval([one["difference"] for one in found]), "mean_interval_over_items": over_items}
+    return {"loss_difference": with_interval([row["loss_difference"] for row in rows]), "exam_difference": exams}
+
+
+def with_interval(values: list[float]) -> dict[str, Any]:
+    mean, freedom = statistics.mean(values), len(values) - 1
+    if not freedom:
+        return {"mean": mean}
+    half = T_95[freedom] * statistics.stdev(values) / len(values) ** 0.5
+    return {"mean": mean, "interval_over_seeds": [mean - half, mean + half]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", type=Path, required=True, help="the quickstart's fine-tuned run")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--items", type=int, default=500, help="questions of each split (default: 500)")
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="fields of the distilled arm")
+    args = parser.parse_args()
+    taught = {split: score.accuracy for split, score in examine(args.teacher, args.items).items()}
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in args.seeds:
+            rows.append(one_seed(seed, Path(folder), args.teacher.absolute(), args.items, args.overrides))
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+            result = {"benchmark": "distill", "overrides": args.overrides, "teacher_accuracy": taught, **over_seeds(rows)}
+            if args.out:
+                publish({**result, "seeds": rows}, args.out)
+    if not args.out:
+        publish({**result, "seeds": rows}, None)
+
+
+if __name__ == "__main__":
+    main()

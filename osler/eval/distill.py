@@ -1,0 +1,144 @@
+"""``osler distill``: a teacher answers questions, and its right answers become examples for another model to learn from.
+
+Several answers are drawn to each question. Those are kept that an exam counts as right (``grade``) and that keep to the template,
+each reasoning once, and a few of every question: rejection sampling (STaR, arXiv 2203.14465; arXiv 2308.01825). The options of a
+question are permuted for each answer. Beside the rows OUT.jsonl lie
+
+- ``OUT.answers.jsonl``: every answer as it is drawn, so the same command goes on after an interruption;
+- ``OUT.summary.json``: where the questions are from, the settings, and the pass rate of every question.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from osler.checkpoint.folders import fingerprint_of
+from osler.config.recipe import override
+from osler.config.schema import decode, encode
+from osler.data.named import check_task, load_task
+from osler.eval.config import DistillConfig
+from osler.eval.exams import score_by_generation
+from osler.eval.score import Result
+from osler.inference.engine import InferenceEngine
+from osler.inference.load import open_model
+from osler.ops.sampling_params import SamplingParams
+from osler.records import jsonl
+from osler.records.answers import AnswerLog
+from osler.runtime.errors import UserError
+from osler.runtime.files import fingerprint, write_atomic, write_json
+from osler.runtime.log import Progress
+from osler.runtime.world import require_one_process
+from osler.tasks.item import permute, plain, render_question
+from osler.tasks.registry import ClinicTask
+from osler.tokenizer.chat import Completion, parse_completion
+
+logger = logging.getLogger(__name__)
+
+
+def run(checkpoint: str, out: str, overrides: Sequence[str] = ()) -> str:
+    """Run the command ``distill``; return what became of the answers. Raises UserError when none can be learned from."""
+    require_one_process("distill")
+    config, rows_file = decode(DistillConfig, override({}, overrides), source="osler distill"), Path(out)
+    check_task(config.task, "task")
+    if rows_file.suffix != ".jsonl" or not rows_file.absolute().parent.is_dir():
+        raise UserError(f"--out {out}: give a file that ends with .jsonl, in a folder that is there.")
+    ready = open_model(checkpoint, device=config.device, which=config.which)
+    if not ready.answers_questions:
+        raise UserError(f"{ready.path} was trained on text alone and never learned to answer: `osler sft` teaches it first.")
+    logger.info(ready.describe())
+    exam, is_for_training = questions_of(config.task)
+    if not is_for_training:
+        logger.warning(
+            f"{exam} does not say that it is for training, and a model that learns these rows can no longer be examined on it. "
+            "task.split=train names it so, where it is."
+        )
+    items = load_task(config.task)
+    shown = [permute(item, config.seed, visit) for item in items for visit in range(config.samples)]
+    reasoning = ready.reasons if config.reasoning is None else config.reasoning
+    sampling = SamplingParams(
+        max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_p=config.top_p, seed=config.seed
+    )
+    teacher = {"teacher": str(ready.path), "fingerprint": fingerprint_of(ready.path)}
+    # Everything that the answers depend on; the path of the teacher does not belong to it.
+    identity = fingerprint([teacher["fingerprint"], [asdict(item) for item in shown], encode(sampling), reasoning])
+    head = {"exam": exam, "asked": len(shown), "identity": identity}
+    with Progress(len(shown), "answers", label="distill") as progress:
+        answers = AnswerLog(rows_file.with_suffix(".answers.jsonl"), head, progress.update, takes_finished=True)
+        engine = InferenceEngine(ready.model, max_rows=config.rows)
+        score = score_by_generation(engine, ready.tokenizer, shown, sampling, reasoning=reasoning, answers=answers)
+    completions = [parse_completion(ready.tokenizer, answers.outputs[n], reasoning=reasoning) for n in range(len(shown))]
+    rows, questions, fates = select(score.results, completions, config, exam, reasoning=reasoning)
+    write_json(
+        rows_file.with_suffix(".summary.json"),
+        {**teacher, "exam": exam, "config": encode(config), "answers": dict(fates), "questions": questions},
+    )
+    told = describe(exam, questions, fates, config)
+    if not rows:
+        raise UserError(f"{told} So there is nothing to learn from: take easier questions, more samples, or a better teacher.")
+    write_atomic(rows_file, "".join(map(jsonl.to_line, rows)))
+    thinking = " data.thinking_field=thinking" if reasoning else ""
+    return f"{told}\n{rows_file}: `osler sft init_from=RUN data.type=turns data.path={rows_file}{thinking}` learns them."
+
+
+def questions_of(task: Any) -> tuple[str, bool]:
+    """Return a name for the questions of a task, with their split, and whether it says that they are for training."""
+    if isinstance(task, ClinicTask):
+        return f"{task.exam} {task.split}", task.split in ("train", "drill")
+    name = task.split or Path(task.path).name or "as examined"  # an exam by name is its official split
+    fold = "" if task.fold == "all" else f", {task.fold} fold"
+    return f"{task.exam} {name}{fold}", "train" in name.lower() or task.fold == "train"
+
+
+def select(
+    results: Sequence[Result], completions: Sequence[Completion], config: DistillConfig, exam: str, *, reasoning: bool
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Counter[str]]:
+    """Return the rows to learn from, what became of each question, and of how many answers.
+
+    ``results`` and ``completions`` have ``config.samples`` answers to each question, one question after another.
+    """
+    rows: list[dict[str, Any]] = []
+    questions, fates = [], Counter[str]()
+    for start in range(0, len(results), config.samples):
+        known, found = set[tuple[str, str]](), Counter[str]()
+        for result, completion in zip(results[start:][: config.samples], completions[start:], strict=False):
+            item, thinking, answer = result.item, completion.thinking, completion.answer or ""
+            # The right option has another letter in each order, and says the same.
+            key = plain(thinking), "" if item.options else plain(answer)
+            fate = "kept"
+            if not result.right:
+                fate = "wrong"
+            elif not completion.well_formed or (reasoning and not thinking):
+                fate = "malformed"
+            elif key in known:
+                fate = "duplicate"
+            elif len(known) >= config.keep:
+                fate = "spare"
+            else:
+                known.add(key)
+                turn = {"question": render_question(item), **({"thinking": thinking} if reasoning else {}), "answer": answer}
+                rows.append({**turn, "id": item.id, "exam": exam})
+            found[fate] += 1
+        right = config.samples - found["wrong"]
+        told = {"question": results[start].item.question, "samples": config.samples, "right": right, "kept": found["kept"]}
+        questions.append({"id": results[start].item.id, **told})
+        fates += found
+    return rows, questions, fates
+
+
+def describe(exam: str, questions: Sequence[dict[str, Any]], fates: Counter[str], config: DistillConfig) -> str:
+    """Return how often the teacher was right, by question, and how many of its answers stay."""
+    passed = Counter(question["right"] for question in questions)
+    by_right = ", ".join(f"{right}: {passed[right]:,}" for right in sorted(passed))
+    rate = fmean(question["right"] / config.samples for question in questions)
+    return (
+        f"{exam}: {len(questions):,} questions, {config.samples} answers to each, {rate:.1%} of them right "
+        f"(questions by right answers: {by_right}). Kept: {fates['kept']:,} answers, at most {config.keep} of a question; "
+        f"right and left out: {fates['duplicate']:,} duplicates, {fates['spare']:,} beyond that, "
+        f"{fates['malformed']:,} against the template."
+    )
