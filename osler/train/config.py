@@ -146,6 +146,8 @@ class TrainConfig(RunConfig):
             self._check_streaming(self.data)
         elif self.validation:
             raise ValueError(f"{self.data.path} has its validation sets; give others to `osler data prepare` as validation=[...]")
+        if self.teacher and self.parallel.type == "deepspeed":
+            raise ValueError("a teacher was never tried with parallel.type=deepspeed: use parallel.type=ddp or fsdp")
         if self.precision == "pure-bf16" and self.optim.type != "adamw":
             raise ValueError(
                 f"precision=pure-bf16 rounds inside its own AdamW; with optim.type={self.optim.type} use precision=bf16"

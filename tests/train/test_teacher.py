@@ -9,12 +9,12 @@ from run_folders import STOPPED, assert_same_tensors, logged, untimed
 from osler.inference.load import load_model
 from osler.ops.distillation import Mix, distillation_reference
 from osler.optim.build import build_optimizer
-from osler.parallel.config import NoParallelConfig
+from osler.parallel.config import DeepSpeedConfig, NoParallelConfig
 from osler.parallel.parallelize import parallelize
 from osler.runs.process import Learner, Machine
 from osler.runtime.world import World
 from osler.train.batches import make_loader
-from osler.train.config import TeacherConfig
+from osler.train.config import TeacherConfig, TrainConfig
 from osler.train.teacher import DistilledLoss, Teacher
 from osler.train.trainer import TrainStep
 
@@ -112,6 +112,11 @@ def test_the_teacher_of_a_run_that_has_begun_is_refused_when_it_is_another(disti
     assert distil(run, "teacher.weight=0.9") == 2 and "teacher.weight is 0.9 here and 0.5 there" in capsys.readouterr().err
     assert osler("pretrain", "--branch", run, f"teacher.path={other_teacher}", "--run", branch) == 0
     assert json.loads((branch / "checkpoints/step-000000012/state.json").read_text())["fingerprints"].keys() > {"teacher"}
+
+
+def test_deepspeed_knows_no_teacher():
+    with pytest.raises(ValueError, match=r"use parallel\.type=ddp or fsdp"):
+        TrainConfig(teacher=TeacherConfig(path="run"), parallel=DeepSpeedConfig())
 
 
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["start", "plan"])
