@@ -1,10 +1,10 @@
 """A small model with and without a teacher at equal tokens on the clinic: held-out loss, exam, and their paired differences.
 
-    python benchmarks/bench_distill.py --teacher runs/quickstart/sft [--seeds 0 1 2] [--out FILE]
+    python benchmarks/bench_distill.py --teacher runs/quickstart/sft --out FILE [--seeds 0 1 2]
 
 Of each seed one student is pretrained on text (`distill/pretrain`) and fine-tuned twice from there (`distill/sft`): on the text
-alone and beside the teacher, with the same rows in the same order. All seeds share the teacher. Both sit the exam of `osler eval`
-on the two test splits. Prints one JSON object; with --out also after every seed.
+alone and beside the teacher, with the same rows in the same order. A seed is that of weights and order; all seeds share teacher and
+text. Both arms sit the exam of `osler eval` on the two test splits. Writes one JSON object after every seed.
 """
 
 from __future__ import annotations
@@ -41,21 +41,29 @@ def examine(run: Path, items: int) -> dict[str, ScoredExam]:
     return {split: score_by_generation(engine, ready.tokenizer, exam, greedy(64)) for split, exam in exams.items()}
 
 
+def train(command: list[str], run: Path, shards: Path) -> None:
+    """Train a run, which prepares the shards for those after it or takes what the first of them has prepared."""
+    prepared = ["data.type=prepared", f"data.path={shards}"] if shards.exists() else []
+    in_fresh_python(["-m", "osler.cli", *command, *prepared, "--run", str(run)])
+    if not prepared:
+        shards.symlink_to(run / "data")
+
+
 def one_seed(seed: int, folder: Path, teacher: Path, items: int, overrides: list[str]) -> dict[str, Any]:
     """Train one student and its two continuations; return what became of them."""
-    seeds, student = [f"seed={seed}", f"data.seed={seed}"], folder / f"{seed}-pretrain"
+    student = folder / f"{seed}-pretrain"
     tokenizer = f"tokenizer.path={teacher / 'tokenizer.json'}"
-    in_fresh_python(["-m", "osler.cli", "pretrain", "distill/pretrain", tokenizer, *seeds, "--run", str(student)])
+    train(["pretrain", "distill/pretrain", tokenizer, f"seed={seed}"], student, folder / "text")
     arms, scores = {}, {}
     for arm, fields in ARMS.items():
         run, began = folder / f"{seed}-{arm}", time.monotonic()
         fields = fields or [f"teacher.path={teacher}", *overrides]
-        start = ["-m", "osler.cli", "sft", "distill/sft", f"init_from={student}"]
-        in_fresh_python([*start, *seeds, *fields, "--run", str(run)])
+        train(["sft", "distill/sft", f"init_from={student}", f"seed={seed}", *fields], run, folder / "questions")
         last = read_metrics(RunFolder(run).metrics, having="eval/loss")[-1].values
         scores[arm] = examine(run, items)
         told = {split: {"accuracy": score.accuracy, "interval": score.interval} for split, score in scores[arm].items()}
         arms[arm] = {"held_out_loss": last["eval/loss"], "exam": told, "seconds": time.monotonic() - began}
+        print(json.dumps({"seed": seed, "arm": arm, **arms[arm]}), file=sys.stderr, flush=True)
     gains = {split: compare(scores["plain"][split], scores["distilled"][split]) for split in SPLITS}
     return {
         "seed": seed,
@@ -92,7 +100,7 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, required=True, help="the quickstart's fine-tuned run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--items", type=int, default=500, help="questions of each split (default: 500)")
-    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    parser.add_argument("--out", type=Path, required=True, help="the JSON to write")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="fields of the distilled arm")
     args = parser.parse_args()
     taught = {split: score.accuracy for split, score in examine(args.teacher, args.items).items()}
@@ -100,12 +108,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for seed in args.seeds:
             rows.append(one_seed(seed, Path(folder), args.teacher.absolute(), args.items, args.overrides))
-            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
             result = {"benchmark": "distill", "overrides": args.overrides, "teacher_accuracy": taught, **over_seeds(rows)}
-            if args.out:
-                publish({**result, "seeds": rows}, args.out)
-    if not args.out:
-        publish({**result, "seeds": rows}, None)
+            publish({**result, "seeds": rows}, args.out)
 
 
 if __name__ == "__main__":
