@@ -3,8 +3,8 @@
     python benchmarks/bench_distill.py --teacher runs/quickstart/sft --out FILE [--seeds 0 1 2]
 
 Of each seed one student is pretrained on text (`distill/pretrain`) and fine-tuned twice from there (`distill/sft`): on the text
-alone and beside the teacher, with the same rows in the same order. A seed is that of weights and order; all seeds share teacher and
-text. Both arms sit the exam of `osler eval` on the two test splits. Writes one JSON object after every seed.
+alone and beside the teacher, with the same rows in the same order. A seed is that of weights and order; all seeds share the
+teacher and the text. Both arms sit the exam of `osler eval` on the two test splits. Writes one JSON object after every seed.
 """
 
 from __future__ import annotations
