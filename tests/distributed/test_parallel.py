@@ -26,6 +26,7 @@ def test_validation_sets_are_measured_alike_on_two_ranks(run_cases, tiny, tmp_pa
     assert run_cases("distributed/validation_runs.py", tiny.pretrain, tmp_path) == 2
 
 
+@pytest.mark.slow
 def test_a_teacher_teaches_the_same_on_two_ranks(run_cases, tiny, runs, tmp_path):
     assert run_cases("distributed/teacher_runs.py", tiny.pretrain, runs.sft, tmp_path) == 2
 

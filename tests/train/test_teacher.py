@@ -75,6 +75,7 @@ def test_micro_batches_and_document_masks_change_nothing_but_what_they_should(ki
     assert all((end - ends[0]).abs().max() < 1e-5 for end in ends[1:])
 
 
+@pytest.mark.slow
 def test_the_step_compiles_to_the_same_losses(config, prepared, runs, other_teacher, monkeypatch):
     """With graphs of autograd, not the C++ compiler: the student's loss and the teacher's forward pass are one each."""
     compiler = torch.compile
