@@ -57,6 +57,8 @@ def run(recipe: str | None, overrides: Sequence[str], *, steps: int) -> str:
     if kind not in ("pretrain", "sft"):
         raise UserError(f"`{recipe}` is a recipe of kind {kind}: give one of `osler pretrain` or `osler sft`, or a model family.")
     config = decode(TrainConfig, {**given, "kind": kind}, source=recipe or "")
+    if config.teacher is not None:
+        raise UserError("osler bench times a step without a teacher: give teacher=null too.")
     machine = machine_of(config)
     keep_freed_memory()
     measured = measure(config, build_learner(config, machine), steps)
