@@ -20,7 +20,7 @@ LAYERS = [  # each may import those above it
     ["ops", "files", "clinic", "tokenizer"],
     ["model", "optim", "tasks", "checkpoint", "records"],
     ["data", "parallel", "inference", "monitor"],
-    ["eval"],
+    ["eval", "export"],
     ["runs"],
     ["train", "rl"],
     ["report"],

@@ -118,7 +118,7 @@ def _write_folder(
 ) -> None:
     records = {}
     for part, named in tensors.items():
-        records[f"{part}{TENSORS_SUFFIX}"] = _write_tensors(folder / f"{part}{TENSORS_SUFFIX}", named, pause)
+        records[f"{part}{TENSORS_SUFFIX}"] = write_tensors(folder / f"{part}{TENSORS_SUFFIX}", named, pause)
     for name, data in contents.items():
         with open_durable(folder / name) as file:
             file.write(data[: len(data) // 2])
@@ -130,7 +130,7 @@ def _write_folder(
     fsync_dir(folder)
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor], pause: Callable[[], None]) -> FileRecord:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], pause: Callable[[], None] = no_pause) -> FileRecord:
     """Write one safetensors file, durably and block by block, and hash it on the way."""
     size, digest = 0, hashlib.sha256()
     with open_durable(path) as file:

@@ -37,6 +37,7 @@ ORIGIN = (
 )
 EVAL_ONLY = option("--eval-only", action="store_true", help="measure --run DIR's newest checkpoint, or --from-step N, then stop")
 CHECKPOINT = option("checkpoint", metavar="CHECKPOINT", help="a run folder, or a checkpoint in it")
+EXPORTED = option("--out", required=True, metavar="DIR", help="the folder to write, which must be new")
 RUN = option("path", metavar="DIR", help="a run folder")
 TOKENIZER = "a tokenizer.json, GPT-2's vocab.bpe, or a folder with one"
 SAMPLING = (
@@ -274,6 +275,20 @@ COMMANDS: tuple[Command, ...] = (
         "osler grpo init_from=runs/clinic-sft algorithm.samples_per_prompt=16",
         "osler.rl.run:run",
         (RECIPE, *RUN_FOLDER, *ORIGIN),
+    ),
+    Command(
+        "export hf",
+        "Write a model as Hugging Face's Qwen3, which transformers and vLLM load",
+        "osler export hf runs/clinic-sft --out clinic-hf",
+        "osler.export.huggingface:write",
+        (CHECKPOINT, EXPORTED),
+    ),
+    Command(
+        "export verl",
+        "Write model, questions, reward and options from which verl runs a recipe's GRPO",
+        "osler export verl init_from=runs/clinic-sft steps=200 --out clinic-verl",
+        "osler.rl.verl:write",
+        (RECIPE, EXPORTED),
     ),
     Command(
         "eval",

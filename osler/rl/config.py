@@ -6,6 +6,7 @@ standard deviation, the unbiased KL estimate, and the off-policy sequence mask o
 
 from __future__ import annotations
 
+import re
 from dataclasses import field
 from typing import Annotated, Literal
 
@@ -118,6 +119,33 @@ class AlgorithmConfig:
 
 
 @config
+class EngineRollout:
+    """The processes of the run draw the completions themselves."""
+
+    type: Literal["engine"] = "engine"
+
+
+@config
+class ServerRollout:
+    """vLLM servers draw the completions; rank 0 asks them, and gives them the policy's weights before each step."""
+
+    type: Literal["server"] = "server"
+    urls: tuple[str, ...]  # of the servers, such as http://localhost:8000; each gets its share of a step's questions
+    # folder for the weights, which the servers read under the same path; null: rollout-weights in the run folder
+    weights_dir: str | None = None
+    timeout_seconds: PositiveFloat = 600.0  # of one request; a server that takes longer is asked again
+    retry_seconds: PositiveFloat = 300.0  # how long a server that cannot be reached is waited for, while it starts anew
+
+    def __post_init__(self) -> None:
+        wrong = [url for url in self.urls if not re.fullmatch(r"https?://[^/\s?#]+", url)]
+        if wrong or not self.urls or len(set(self.urls)) < len(self.urls):
+            raise ValueError(
+                f"urls {wrong or list(self.urls)}: give the address of each server once, such as http://localhost:8000, without "
+                "a path"
+            )
+
+
+@config
 class RlTaskConfig:
     """Questions to train on: an exam, its share of every step, and which rewards count how much in the total."""
 
@@ -170,6 +198,7 @@ class GrpoConfig(RunConfig):
     # counts the token budget of the rollouts: completions of a step times max_new_tokens
     schedule: ScheduleConfig = ConstantConfig()
     micro_batch_tokens: PositiveInt = 16_384  # prompt and completion tokens per forward pass of one process, padding included
+    rollout: Annotated[EngineRollout | ServerRollout, TAGGED] = EngineRollout()  # what draws the completions
     rollout_rows: PositiveInt = 256  # completions sampled at once by one process; bounds the key/value cache
 
     steps: PositiveInt = 100  # rollouts, each with updates_per_batch updates
@@ -188,6 +217,11 @@ class GrpoConfig(RunConfig):
         labels = [task.label for task in self.tasks]
         if not labels or len(set(labels)) < len(labels):
             raise ValueError(f"tasks need at least one entry, each with its own name, got {labels}")
+        if isinstance(self.rollout, ServerRollout) and (self.algorithm.top_p < 1 or self.algorithm.top_k is not None):
+            raise ValueError(
+                "rollout.type=server returns no sampling masks, without which the loss cannot be computed: leave algorithm.top_p "
+                "and algorithm.top_k out"
+            )
         if self.early_stopping_patience is not None and self.eval_task is None:
             raise ValueError("early_stopping_patience counts exams: give an eval_task, or leave early_stopping_patience out")
 

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from osler.inference.engine import InferenceEngine
 from osler.rl.config import AlgorithmConfig, QualityConfig
+from osler.rl.servers import RolloutServers
 from osler.runtime.errors import UserError
 from osler.runtime.world import World
 from osler.tasks.answers import Reading, read_answer
@@ -199,6 +200,7 @@ class RolloutWorker:
     world: World = field(default_factory=World)
     # of each task, for an item's id: how often in a row it taught nothing, and the last epoch that it is left out of; JSON
     rests: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    servers: RolloutServers | None = None  # draw in place of the engine
 
     def step(self, step: int) -> tuple[list[Group], int]:
         """Return the groups of a step and how many completion tokens were sampled for them, refilled ones included."""
@@ -254,7 +256,7 @@ class RolloutWorker:
         world, algorithm, tokenizer, size = self.world, self.algorithm, self.tokenizer, self.algorithm.samples_per_prompt
         first, end = (len(asked) * rank // world.size for rank in (world.rank, world.rank + 1))
         prompts = [encode_prompt(tokenizer, render_question(prompt.item), reasoning=prompt.task.reasoning) for prompt in asked]
-        drawn = self.engine.generate(
+        drawn = (self.servers or self.engine).generate(
             prompts[first:end],
             replace(algorithm.sampling, stop_ids=(tokenizer.eos_id,), seed=seed),
             samples_per_prompt=size,

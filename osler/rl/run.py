@@ -26,8 +26,9 @@ from osler.inference.load import LoadedModel, load_model
 from osler.optim.build import build_optimizer
 from osler.parallel.parallelize import check_strategy, parallelize
 from osler.records import jsonl
-from osler.rl.config import GrpoConfig
+from osler.rl.config import GrpoConfig, ServerRollout
 from osler.rl.rollout import Group, RewardTerm, RlTask, RolloutWorker, Sample, rollout_metrics, task_shares
+from osler.rl.servers import RolloutServers
 from osler.rl.step import PolicyLoss
 from osler.rl.trainer import GrpoTrainer
 from osler.runs.command import Job, Request, carry_out
@@ -69,7 +70,10 @@ def train(config: GrpoConfig, folder: RunFolder, world: World | None = None) -> 
     eval_items = load_task(config.eval_task) if config.eval_task is not None else []
     check_held_out(tasks, eval_items)
     sampler = InferenceEngine(model, max_rows=config.rollout_rows)
-    worker = RolloutWorker(sampler, tokenizer, tasks, config.algorithm, config.seed, world)
+    servers = None
+    if isinstance(config.rollout, ServerRollout):
+        servers = RolloutServers(config.rollout, sampler, folder.root, world)
+    worker = RolloutWorker(sampler, tokenizer, tasks, config.algorithm, config.seed, world, servers)
     samples = ""
     if world.broadcast_from_first(lambda: start.checkpoint is None) and config.preflight != "off":
         samples = preflight(worker.ask(0), config)

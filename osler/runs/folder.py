@@ -29,6 +29,7 @@ GIVEN_ANEW = (
     "parallel", "loader_workers", "micro_batch_tokens", "recompute", "checkpoint.in_background", "monitor",
     "allow_data_change", "preflight",  # permissions for one start
     "data.streaming", "data.disk_budget_gb",  # the batches are the same
+    "rollout.urls", "rollout.weights_dir", "rollout.timeout_seconds", "rollout.retry_seconds",  # servers come and go
 )  # fmt: skip
 # Paths of files may change too. The contents may not: the fingerprints of shards and checkpoints ensure this.
 PLACES = re.compile(r"((.*\.)?data(\.sources\[\d+\])?|validation\[\d+\]|teacher)\.(path|root)|tasks\[\d+\]\.task\.path")

@@ -1,9 +1,11 @@
 """A program for test_parallel.py: GRPO on one, two and four processes on gloo, and what it ends in; see ``parallel_runs.py``."""
 
 import io
+import os
+import signal
 import sys
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import torch
@@ -11,10 +13,12 @@ from forks import report, said, train
 from parallel_runs import assert_logged_the_same, assert_tensors_near, continued, lost, refused
 from parallel_runs import same_run as same_start
 from run_folders import logged
+from vllm_contract import VllmContract
 
 import osler.rl.run  # noqa: F401 - loaded once for every fork
 from osler.checkpoint import folders, store
 from osler.cli.main import main
+from osler.inference.load import load_model
 
 TOLERANCE = 1e-5
 MAY_DIFFER = ("time", "perf/", "eval/seconds", "data/padding_frac")  # the clock, and how rows are shared and cut
@@ -40,6 +44,20 @@ def same_run(command: Sequence[str], whole: Path, folder: Path, size: int, strat
     same_start(command, whole, folder, size, strategy, assert_same)
     assert "Sample 1 before training" in said(folder, 0)
     assert (folder / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
+
+
+@contextmanager
+def served(checkpoint: str) -> Iterator[str]:
+    """The address of a server of this checkpoint, in a process of its own."""
+    read, write = os.pipe()
+    if not (process := os.fork()):
+        os.write(write, VllmContract(load_model(checkpoint).model, [0]).url.encode())
+        signal.pause()
+    try:
+        yield os.read(read, 100).decode()
+    finally:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
 
 
 def run_all(grpo: list[str], root: Path) -> None:
@@ -71,6 +89,9 @@ def run_all(grpo: list[str], root: Path) -> None:
     report("own reward", same_run, [*grpo, rewards % (own, "correct")], root / "plain", root / "own", 2, "ddp")
     wrong = [*grpo, rewards % (own, "nan"), "parallel.type=ddp"]
     report("wrong reward", refused, wrong, root / "wrong", ["own.py:nan returned nan", "for an answer to item"])
+    with served(next(word.partition("=")[2] for word in grpo if word.startswith("init_from="))) as url:
+        server = ["rollout.type=server", f"rollout.urls=[{url}]", "rollout.retry_seconds=5"]
+        report("servers", same_run, [*grpo, *server], root / "plain", root / "servers", 2, "ddp")
     zero = [*grpo, "parallel.type=deepspeed"]
     report("deepspeed", refused, zero, root / "zero", ["parallel", "deepspeed", "ddp"], times=2)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from osler.config.schema import encode
+from osler.export.huggingface import qwen3_config, qwen3_weights
 from osler.model import layers
 from osler.model.config import ModelConfig
 from osler.model.decoder import Decoder
@@ -46,32 +47,9 @@ def random_ids(*shape: int, below: int = 130, seed: int = 0) -> torch.Tensor:
 def to_qwen3(model: Transformer) -> Any:
     """The same weights in Hugging Face's class, which this project had no part in."""
     transformers = pytest.importorskip("transformers")
-    c = model.config
-    theirs = transformers.Qwen3ForCausalLM(
-        transformers.Qwen3Config(
-            vocab_size=c.padded_vocab_size,
-            hidden_size=c.hidden_size,
-            intermediate_size=c.intermediate_size,
-            num_hidden_layers=c.num_layers,
-            num_attention_heads=c.num_heads,
-            num_key_value_heads=c.num_kv_heads,
-            head_dim=c.head_dim,
-            max_position_embeddings=c.max_seq_len,
-            rms_norm_eps=c.norm_eps,
-            tie_word_embeddings=c.tie_embeddings,
-            attention_bias=False,
-            rope_theta=c.rope_theta,
-            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
-        )
-    )
-    weights = model.state_dict()
-    if c.embed_rank is not None:
-        weights["embed_tokens.weight"] = weights["embed_tokens.weight"] @ weights.pop("embed_proj.weight").T
-    state = {name if name.startswith("lm_head") else f"model.{name}": value for name, value in weights.items()}
-    missing, unexpected = theirs.load_state_dict(state, strict=False)
-    assert not unexpected
-    # Only parameter-free norms (which stay at one) and the tied head may be missing.
-    assert all("norm" in name or (c.tie_embeddings and name == "lm_head.weight") for name in missing)
+    theirs = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**qwen3_config(model.config)))
+    missing, unexpected = theirs.load_state_dict(qwen3_weights(model.config, model.state_dict()), strict=False)
+    assert not unexpected and missing == ["lm_head.weight"] * model.config.tie_embeddings
     return theirs.eval()
 
 

@@ -1,0 +1,114 @@
+"""A model in the form of Hugging Face's Qwen3, which has the same mathematics: what vLLM, verl and ``transformers`` load.
+
+Norms without a weight are written with ones, a factorized embedding as one matrix, and rows past the vocabulary are left out.
+Fields that changed their name in ``transformers`` 5 are written under both names, because an older release takes a default where
+it does not find its own. Shapes: V vocabulary, D hidden, R rank of a factorized embedding.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from osler.checkpoint.store import write_tensors
+from osler.inference.load import TOKENIZER_FILE, load_model
+from osler.model.config import ModelConfig
+from osler.runtime.errors import UserError
+from osler.runtime.files import write_atomic
+from osler.runtime.log import say
+from osler.tokenizer.bpe import ANSWER, EOS, QUESTION, THINKING, Tokenizer
+
+WEIGHTS_FILE = "model.safetensors"
+# The prompt of ``tokenizer/chat.py``; ``apply_chat_template(..., reasoning=False)`` leaves the thinking out.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    f"{{% if message['role'] == 'assistant' %}}{{{{ message['content'] + '{EOS}' }}}}"
+    f"{{% else %}}{{{{ '{QUESTION}' + message['content'] }}}}{{% endif %}}"
+    "{% endfor %}{% if add_generation_prompt %}"
+    f"{{{{ '{ANSWER}' if reasoning is defined and not reasoning else '{THINKING}' }}}}{{% endif %}}"
+)
+
+
+def write(checkpoint: str, out: str) -> int:
+    """Write a checkpoint's model and tokenizer as a new folder: the command ``export hf``."""
+    folder = Path(out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is there already: name a new folder with --out.")
+    loaded = load_model(checkpoint)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / WEIGHTS_FILE, qwen3_weights(loaded.model.config, loaded.model.state_dict()))
+    for name, content in describing_files(loaded.model.config, loaded.tokenizer).items():
+        write_atomic(folder / name, content)
+    say(f"{folder}: {loaded.model.config.num_parameters:,} parameters of {loaded.path}, as Qwen3ForCausalLM")
+    return 0
+
+
+def qwen3_config(config: ModelConfig) -> dict[str, Any]:
+    """Return the shape of a model as the fields of Qwen3's ``config.json``, without tokens."""
+    return {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_seq_len,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": False,
+        "hidden_act": "silu",
+        "use_sliding_window": False,
+        "dtype": "float32",
+        "torch_dtype": "float32",
+    }
+
+
+def qwen3_weights(config: ModelConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a model's state dict under Qwen3's names, on the device where it is."""
+    named = dict(weights)
+    embed_VD = named["embed_tokens.weight"]
+    if config.embed_rank is not None:
+        embed_VD = embed_VD @ named.pop("embed_proj.weight").T  # [V, R] and [R, D]
+    named["embed_tokens.weight"] = embed_VD
+    ones = torch.ones(config.hidden_size, device=embed_VD.device), torch.ones(config.head_dim, device=embed_VD.device)
+    for layer in range(config.num_layers):
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            named.setdefault(f"layers.{layer}.{norm}.weight", ones[0])
+        for norm in ("q_norm", "k_norm"):
+            named.setdefault(f"layers.{layer}.self_attn.{norm}.weight", ones[1])
+    named.setdefault("norm.weight", ones[0])
+    for name in ("embed_tokens.weight", "lm_head.weight"):
+        if name in named:
+            named[name] = named[name][: config.vocab_size]
+    return {name if name.startswith("lm_head") else f"model.{name}": tensor for name, tensor in named.items()}
+
+
+def describing_files(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, bytes]:
+    """Return the files beside the weights: shape, tokens that end a text, tokenizer and chat template."""
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_id)
+    contents: dict[str, dict[str, Any]] = {
+        "config.json": qwen3_config(config) | ends,
+        "generation_config.json": ends,
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **dict.fromkeys(("bos_token", "eos_token", "pad_token"), EOS),
+            "model_max_length": config.max_seq_len,
+            "clean_up_tokenization_spaces": False,
+            "chat_template": CHAT_TEMPLATE,
+        },
+    }
+    contents[TOKENIZER_FILE] = json.loads(tokenizer.to_bytes())
+    for token in contents[TOKENIZER_FILE]["added_tokens"]:
+        token["special"] = token["content"] == EOS  # markers stay in decoded text, where rewards look for them
+    files = {name: json.dumps(content, indent=2, ensure_ascii=False).encode() for name, content in contents.items()}
+    return {**files, "chat_template.jinja": CHAT_TEMPLATE.encode()}

@@ -1,0 +1,188 @@
+"""Rollouts from servers: the same as from the engine, through lost servers, and what is refused."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from vllm_contract import VllmContract
+
+from osler.config.schema import decode
+from osler.inference.engine import InferenceEngine
+from osler.rl import servers as servers_module
+from osler.rl.config import AlgorithmConfig, GrpoConfig, QualityConfig, ServerRollout
+from osler.rl.rollout import RolloutWorker
+from osler.rl.servers import RolloutServers
+from osler.runtime.errors import UserError
+from osler.runtime.stop import StopFlag
+from osler.runtime.world import World
+
+ALGORITHM = AlgorithmConfig(
+    prompts_per_step=5, samples_per_prompt=3, max_new_tokens=8, temperature=0.8, dynamic_sampling=True, max_refills=1,
+    quality=QualityConfig(action="off"),
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    monkeypatch.setattr(servers_module, "FIRST_WAIT_SECONDS", 0.02)
+
+
+@pytest.fixture
+def serve(make_policy):
+    """A function that starts a server with the policy's first weights; all are stopped after the test."""
+    started = []
+
+    def start(change=None):
+        started.append(VllmContract(make_policy(), [3], change=change))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.stop()
+
+
+@pytest.fixture
+def make_worker(make_policy, tokenizer, short_task, tmp_path):
+    """A function that builds a worker whose completions come from servers, or without any from its engine."""
+
+    def build(*urls, algorithm=ALGORITHM, **options):
+        engine = InferenceEngine(make_policy())
+        config = ServerRollout(urls=urls, **{"retry_seconds": 5.0, **options}) if urls else None
+        servers = config and RolloutServers(config, engine, tmp_path, World())
+        return RolloutWorker(engine, tokenizer, [short_task], algorithm, seed=3, servers=servers)
+
+    return build
+
+
+def learn(worker, amount=0.3):
+    """Another policy, as after an update."""
+    worker.engine.model = worker.engine.model.eager_copy(
+        {k: v * (1 + amount) for k, v in worker.engine.model.state_dict().items()}
+    )
+
+
+def assert_same(worker, other, step):
+    (groups, tokens), (expected, expected_tokens) = worker.step(step), other.step(step)
+    assert tokens == expected_tokens
+    for one, two in zip(groups, expected, strict=True):
+        for sample, wanted in zip(one.samples, two.samples, strict=True):
+            assert sample.ids == wanted.ids and sample.completion == wanted.completion
+            torch.testing.assert_close(sample.logprobs, wanted.logprobs, atol=1e-5, rtol=0)
+
+
+def test_servers_draw_what_the_engine_draws_with_the_newest_weights(make_worker, serve, tmp_path):
+    first, second = serve(), serve()
+    worker, engine = make_worker(first.url, second.url), make_worker()
+    for step in range(2):
+        assert_same(worker, engine, step)
+        learn(worker), learn(engine)
+    assert {samples for server in (first, second) for samples, _ in server.groups} == {3}, "a group was split"
+    assert len(first.groups) >= 2 * 3 and len(second.groups) >= 2 * 2
+    assert first.log.count("/collective_rpc") == second.log.count("/collective_rpc") == 2, "weights travel once a step"
+    assert len(list((tmp_path / "rollout-weights").iterdir())) == 1
+
+
+def test_a_server_that_dies_and_comes_back_with_old_weights_changes_nothing(make_worker, serve):
+    """It dies with a request under way, and the next one finds nobody; its first weights would draw other tokens."""
+
+    def die_once(path, answer):
+        if path == "/v1/completions" and len(server.groups) == 2 and not died:
+            died.append(path)
+            threading.Thread(target=restart).start()
+            return None
+        return answer
+
+    def restart():
+        server.stop()
+        time.sleep(0.1)
+        server.start()
+
+    died = []
+    worker, engine = make_worker((server := serve()).url), make_worker()
+    learn(worker), learn(engine)
+    server.change = die_once
+    assert_same(worker, engine, 0)
+    assert died and server.log.count("/collective_rpc") == 2
+    server.version = "default"  # started anew between two steps, and already there again
+    assert_same(worker, engine, 1)
+    assert server.log.count("/collective_rpc") == 3
+
+
+def without(key):
+    def change(path, answer):
+        if path != "/v1/completions":
+            return answer
+        return {**answer, "choices": [{name: value for name, value in c.items() if name != key} for c in answer["choices"]]}
+
+    return change
+
+
+def at_completions(**changed):
+    return lambda path, answer: {**answer, **changed} if path == "/v1/completions" else answer
+
+
+def raw(path, answer):
+    """Log-probabilities from before top_k, as without ``--logprobs-mode processed_logprobs``."""
+    for choice in answer.get("choices", []):
+        choice["logprobs"]["token_logprobs"][0] -= 0.2
+    return answer
+
+
+def other_vocabulary(path, answer):
+    for choice in answer.get("choices", []):
+        choice["token_ids"][0] = 70_000
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (at_completions(choices=[]), "returned 0 completions of 'policy', where 1"),
+        (at_completions(model="another"), "completions of 'another', where 1 of 'policy'"),
+        (without("logprobs"), "of 1 tokens with 0 log-probabilities"),
+        (without("token_ids"), "without token ids"),
+        (without("finish_reason"), "in another form than vLLM: KeyError"),
+        (raw, "--logprobs-mode processed_logprobs"),
+        (other_vocabulary, "token id 70000, and the model's vocabulary has ids below"),
+        (lambda path, answer: 404 if path == "/weight_info" else answer, "VLLM_SERVER_DEV_MODE=1"),
+        (lambda path, answer: 500 if path == "/collective_rpc" else answer, "`osler export hf` wrote"),
+        (
+            lambda path, answer: 503 if path == "/v1/completions" else answer,
+            "answered /v1/completions with 503 .*for 0.2 seconds",
+        ),
+        (lambda path, answer: None, "cannot be reached at /weight_info"),
+    ],
+)
+def test_what_cannot_be_learned_from_is_refused(make_worker, serve, change, told):
+    worker = make_worker((server := serve(change)).url, retry_seconds=0.2)
+    with pytest.raises(UserError, match=told) as refusal:
+        worker.step(0)
+    assert server.url in str(refusal.value)
+
+
+def test_a_server_that_is_silent_or_gone_ends_the_run_in_time_and_a_request_to_stop_at_once(make_worker, serve):
+    worker = make_worker((server := serve()).url, timeout_seconds=0.1, retry_seconds=0.3)
+    with server.lock, pytest.raises(UserError, match="timed out"):
+        worker.step(0)
+    server.stop()
+    with pytest.raises(UserError, match="Connection refused"):
+        worker.step(0)
+    patient = make_worker(server.url, retry_seconds=600.0)
+    with StopFlag() as flag, pytest.raises(KeyboardInterrupt):
+        flag.requested = True
+        patient.step(0)
+    server.start()
+
+
+def test_configs_that_cannot_be_meant_are_refused():
+    start = {"kind": "grpo", "init_from": "run"}
+    for urls in ([], ["localhost:8000"], ["http://a:1/v1"], ["http://a:1", "http://a:1"]):
+        with pytest.raises(UserError, match="urls"):
+            decode(GrpoConfig, {**start, "rollout": {"type": "server", "urls": urls}})
+    with pytest.raises(UserError, match="top_p"):
+        decode(GrpoConfig, {**start, "rollout": {"type": "server", "urls": ["http://a:1"]}, "algorithm": {"top_p": 0.9}})
+    assert replace(decode(GrpoConfig, start)).rollout.type == "engine"
