@@ -30,7 +30,7 @@ from osler.rl.run import check_start, load_tasks
 from osler.runtime.files import write_atomic
 from osler.tasks.item import ExamItem, render_answer, render_question
 from osler.tasks.registry import load_task
-from osler.tasks.rewards import label_of, reward_of
+from osler.tasks.rewards import reward_of
 from osler.tokenizer.bpe import ANSWER
 from osler.tokenizer.chat import Completion
 
@@ -52,13 +52,9 @@ def write(recipe: str | None, overrides: Sequence[str], out: str) -> int:
     start, folder = load_model(config.init_from), Path(out).absolute()
     tasks = load_tasks(config, start)
     write_model(config.init_from, str(folder / "model"))
-    prompts = [
-        prompt
-        for step in range(config.steps)
-        for prompt in step_prompts(
-            tasks, config.seed, step, config.algorithm.prompts_per_step, balanced=config.algorithm.balanced_letters
-        )
-    ]
+    count, balanced = config.algorithm.prompts_per_step, config.algorithm.balanced_letters
+    steps = (step_prompts(tasks, config.seed, step, count, balanced=balanced) for step in range(config.steps))
+    prompts = [prompt for asked in steps for prompt in asked]
     write_rows(folder / "train.parquet", prompts, config)
     exam = load_task(config.eval_task) if config.eval_task is not None else [prompt.item for prompt in prompts[:1]]
     validation = RlTask("validation", tuple(exam), tasks[0].rewards, reasoning=tasks[0].reasoning)
@@ -96,19 +92,15 @@ def write_rows(path: Path, prompts: Sequence[Prompt], config: GrpoConfig) -> Non
     pq.write_table(pa.Table.from_pylist(rows), path)
 
 
-def compute_score(solution_str: str, extra_info: dict[str, Any], **_: Any) -> dict[str, float]:
-    """Return the weighted reward of a completion as "score", and each reward by its name.
-
-    verl leaves out the end of text, so a completion counts as finished.
-    """
+def compute_score(solution_str: str, extra_info: dict[str, Any], **_: Any) -> float:
+    """Return the weighted reward of a completion, which counts as finished: verl leaves out the end of text."""
     fields: dict[str, Any] = json.loads(extra_info["item"])
     fields |= {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
     item = ExamItem(**fields)
     before, marker, after = solution_str.partition(ANSWER) if extra_info["reasoning"] else ("", ANSWER, solution_str)
     completion = Completion(before.strip(), after.strip() if marker else None, True, bool(marker) and ANSWER not in after)
     weights: dict[str, float] = json.loads(extra_info["rewards"])
-    values = {label_of(name): float(_reward(name, extra_info["seconds"])(item, completion)) for name in weights}
-    return {"score": sum(weight * values[label_of(name)] for name, weight in weights.items()), **values}
+    return sum(weight * _reward(name, extra_info["seconds"])(item, completion) for name, weight in weights.items())
 
 
 _reward = functools.cache(reward_of)  # a function of the user's own has a process
@@ -142,6 +134,7 @@ def verl_options(config: GrpoConfig, folder: Path, max_seq_len: int) -> dict[str
         "optim.betas": f"[{optim.beta1},{optim.beta2}]",
         "optim.weight_decay": optim.weight_decay,
         "optim.lr_scheduler_type": "cosine" if isinstance(config.schedule, CosineConfig) else "constant",
+        "optim.min_lr_ratio": getattr(config.schedule, "final_fraction", 1.0),
         "optim.lr_warmup_steps": warmup_of(config.schedule, config.budget_tokens) // config.budget_tokens_per_step,
         "optim.clip_grad": config.clip_norm,
     }

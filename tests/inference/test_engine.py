@@ -7,16 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from osler.inference.batch import Batch
 from osler.inference.engine import InferenceEngine
 from osler.inference.recompute import generate_by_recompute
-from osler.inference.rows import Capabilities, Continuation, Request
+from osler.inference.rows import Capabilities, Continuation, Request, Rows
+from osler.model import layers
 from osler.model.config import ModelConfig
 from osler.model.decoder import Decoder
 from osler.model.kv_cache import KVCache
 from osler.model.layers import Layout
 from osler.model.transformer import Transformer
+from osler.ops.sampling import RowSampling
 from osler.ops.sampling_params import SamplingParams
 from osler.runtime.errors import UserError
 
@@ -284,3 +287,19 @@ def test_mistakes_are_named(prompts: list[list[int]], words: list[str]) -> None:
         draw(build(PLAIN), prompts)
     for word in words:
         assert word in str(raised.value)
+
+
+def test_the_host_reads_nothing_of_the_device_between_two_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fake tensors have no values, so whatever would wait for one raises."""
+    monkeypatch.setattr(layers, "packs_weights", lambda device: False)  # as on a GPU
+    asked = replace(SAMPLING, top_k=9, top_p=0.9, min_p=0.1, temperature=0.7, repetition_penalty=1.3, top_logprobs=2)
+    requests = [Request((1, 2, 3), asked, number) for number in range(3)]
+    with FakeTensorMode():
+        decoder = Decoder(Transformer(PLAIN), Layout(torch.float32, 3))
+        cache = decoder.new_cache(3, 32)
+        rows = Rows(3, 24, Capabilities.needed(requests, PLAIN.vocab_size), PLAIN.vocab_size, torch.device("cpu"))
+        sampling = RowSampling.of([asked] * 3, PLAIN.vocab_size, torch.device("cpu"))
+        for _ in range(3):
+            rows.draw(decoder.step(rows.token_B, cache, rows.running_B), sampling)
+        with pytest.raises(DataDependentOutputException):
+            rows.drawn_B.sum().item()

@@ -32,9 +32,9 @@ def test_verl_is_given_the_questions_of_every_step_and_their_rewards(runs, tmp_p
     row = rows[0]
     given = {"data_source": "clinic", "ground_truth": row["reward_model"]["ground_truth"], "extra_info": row["extra_info"]}
     right = f"because<|answer|>{given['ground_truth']}"
-    assert scope["compute_score"](solution_str=right, **given) == {"score": 1.5, "correct": 1.0, "format": 1.0}
-    assert compute_score(solution_str=f"<|answer|>{given['ground_truth']}", **given)["score"] == 1.0, "nothing was thought"
-    assert compute_score(solution_str="because", **given)["score"] == 0.0
+    assert scope["compute_score"](solution_str=right, **given) == 1.5
+    assert compute_score(solution_str=f"<|answer|>{given['ground_truth']}", **given) == 1.0, "nothing was thought"
+    assert compute_score(solution_str="because", **given) == 0.0
 
     script = (tmp_path / "verl" / "run.sh").read_text()
     words = shlex.split(script[script.index("exec") :])
