@@ -73,7 +73,7 @@ def train(config: GrpoConfig, folder: RunFolder, world: World | None = None) -> 
     servers = None
     if isinstance(config.rollout, ServerRollout):
         servers = RolloutServers(config.rollout, sampler, folder.root, world)
-    worker = RolloutWorker(sampler, tokenizer, tasks, config.algorithm, config.seed, world, servers)
+    worker = RolloutWorker(sampler, tokenizer, tasks, config.algorithm, config.seed, world, servers=servers)
     samples = ""
     if world.broadcast_from_first(lambda: start.checkpoint is None) and config.preflight != "off":
         samples = preflight(worker.ask(0), config)

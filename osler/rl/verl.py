@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from osler.config.recipe import load_recipe, override
 from osler.config.schema import decode
+from osler.data.named import load_task
 from osler.export.huggingface import write as write_model
 from osler.inference.load import load_model
 from osler.optim.config import AdamWConfig
@@ -29,7 +30,6 @@ from osler.rl.rollout import Prompt, RlTask, step_prompts
 from osler.rl.run import check_start, load_tasks
 from osler.runtime.files import write_atomic
 from osler.tasks.item import ExamItem, render_answer, render_question
-from osler.tasks.registry import load_task
 from osler.tasks.rewards import reward_of
 from osler.tokenizer.bpe import ANSWER
 from osler.tokenizer.chat import Completion
@@ -40,7 +40,7 @@ AGGREGATES = {"sequence_mean": "seq-mean-token-mean", "token_mean": "token-mean"
 KLS = {"unbiased": "k2", "k3": "k3", "k2": "k2", "k1": "k1"}  # k2 has the right gradient on the policy's own samples, too
 OFF = {  # options that verl has not, and the values that need none
     "opsm_delta": None, "reference_refresh_steps": None, "dynamic_sampling": False, "overlong": "keep",
-    "beta_schedule": ConstantConfig(),
+    "beta_schedule": ConstantConfig(), "most_rested_epochs": 0,
 }  # fmt: skip
 
 
