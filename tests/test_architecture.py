@@ -44,7 +44,7 @@ DOORS: dict[str, set[str]] = {
     "py3langid": {"data/languages.py"},
     "rensa": {"data/duplicates.py"},
     "safetensors": {"checkpoint/store.py"},
-    "pyarrow": {"files/rows.py"},
+    "pyarrow": {"rl/verl.py", "files/rows.py"},
     "huggingface_hub": {"files/hub.py"},
     "jinja2": {"report/page.py"},
     "markupsafe": {"report/page.py"},
