@@ -255,6 +255,24 @@ def describe_damaged(damaged: Damaged) -> str:
     return "; ".join(f"{path} is damaged ({', '.join(problems)})" for path, problems in damaged)
 
 
+def newest_checkpoint(root: Path, on_damage: Callable[[Damaged], object] = lambda damaged: None) -> Path | None:
+    """Return the checkpoint to continue from, and warn when newer ones are damaged; None when none was saved.
+
+    ``on_damage`` is called with the damaged ones. Raises UserError when all are, because starting over silently would throw the
+    run away.
+    """
+    found, damaged = newest_good(root)
+    if damaged:
+        on_damage(damaged)
+        if found is None:
+            raise UserError(
+                f"No checkpoint in {root} is good: {describe_damaged(damaged)}. Restore one from a copy, or delete that folder "
+                "to start its run over."
+            )
+        logger.warning(f"{describe_damaged(damaged)}; going on from {found}.")
+    return found
+
+
 def best_checkpoint(root: str | Path) -> Best | None:
     """Return the checkpoint marked best, or None when none is or it is gone; raises UserError when ``best.json`` is torn."""
     pointer = Path(root) / BEST

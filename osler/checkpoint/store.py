@@ -15,7 +15,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import logging
 import shutil
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -34,8 +33,6 @@ from osler.checkpoint.folders import STATE, TENSORS_SUFFIX, FileRecord, Manifest
 from osler.runtime.errors import UserError
 from osler.runtime.faults import fault
 from osler.runtime.files import RunFolder, fsync_dir, no_pause, open_durable, read_json
-
-logger = logging.getLogger(__name__)
 
 DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
@@ -191,23 +188,23 @@ def load(path: str | Path, names: Collection[str] | None = None) -> Loaded:
     if problems:
         raise UserError(f"Checkpoint {folder} is damaged, use an earlier one: {'; '.join(problems)}.")
     manifest = Manifest.read(folder)
-    present = [name.removesuffix(TENSORS_SUFFIX) for name in manifest.files if name.endswith(TENSORS_SUFFIX)]
-    others = [name for name in manifest.files if name != STATE and not name.endswith(TENSORS_SUFFIX)]
+    present = [name for name in manifest.files if name.endswith(TENSORS_SUFFIX)]
+    others = [name for name in manifest.files if name not in (STATE, *present)]
+    tensors = {}
+    for name in present:
+        part = name.removesuffix(TENSORS_SUFFIX)
+        if names is None or part in names:
+            try:
+                tensors[part] = load_file(folder / name)
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{folder / name} is not a readable safetensors file: {error}.") from error
     return Loaded(
         path=folder,
         step=manifest.step,
-        tensors={name: _read_tensors(folder / f"{name}{TENSORS_SUFFIX}") for name in present if names is None or name in names},
+        tensors=tensors,
         state=read_json(folder / STATE),
         files={name: (folder / name).read_bytes() for name in others},
     )
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file to CPU memory; raises UserError naming the file when it is not one."""
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a readable safetensors file: {error}.") from error
 
 
 def resolve(path: str | Path, which: str = "newest") -> Path:
@@ -230,10 +227,7 @@ def resolve(path: str | Path, which: str = "newest") -> Path:
         if marked is None:
             raise UserError(f"No checkpoint in {root} is marked best; take the newest instead.")
         return marked.path
-    found, damaged = folders.newest_good(root)
+    found = folders.newest_checkpoint(root)
     if found is None:
-        reason = f": {folders.describe_damaged(damaged)}" if damaged else ""
-        raise UserError(f"There is no {'good ' if damaged else ''}checkpoint in {root}{reason}.")
-    if damaged:
-        logger.warning(f"falling back to {found}: {folders.describe_damaged(damaged)}")
+        raise UserError(f"There is no checkpoint in {root}.")
     return found

@@ -351,13 +351,6 @@ COMMANDS: tuple[Command, ...] = (
         (option("path", metavar="CHECKPOINT", help="a run folder, or a checkpoint in it"),),
     ),
     Command(
-        "checkpoint prune",
-        "Delete all checkpoints but the last good ones, the best and the milestones",
-        "osler checkpoint prune runs/notes --keep-last 1",
-        "osler.runs.checkpoints:prune_checkpoints",
-        (RUN, option("--keep-last", type=int, required=True, metavar="N", help="keep the last N that are good")),
-    ),
-    Command(
         "watch",
         "Show a run in the terminal while it runs: state, curves, newest values, events, checkpoints",
         "osler watch runs/mine",

@@ -1,4 +1,4 @@
-"""The commands `osler checkpoint`: list the checkpoints of a run, verify them byte for byte, delete old ones. Torch-free."""
+"""The commands `osler checkpoint`: list the checkpoints of a run, verify them byte for byte. Torch-free."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def list_checkpoints(path: str) -> int:
             tokens = f"{json.loads((entry.path / folders.STATE).read_bytes())['tokens']:,}"
         with suppress(FileNotFoundError):  # a run has deleted it in the meantime
             saved = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.path.stat().st_mtime))
-            print(f"{entry.step:>12,}{tokens:>18}{_size(entry.path) / 1e6:>9,.1f} MB   {saved:<18}{', '.join(remarks)}")
+            megabytes = sum(file.stat().st_size for file in entry.path.iterdir()) / 1e6
+            print(f"{entry.step:>12,}{tokens:>18}{megabytes:>9,.1f} MB   {saved:<18}{', '.join(remarks)}")
     return 0
 
 
@@ -59,26 +60,6 @@ def verify_checkpoints(path: str) -> int:
     return 1 if damaged else 0
 
 
-def prune_checkpoints(path: str, *, keep_last: int) -> int:
-    """Rotate by hand: delete all but the best, the milestones and the last ``keep_last`` good ones; print what that frees.
-
-    Raises UserError when none is good. Nothing is deleted then, because a person may still mend a checkpoint.
-    """
-    if keep_last < 1:
-        raise UserError(f"--keep-last {keep_last}: at least one checkpoint stays.")
-    root, entries = _found(path)
-    newest, _ = folders.newest_good(root)
-    if newest is None:
-        raise UserError(f"No checkpoint in {root} is good, so none is deleted; `osler checkpoint verify` names what is damaged.")
-    sizes = {entry.path: _size(entry.path) for entry in reversed(entries)}
-    folders.rotate(root, newest, keep_last)
-    gone = [checkpoint for checkpoint in sizes if not checkpoint.exists()]
-    for checkpoint in gone:
-        print(f"{checkpoint.name}{sizes[checkpoint] / 1e6:>9,.1f} MB   deleted")
-    print(f"{sum(sizes[checkpoint] for checkpoint in gone) / 1e6:,.1f} MB are free.")
-    return 0
-
-
 def _found(path: str) -> tuple[Path, list[Entry]]:
     """Return the checkpoints folder of a run and the checkpoints in it, newest first; raises UserError when there are none."""
     if folders.FOLDER_NAME.fullmatch(Path(path).name):
@@ -90,10 +71,3 @@ def _found(path: str) -> tuple[Path, list[Entry]]:
     return root, entries
 
 
-def _size(folder: Path) -> int:
-    """Return the bytes of a checkpoint; fewer when a run deletes it at this moment."""
-    total = 0
-    with suppress(FileNotFoundError):
-        for file in folder.iterdir():
-            total += file.stat().st_size
-    return total

@@ -6,6 +6,7 @@ A run folder that already holds this run continues from its newest good checkpoi
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,10 +18,11 @@ from osler.checkpoint.folders import refuse_checkpoint
 from osler.config.recipe import as_comments, dump_yaml, load_recipe, override
 from osler.config.schema import decode, encode, hints
 from osler.inference.load import described_model
-from osler.monitor.logger import check_trackers
+from osler.records.jsonl import EventLog
 from osler.runs.config import RunConfig
-from osler.runs.folder import newest_checkpoint, refuse_another, stored_config, taken
-from osler.runs.resume import branch_config, branch_point, describe_branch, find_step, go_back
+from osler.runs.folder import refuse_another, stored_config, taken
+from osler.runs.process import Run
+from osler.runs.resume import branch_config, describe_branch, find_start, go_back
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder
 from osler.runtime.stop import EXIT_STOPPED
@@ -136,23 +138,20 @@ def describe_plan(job: Job, config: Any, folder: RunFolder, back_to: int | None)
     If the run takes its model from a checkpoint, that model is printed in place of the config's own, and the section
     ``tokenizer`` is left out, because neither is used. Raises UserError for anything that would keep the run from starting.
     """
-    refuse_another(folder, config)
-    newest = newest_checkpoint(folder) if back_to is None else find_step(folder.checkpoints, back_to).path
-    checkpoint = newest or branch_point(config)
-    loaded = None if checkpoint is None else store.load(checkpoint, names=[])
-    start = loaded
+    run = Run(folder, World())
+    run.events = EventLog(os.devnull)
+    found = find_start(config, run, job.check_branch, back_to)
+    start = loaded = found.load(names=[])
     if loaded is None and config.init_from is not None:
         start = store.load(store.resolve(config.init_from), names=[])
     has_origin = config.branch_from is not None or config.init_from is not None
     model = described_model(start) if start is not None and has_origin else None
-    if newest is None and loaded is not None:
-        job.check_branch(config, loaded)
+    if found.is_branch and loaded is not None:
         logger.info(describe_branch(config, loaded))
-    check_trackers(config.monitor)
     job.check(config, folder, loaded)
     plan, derived = encode(config), {"run folder": str(folder.root)}
     if loaded is not None:
-        derived["branches from" if newest is None else "goes on from"] = f"step {loaded.step:,}: {loaded.path}"
+        derived["branches from" if found.is_branch else "goes on from"] = f"step {loaded.step:,}: {loaded.path}"
     elif start is not None:
         derived["starts from"] = f"{start.path}, its model and tokenizer"
     if model is not None:

@@ -1,4 +1,4 @@
-"""Claims a run folder and reads what the next process needs: its config, and its newest good checkpoint."""
+"""Claims a run folder, reads its config, and tells whether a config and a checkpoint are of the run in it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from osler.checkpoint.folders import FOLDER_NAME, Damaged, describe_damaged, newest_good, refuse_checkpoint
+from osler.checkpoint.folders import FOLDER_NAME, Damaged, newest_good, refuse_checkpoint
 from osler.config.recipe import dump_yaml, load_yaml, override
 from osler.config.schema import decode, encode
 from osler.records.jsonl import EventLog
@@ -172,25 +172,6 @@ def read_config(folder: RunFolder) -> dict[str, Any]:
         )
         raise UserError(f"{folder.config} {problem}. {remedy}.")
     return stored
-
-
-def newest_checkpoint(folder: RunFolder, *, record: bool = False) -> Path | None:
-    """Return the checkpoint to continue from, and warn when newer ones are damaged; None when the run has saved none.
-
-    ``record``: also write the damage to ``events.jsonl``. Raises UserError when every checkpoint is damaged, because starting
-    over silently would throw the run away.
-    """
-    found, damaged = newest_good(folder.checkpoints)
-    if record:
-        write_damage(EventLog(folder.events), damaged)
-    if found is None and damaged:
-        raise UserError(
-            f"No checkpoint in {folder.checkpoints} is good: {describe_damaged(damaged)}. Restore one from a copy, or delete "
-            "that folder to start this run over."
-        )
-    if damaged:
-        logger.warning(f"{describe_damaged(damaged)}; going on from {found}.")
-    return found
 
 
 def write_damage(events: EventLog, damaged: Damaged) -> None:

@@ -16,18 +16,19 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from osler.checkpoint import folders, store
-from osler.checkpoint.folders import Entry
+from osler.checkpoint.folders import Entry, newest_checkpoint
 from osler.config.recipe import load_yaml, override
 from osler.config.schema import decode
 from osler.monitor.logger import check_trackers
 from osler.optim.schedule import ScheduleConfig, warmup_of
 from osler.records.jsonl import EventLog, read_events, split
-from osler.runs.folder import differences, flat, named, newest_checkpoint, read_config, refuse_another
+from osler.runs.folder import differences, flat, named, read_config, refuse_another, write_damage
 from osler.runs.loop import Loop, Trainer
 from osler.runs.process import Run
 from osler.runtime.device import keep_freed_memory
@@ -53,16 +54,19 @@ class Start(NamedTuple):
         return None if self.checkpoint is None else store.load(self.checkpoint, names=names)
 
 
-def find_start(config: Any, run: Run, check_branch: Callable[[Any, store.Loaded], None]) -> Start:
-    """Check that the folder may hold this run, and return where it continues. All ranks return the same.
+def find_start(
+    config: Any, run: Run, check_branch: Callable[[Any, store.Loaded], None], back_to: int | None = None
+) -> Start:
+    """Check that the folder may hold this run, and return where it continues, or the checkpoint of step ``back_to``.
 
-    Raises UserError when the folder holds another run, or when ``check_branch`` refuses a branch that begins. Raises it also when
-    the ranks found different checkpoints, because their machines do not share the disk of the run folder.
+    All ranks return the same. Raises UserError when the folder holds another run, or when ``check_branch`` refuses a branch that
+    begins. Raises it also when the ranks found different checkpoints, because their machines do not share the disk of the folder.
     """
     refuse_another(run.folder, config)
     check_trackers(config.monitor)
     keep_freed_memory()
-    newest = newest_checkpoint(run.folder, record=run.world.is_first)
+    root = run.folder.checkpoints
+    newest = newest_checkpoint(root, partial(write_damage, run.events)) if back_to is None else find_step(root, back_to).path
     start = Start(newest or branch_point(config), is_branch=newest is None and config.branch_from is not None)
     loaded = start.load(names=[])
     step = -1 if loaded is None else loaded.step
@@ -189,19 +193,15 @@ def branch_config(cls: type[T], kind: str, branch: str, step: int | None, overri
     there = Path(begun or "")
     is_begun = path == there or (path in there.parents and (step is None or there.name == folders.folder_name(step)))
     if begun is None or not is_begun:
-        checkpoint = store.load(_checkpoint_of(path, step), names=[])
+        if match := folders.FOLDER_NAME.fullmatch(path.name):
+            if step not in (None, int(match[1])):
+                raise UserError(f"{path} is step {int(match[1])}, and --from-step says {step}: leave one of them out.")
+            path, step = path.parent, int(match[1])
+        found = store.resolve(path) if step is None else find_step(folders.root_of(path), step).path
+        checkpoint = store.load(found, names=[])
         _check_kind(checkpoint, kind)
         stored = config_in(checkpoint) | {"branch_from": str(checkpoint.path)}
     return decode(cls, override(stored, overrides), source=branch)
-
-
-def _checkpoint_of(path: Path, step: int | None) -> Path:
-    """Return the good checkpoint at ``path``. In a run folder it is the checkpoint of ``step`` (None: the newest)."""
-    if match := folders.FOLDER_NAME.fullmatch(path.name):
-        if step not in (None, int(match[1])):
-            raise UserError(f"{path} is step {int(match[1])}, and --from-step says {step}: leave one of them out.")
-        path, step = path.parent, int(match[1])
-    return store.resolve(path) if step is None else find_step(folders.root_of(path), step).path
 
 
 def config_in(loaded: store.Loaded) -> dict[str, Any]:

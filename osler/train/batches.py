@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from osler.data.config import PreparedData, sources_of, wrong_weights
+from osler.data.config import wrong_weights
 from osler.data.curriculum import Span
 from osler.data.loader import Loader
 from osler.data.mixture import Mixture
@@ -39,9 +39,8 @@ def weights_of(config: TrainConfig, prepared: Prepared, span: Span) -> list[floa
 
     Raises UserError when the sources that a stage names are not those of the data.
     """
-    of_data = {source.name: source.weight for source in prepared.sources}
-    if not isinstance(config.data, PreparedData):  # the shards may have been prepared under other names, with other weights
-        of_data = {name: source.weight for name, source in sources_of(config.data).items()}
+    # The shards may have been prepared under other names, with other weights.
+    of_data = {name: s.weight for name, s in config.sources.items()} or {s.name: s.weight for s in prepared.sources}
     weights = (config.curriculum[span.number - 1].weights if config.curriculum else None) or of_data
     if problem := wrong_weights(span.number, weights, of_data):
         raise UserError(f"{problem}.")

@@ -11,6 +11,7 @@ from osler.config.schema import TAGGED, Fraction, NonNegativeInt, PositiveFloat,
 from osler.data.config import (
     FIRST_SHARD_TOKENS,
     VALIDATION_TOKENS,
+    AnySource,
     ClinicData,
     CurriculumStage,
     PreparedData,
@@ -130,11 +131,9 @@ class TrainConfig(RunConfig):
             )
         _ = self.timeline  # raises ValueError for stages that contradict each other
         for number, stage in enumerate(self.curriculum, start=1):  # sources of shards are known later
-            if stage.weights is None or isinstance(self.data, PreparedData):
-                continue
-            if problem := wrong_weights(number, stage.weights, sources_of(self.data)):
+            if stage.weights and self.sources and (problem := wrong_weights(number, stage.weights, self.sources)):
                 raise ValueError(problem)
-        is_given = any((self.tokenizer.path, self.init_from, self.teacher, isinstance(self.data, PreparedData)))
+        is_given = any((self.tokenizer.path, self.init_from, self.teacher, self.text is None))
         if not is_given and self.tokenizer.vocab_size > self.model.vocab_size:
             raise ValueError(
                 f"tokenizer.vocab_size {self.tokenizer.vocab_size} is larger than model.vocab_size {self.model.vocab_size}; "
@@ -164,6 +163,21 @@ class TrainConfig(RunConfig):
             raise ValueError(f"data.disk_budget_gb deletes shards that training has done with, which takes {needed}")
 
     @property
+    def text(self) -> TextData | None:
+        """What the run prepares its data from; None when they are given as shards."""
+        return None if isinstance(self.data, PreparedData) else self.data
+
+    @property
+    def sources(self) -> dict[str, AnySource]:
+        """The sources of the text by name; none when the data are given as shards."""
+        return {} if self.text is None else sources_of(self.text)
+
+    @property
+    def streams(self) -> bool:
+        """Whether the run may train on data that are still being prepared."""
+        return self.text is not None and self.text.streaming
+
+    @property
     def packs_whole(self) -> bool:
         """Whether documents are kept whole and padded, rather than cut anywhere."""
         return self.packing == "whole" or (self.packing == "auto" and self.kind == "sft")
@@ -188,7 +202,7 @@ class TrainConfig(RunConfig):
         """Tokens between two evaluations."""
         if self.eval_every_tokens is not None:
             return self.eval_every_tokens
-        num_sets = len(self.validation) or (1 if isinstance(self.data, PreparedData) else len(sources_of(self.data)))
+        num_sets = len(self.validation) or len(self.sources) or 1
         of_each = int(self.total_tokens * EVALUATED_SHARE) // num_sets
         count = min(max(4, of_each // VALIDATION_TOKENS), 50, max(1, of_each // FIRST_SHARD_TOKENS))
         return -(-self.total_tokens // count)

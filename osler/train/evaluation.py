@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor
 
+from osler.checkpoint.folders import newest_checkpoint
 from osler.data.loader import make_batch
 from osler.data.order import Order
 from osler.data.packing import WholePacking
@@ -20,7 +21,6 @@ from osler.data.stream import untended, wait_together
 from osler.eval.likelihood import BATCH_TOKENS, TextScore, batches, measure, windows
 from osler.inference.load import load_model
 from osler.model.transformer import Transformer
-from osler.runs.folder import newest_checkpoint
 from osler.runs.process import agree_on_machine
 from osler.runs.resume import find_step
 from osler.runtime import format as fmt
@@ -28,7 +28,7 @@ from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, read_json, write_json
 from osler.runtime.world import World
 from osler.train.config import TrainConfig
-from osler.train.shards import shards_of, streams
+from osler.train.shards import shards_of
 
 logger = logging.getLogger(__name__)
 
@@ -96,13 +96,13 @@ def evaluate_checkpoint(config: TrainConfig, folder: RunFolder, step: int | None
     Each rank loads the whole model. Nothing else in the folder changes, so the run may be training at the same time.
     """
     path = world.broadcast_from_first(
-        lambda: newest_checkpoint(folder) if step is None else find_step(folder.checkpoints, step).path
+        lambda: newest_checkpoint(folder.checkpoints) if step is None else find_step(folder.checkpoints, step).path
     )
     if path is None:
         raise UserError(f"{folder.root} has no checkpoint to evaluate.")
     machine = agree_on_machine(world, path, precision=config.precision, compile_mode="never", steps=1)
     ready = load_model(path, device=machine.device, compute_dtype=machine.eager_dtype)
-    prepared = open_prepared(shards_of(config, folder), ready.tokenizer, growing=streams(config))
+    prepared = open_prepared(shards_of(config, folder), ready.tokenizer, growing=config.streams)
     try:
         heads(config, prepared.validation_sets)
     except NotPreparedYet:

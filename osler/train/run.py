@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from osler.checkpoint import store
-from osler.data.config import ClinicData, PreparedData, sources_of
+from osler.data.config import ClinicData
 from osler.data.loader import Loader
 from osler.data.named import check_task, load_task
 from osler.data.prepared import open_prepared
@@ -37,7 +37,7 @@ from osler.train import setup
 from osler.train.batches import make_loader
 from osler.train.config import TrainConfig
 from osler.train.evaluation import as_metrics, evaluate_checkpoint, held_out_scores
-from osler.train.shards import check_data, exams_in_data, fingerprints_of, prepare_run, shards_of, streams
+from osler.train.shards import check_data, exams_in_data, fingerprints_of, prepare_run, shards_of
 from osler.train.teacher import DistilledLoss, open_teacher
 from osler.train.trainer import SupervisedTrainer
 
@@ -79,7 +79,7 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
     del fill  # frees the weights that it loaded
     prepared, preparer = prepare_run(config, folder, tokenizer, checkpoint, model.config) if world.is_first else (None, None)
     world.barrier()  # the other ranks read what rank 0 wrote
-    prepared = prepared or open_prepared(shards_of(config, folder), tokenizer, growing=streams(config))
+    prepared = prepared or open_prepared(shards_of(config, folder), tokenizer, growing=config.streams)
     optimizer = build_optimizer(model, config.optim, seed=config.seed, process_group=world.group)
     loader = make_loader(config, prepared, world, pin_memory=machine.device.type == "cuda")
     run.describe(machine, model.config, tokenizer)
@@ -122,11 +122,11 @@ def tending(
     config: TrainConfig, folder: RunFolder, preparer: Preparer | None, loader: Loader
 ) -> Callable[[float], None]:
     """Return the function that looks after the preparation of a stream, if this process does; see ``wait_together``."""
-    if preparer is None or isinstance(config.data, PreparedData):
+    if preparer is None or config.text is None:
         return untended
-    if config.data.disk_budget_gb is None:
+    if config.text.disk_budget_gb is None:
         return preparer.tend
-    checkpoint, gigabytes = config.checkpoint, config.data.disk_budget_gb
+    checkpoint, gigabytes = config.checkpoint, config.text.disk_budget_gb
     spare_tokens = config.recovery.max_rollbacks * checkpoint.every_tokens
     plan = {"keep_last": checkpoint.keep_last, "total_tokens": config.total_tokens, "spare_tokens": spare_tokens}
     budget = DiskBudget(preparer.folder, gigabytes, loader, folder.checkpoints, **plan)
@@ -140,8 +140,7 @@ def tending(
 
 def default_name(config: TrainConfig) -> str:
     """Return the name of a run without a recipe, which comes from its data."""
-    data = config.data
-    name = (Path(data.path).stem or "own") if isinstance(data, PreparedData) else "-".join(sources_of(data))
+    name = "-".join(config.sources) or Path(getattr(config.data, "path", "")).stem or "own"
     return f"{name}-{config.kind}"
 
 

@@ -18,8 +18,6 @@ from osler.data.config import (
     ClinicData,
     FilesData,
     PreparedData,
-    TextData,
-    sources_of,
 )
 from osler.data.curriculum import rows_per_micro_batch
 from osler.data.loader import Loader, check_shares
@@ -59,18 +57,16 @@ LOOKED_AT = 64  # before a run begins, so many documents show what its tokenizer
 def check_plan(config: TrainConfig, *, is_new: bool) -> None:
     """Raise UserError when something that a run needs besides data is missing: device, packages, tokenizer, trackers."""
     device = pick_device(config.device)
-    if not isinstance(config.data, PreparedData):
-        check_disk_budget(config, config.data)
+    check_disk_budget(config)
     if config.precision == "fp8":
         float8_linear(device.type != "cuda")
     if isinstance(config.parallel, DeepSpeedConfig):
         read_settings(config.parallel)
     if is_new and config.init_from is None and (tokenizer := tokenizer_at_hand(config)) is not None:
         fitted(config.model, refuse_missing_bytes(tokenizer))
-        if not isinstance(config.data, PreparedData):
-            for corpus in open_corpora(config.data).values():
-                looked_at = islice(corpus.documents(), LOOKED_AT)
-                Losses().look(tokenizer, (part for document in looked_at for part in document.parts))
+        for corpus in open_corpora(config.text).values() if config.text else ():
+            looked_at = islice(corpus.documents(), LOOKED_AT)
+            Losses().look(tokenizer, (part for document in looked_at for part in document.parts))
 
 
 def check_distillation(config: TrainConfig, start: store.Loaded | None) -> None:
@@ -85,11 +81,11 @@ def check_distillation(config: TrainConfig, start: store.Loaded | None) -> None:
     check_teacher(described_teacher(config.teacher), student, tokenizer, config.seq_len)
 
 
-def check_disk_budget(config: TrainConfig, data: TextData) -> None:
+def check_disk_budget(config: TrainConfig) -> None:
     """Raise UserError when the disk budget cannot hold the data that a run needs at once."""
-    if data.disk_budget_gb is None:
+    if config.text is None or config.text.disk_budget_gb is None:
         return
-    sources, checkpoint = list(sources_of(data).values()), config.checkpoint
+    sources, checkpoint, budget = list(config.sources.values()), config.checkpoint, config.text.disk_budget_gb
     kept = (checkpoint.keep_last + 1) * checkpoint.every_tokens  # between the oldest checkpoint and the step
     tokens: float = min(2 * config.total_tokens, kept + len(sources) * 2 * WINDOW_SHARDS * SHARD_TOKENS)
     tokens += len(sources) * SHARD_TOKENS
@@ -105,10 +101,10 @@ def check_disk_budget(config: TrainConfig, data: TextData) -> None:
     tokens += max(ahead, default=0.0)
     may_have_masks = not all(isinstance(source, FilesData) for source in sources)
     least = tokens * (token_dtype(config.model.vocab_size).itemsize + may_have_masks) / SHARDS_SHARE / GIGABYTE
-    if data.disk_budget_gb < least:
+    if budget < least:
         waits = ", and until enough is held out for an evaluation (with sets in `validation` that is nothing)" if ahead else ""
         raise UserError(
-            f"data.disk_budget_gb={data.disk_budget_gb:g} is too small: what lies between the oldest of "
+            f"data.disk_budget_gb={budget:g} is too small: what lies between the oldest of "
             f"checkpoint.keep_last={checkpoint.keep_last} checkpoints and two windows of shards ahead{waits} takes up to "
             f"{least:.3g} GB."
         )
@@ -153,7 +149,7 @@ def check_branch(config: TrainConfig, start: store.Loaded) -> None:
 
 def _shares_until(config: TrainConfig, tokens: int) -> list[dict[str, float]]:
     """Return the share of each source in every stage that begins before ``tokens``; empty if only the shards tell it."""
-    of_data = {} if isinstance(config.data, PreparedData) else {name: s.weight for name, s in sources_of(config.data).items()}
+    of_data = {name: source.weight for name, source in config.sources.items()}
     reached = len(config.timeline.shares(tokens))
     weights = [stage.weights or of_data for stage in config.curriculum[:reached]] or [of_data]
     return [{name: weight / sum(stage.values()) for name, weight in stage.items()} for stage in weights]
@@ -219,8 +215,8 @@ def make_tokenizer(config: TrainConfig, given: Tokenizer | None, kept: Path) -> 
         return Tokenizer.load(kept)
     if (at_hand := tokenizer_at_hand(config)) is not None:
         return at_hand
-    assert not isinstance(config.data, PreparedData)
-    data, validation = at_known_commits(config.data, config.validation, kept.parent / DATA)
+    assert config.text is not None
+    data, validation = at_known_commits(config.text, config.validation, kept.parent / DATA)
     return train_tokenizer(data, config.tokenizer, validation)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from osler.checkpoint import store
 from osler.config.schema import decode
-from osler.data.config import HUB, AnySource, PreparedData, sets_of, sources_of
+from osler.data.config import HUB, AnySource, PreparedData, sets_of
 from osler.data.exams import EXAMS_FILE, ExamsInData, read_exams_in_data, refuse_unchecked
 from osler.data.prepared import Prepared, open_prepared, tokenizer_of_shards
 from osler.data.preparer import Preparer
@@ -44,11 +44,6 @@ CHECKED_BYTES = 4 * 2**30  # larger shards are not read when a process starts; r
 def shards_of(config: TrainConfig, run: RunFolder) -> Path:
     """Return the folder of the shards that the run learns from."""
     return Path(config.data.path) if isinstance(config.data, PreparedData) else run.root / DATA
-
-
-def streams(config: TrainConfig) -> bool:
-    """Return whether the run may train on data that are still being prepared."""
-    return not isinstance(config.data, PreparedData) and config.data.streaming
 
 
 def prepare_run(
@@ -95,10 +90,10 @@ def fingerprints_of(prepared: Prepared, tokenizer: Tokenizer, start: store.Loade
 def _open(
     config: TrainConfig, run: RunFolder, tokenizer: Tokenizer, start: store.Loaded | None
 ) -> tuple[Prepared, Preparer | None]:
-    folder, data = shards_of(config, run), config.data
-    if isinstance(data, PreparedData):
+    folder, data = shards_of(config, run), config.text
+    if data is None:
         whose = "of the run" if start is not None or config.init_from is None else f"of {config.init_from}"
-        return open_prepared(data.path, tokenizer, whose), None
+        return _open_given(config, tokenizer, whose), None
     at_hand = shards_at_hand(config, run, start)
     shutil.rmtree(run.root / PARTIAL, ignore_errors=True)  # a killed process left it; this process has the lock
     if at_hand is not None and at_hand != folder:
@@ -114,7 +109,7 @@ def _open(
     knows_all = start is not None and not is_of_part(str(start.state["fingerprints"].get("data")))
     if not data.streaming or knows_all or is_finished(folder):
         return prepare_sources(data, tokenizer, folder, validation=config.validation, consent=consent), None
-    check_disk_budget(config, data)
+    check_disk_budget(config)
     pinned, validation = at_known_commits(data, config.validation, folder)  # this process has asked the hub before
     preparer = Preparer(pinned, tokenizer, folder, consent=consent, validation=validation)
     logger.info(f"The data are being prepared while the run trains; what that process says is in {preparer.log}.")
@@ -160,18 +155,22 @@ def _check_bytes(prepared: Prepared, run: RunFolder) -> None:
 
 def check_data(config: TrainConfig, run: RunFolder, start: store.Loaded | None) -> None:
     """Raise UserError when the run has no data to learn from."""
-    if isinstance(config.data, PreparedData):
-        if config.data.no_benchmark_contamination:
-            refuse_unchecked(Path(config.data.path))
+    if config.text is None:
         if start is None and config.init_from is not None:
             start = store.load(store.resolve(config.init_from), names=[])
-        if start is None:
-            open_prepared(config.data.path, tokenizer_of_shards(config.data.path, config.tokenizer.path))
-        else:
-            open_prepared(config.data.path, tokenizer_of(start), f"of {start.path}")
-        return
-    if not (is_source_gone(config, run) and shards_at_hand(config, run, start) is not None):
-        check_sources(config.data, config.validation)
+        folder = shards_of(config, run)
+        tokenizer = tokenizer_of_shards(folder, config.tokenizer.path) if start is None else tokenizer_of(start)
+        _open_given(config, tokenizer, "of the run" if start is None else f"of {start.path}")
+    elif not (is_source_gone(config, run) and shards_at_hand(config, run, start) is not None):
+        check_sources(config.text, config.validation)
+
+
+def _open_given(config: TrainConfig, tokenizer: Tokenizer, whose: str) -> Prepared:
+    """Open the shards that a config names; the message of an error says ``whose`` the tokenizer is."""
+    assert isinstance(config.data, PreparedData)
+    if config.data.no_benchmark_contamination:
+        refuse_unchecked(Path(config.data.path))
+    return open_prepared(config.data.path, tokenizer, whose)
 
 
 def is_source_gone(config: TrainConfig, run: RunFolder) -> bool:
@@ -180,7 +179,7 @@ def is_source_gone(config: TrainConfig, run: RunFolder) -> bool:
     if not missing or not run.config.exists():
         return bool(missing)
     stored = decode(TrainConfig, read_config(run), source=str(run.config))
-    return not isinstance(stored.data, PreparedData) and {source.place for source in _sources(stored)}.issuperset(missing)
+    return {source.place for source in _sources(stored)}.issuperset(missing)
 
 
 def shards_at_hand(config: TrainConfig, run: RunFolder, start: store.Loaded | None) -> Path | None:
@@ -222,9 +221,8 @@ def _missing(config: TrainConfig) -> list[str]:
 
 def _sources(config: TrainConfig) -> list[AnySource]:
     """Return the sources that a run learns from and is evaluated on; none if its data were given as shards."""
-    if isinstance(config.data, PreparedData):
-        return []
-    return [*sources_of(config.data).values(), *sets_of(config.validation, config.data).values()]
+    sets = sets_of(config.validation, config.text) if config.text else {}
+    return [*config.sources.values(), *sets.values()]
 
 
 def _take_over(shards: Path, folder: Path) -> None:

@@ -251,9 +251,9 @@ def test_resolve_takes_a_checkpoint_a_root_or_a_run(tmp_path, capsys):
     assert capsys.readouterr().err == ""
     truncate(second / "state.json")
     assert resolve(tmp_path / "run") == first
-    assert "falling back" in capsys.readouterr().err
+    assert "going on from" in capsys.readouterr().err
     truncate(first / "state.json")
-    with pytest.raises(UserError, match=r"no good checkpoint.*state\.json"):
+    with pytest.raises(UserError, match=r"is good: .*state\.json"):
         resolve(root)
 
 
