@@ -61,21 +61,16 @@ def restore_optimizer(
             "optimizer of the saved run."
         )
     restored: dict[Tensor, dict[str, Any]] = {}
-    for group, group_names in zip(optimizer.param_groups, found, strict=True):
-        step_on_device = bool(group.get("fused") or group.get("capturable"))
-        for name in filter(state["state"].get, group_names):
-            entries = restored[parameters[name]] = dict(state["state"][name])
-            for key, value in entries.items():
-                if isinstance(value, dict):
-                    entries[key] = _placed(key, tensors[value["tensor"]], parameters[name], step_on_device)
+    for name, saved_entries in state["state"].items():
+        parameter = parameters[name]
+        entries = restored[parameter] = dict(saved_entries)
+        for key, value in saved_entries.items():
+            if isinstance(value, dict):
+                tensor = tensors[value["tensor"]]
+                if tensor.shape == parameter.shape:  # it takes the memory order of its parameter
+                    like = torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False)
+                    entries[key] = like.copy_(shard_like(tensor, parameter))
+                else:
+                    entries[key] = tensor.to(parameter.device, copy=True)
     optimizer.state.clear()
     optimizer.state.update(restored)
-
-
-def _placed(key: str, value: Tensor, parameter: Tensor, step_on_device: bool) -> Tensor:
-    """Return a copy of a state entry on the device and in the memory order of its parameter, where the optimizer expects it."""
-    if key == "step" and value.dim() == 0 and not step_on_device:
-        return value.clone()  # unless fused, torch counts steps on the CPU
-    if value.shape == parameter.shape:
-        return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(shard_like(value, parameter))
-    return value.to(parameter.device, copy=True)

@@ -81,7 +81,7 @@ class Decoder:
         for attention, feed_forward in self._layers:
             x_BD = x_BD + attention.step(x_BD, rope, cached)
             x_BD = x_BD + feed_forward(x_BD)
-        cache.close_step(running_B)
+        cache.length_B += running_B  # the other rows write over their last token in the next step
         return self.logits(x_BD)
 
     def _rope_at(self, positions: Tensor) -> tuple[Tensor, Tensor]:

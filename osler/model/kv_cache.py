@@ -77,7 +77,3 @@ class KVCache:
             slot_BK=slot_BK,
             bias_C1S=self.bias_BKS[..., : self.filled].flatten(0, 1)[:, None],
         )
-
-    def close_step(self, running_B: Tensor) -> None:
-        """Move running rows forward by one token. The other rows write over their last token in the next step."""
-        self.length_B += running_B

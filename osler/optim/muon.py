@@ -75,20 +75,17 @@ class Muon(torch.optim.Optimizer):
         """Update every parameter that has a gradient, or none where the tensor ``self.found_inf`` is 1."""
         found_inf = None if self.found_inf is None else whole(self.found_inf)
         for group in self.matrices:
+            waiting: list[tuple[list[Tensor], Callable[[], Tensor]]] = []
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if parameters:
-                self._update_matrices(parameters, group, found_inf)
+            for stack in equal_shapes(parameters, self.world_size):
+                waiting.append((stack, self._orthogonalize(stack, self._advance(stack, group, found_inf), group)))
+                if len(waiting) > 1:  # a stack is gathered from the ranks while the next one is computed
+                    self._apply(*waiting.pop(0), group, found_inf)
+            for last in waiting:
+                self._apply(*last, group, found_inf)
         if self.adamw is not None:
             self.adamw.found_inf = found_inf  # type: ignore[attr-defined]
             self.adamw.step()
-
-    def _update_matrices(self, parameters: Sequence[Tensor], group: dict[str, Any], found_inf: Tensor | None) -> None:
-        waiting: list[tuple[list[Tensor], Callable[[], Tensor]]] = []
-        for stack in equal_shapes(parameters, self.world_size):
-            waiting.append((stack, self._orthogonalize(stack, self._advance(stack, group, found_inf), group)))
-            if len(waiting) > 1:  # a stack is gathered from the ranks while the next one is computed
-                self._apply(*waiting.pop(0), group, found_inf)
-        self._apply(*waiting.pop(), group, found_inf)
 
     def _advance(self, stack: Sequence[Tensor], group: dict[str, Any], found_inf: Tensor | None) -> Tensor:
         """Add the gradients of a stack to its momenta, and return the Nesterov updates."""

@@ -6,7 +6,6 @@ Shapes are static, because a training step has one in each stage of a curriculum
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from osler.runtime.errors import UserError
 logger = logging.getLogger(__name__)
 
 COMPILE_MIN_STEPS = 100  # compiling costs 10 to 30 seconds; shorter runs end sooner without it
-COMPILED_SHAPES = 4  # alive at once
+COMPILED_SHAPES = 64  # of one function at most; torch's own limit is 8, and a curriculum may have more stages
 
 
 def should_compile(mode: str, device: torch.device, *, steps: int) -> bool:
@@ -33,7 +32,7 @@ def should_compile(mode: str, device: torch.device, *, steps: int) -> bool:
 
 
 def compile_loss(loss: SummedLoss, *, by_block: bool) -> None:
-    """Compile ``loss`` in place: as one graph, or each block and what follows the last block as graphs of their own.
+    """Compile ``loss`` in place for every shape: as one graph, or each block and what follows the last block as their own.
 
     Separate blocks share one graph, and ranks can exchange a block's gradient while the block before it still computes.
     """
@@ -41,6 +40,7 @@ def compile_loss(loss: SummedLoss, *, by_block: bool) -> None:
     def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return torch.compile(function, fullgraph=True, dynamic=False)
 
+    torch._dynamo.config.recompile_limit = COMPILED_SHAPES
     if not by_block:
         loss.forward = compiled(loss.forward)  # type: ignore[method-assign]
         return
@@ -52,25 +52,8 @@ def compile_loss(loss: SummedLoss, *, by_block: bool) -> None:
 
 def compile_forward(model: Transformer) -> Callable[..., Tensor]:
     """Return the compiled forward pass of a model that is not trained."""
-    return with_few_shapes(torch.compile(model.forward, fullgraph=True, dynamic=False))
-
-
-def with_few_shapes(compiled: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return a function that does the same, and drops all compiled code before a fifth shape of its first tensor compiles.
-
-    torch keeps the code of every shape, and a ``fullgraph`` function fails at more shapes than its ``recompile_limit`` (8).
-    """
-    alive: set[torch.Size] = set()
-
-    def call(first: Tensor, *others: Any, **named: Any) -> Tensor:
-        if first.shape not in alive:
-            if len(alive) == COMPILED_SHAPES:
-                torch.compiler.reset()
-                alive.clear()
-            alive.add(first.shape)
-        return compiled(first, *others, **named)
-
-    return call
+    torch._dynamo.config.recompile_limit = COMPILED_SHAPES
+    return torch.compile(model.forward, fullgraph=True, dynamic=False)
 
 
 @functools.cache

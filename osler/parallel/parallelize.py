@@ -7,7 +7,7 @@ from typing import Any
 from osler.model.transformer import ModelLoss, SummedLoss, Transformer
 from osler.optim.bf16 import keep_in_bf16
 from osler.parallel.activation_checkpoint import set_recompute
-from osler.parallel.compile import compile_loss, with_few_shapes
+from osler.parallel.compile import compile_loss
 from osler.parallel.config import DdpConfig, DeepSpeedConfig, FsdpConfig, NoParallelConfig, ParallelConfig
 from osler.parallel.data_parallel import apply_ddp, apply_fsdp
 from osler.parallel.deepspeed import DeepSpeedEngine, read_settings
@@ -55,16 +55,12 @@ def parallelize(
         assert isinstance(loss, SummedLoss)
         compile_loss(loss, by_block=world.size > 1)
     if world.size > 1:
-        engine = STRATEGIES[type(config)](loss, config, world)
-    else:
-        if not isinstance(config, NoParallelConfig):
-            logger.info(
-                f"parallel.type={config.type} changes nothing here: it shares the work when torchrun starts several processes."
-            )
-        engine = ParallelEngine(loss)
-    if compile:
-        engine.loss = with_few_shapes(engine.loss)
-    return engine
+        return STRATEGIES[type(config)](loss, config, world)
+    if not isinstance(config, NoParallelConfig):
+        logger.info(
+            f"parallel.type={config.type} changes nothing here: it shares the work when torchrun starts several processes."
+        )
+    return ParallelEngine(loss)
 
 
 def check_strategy(config: ParallelConfig, processes: int) -> None:

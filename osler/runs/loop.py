@@ -190,8 +190,10 @@ class Loop:
         ):
             self.run.events = self.run_logger.events
             # This is before the first step, or after a kill between the checkpoint and its evaluation.
-            if trainer.due().evaluation and not self.world.broadcast_from_first(self._was_evaluated):
-                self._evaluate()
+            if trainer.due().evaluation:
+                evaluated = self.world.broadcast_from_first(lambda: [*read_metrics(folder.metrics, having="eval/seconds")])
+                if all(line.step != trainer.step for line in evaluated):
+                    self._evaluate()
             self._stop_early_if_due()
             trainer.begin()
             while not (trainer.done or self.evaluation_interrupted):
@@ -360,11 +362,6 @@ class Loop:
                 best, waited = value, 0
         return waited
 
-    def _was_evaluated(self) -> bool:
-        """Whether the metrics hold an evaluation of the current step."""
-        lines = read_metrics(self.run.folder.metrics, having="eval/seconds")
-        return any(line.step == self.trainer.step for line in lines)
-
     def _mark_if_best(self, metrics: Mapping[str, float]) -> None:
         name = self.trainer.best_metric
         value, saved = metrics.get(name, math.nan), self.run.folder.checkpoints / folder_name(self.trainer.step)
@@ -377,11 +374,10 @@ class Loop:
 
 def in_a_line(metrics: Mapping[str, float]) -> str:
     """Return an evaluation in words. Each validation set is told by its bits per byte alone, or by its loss if there are none."""
-    told = "bits_per_byte" if "eval/bits_per_byte" in metrics else "loss"
-    sets = [f"{name.split('/')[1]} {value:.4f}" for name, value in metrics.items() if name.endswith(f"/{told}")][1:]
+    of_set = "/bits_per_byte" if "eval/bits_per_byte" in metrics else "/loss"
     words = []
     for name, value in metrics.items():
-        if name.count("/") == 1:
-            shown = "held-out loss" if name == "eval/loss" else name.removeprefix("eval/")
-            words.append(f"{shown} {value:.4f}" + (f" ({', '.join(sets)})" if sets and name == f"eval/{told}" else ""))
+        if name.count("/") == 1 or name.endswith(of_set):
+            shown = "held-out loss" if name == "eval/loss" else name.removeprefix("eval/").replace("/", " ")
+            words.append(f"{shown} {value:.4f}")
     return ", ".join(words)

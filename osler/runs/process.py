@@ -81,17 +81,6 @@ def place_of(machine: Machine, parallel: ParallelConfig, world: World) -> str:
     return f"{place}, compiled" if machine.compile else place
 
 
-def write_versions(folder: RunFolder, machine: Machine) -> bytes:
-    """Write ``versions.json``, the packages and the machine, and return its bytes."""
-    versions: dict[str, Any] = {}
-    for package in PACKAGES:
-        with suppress(PackageNotFoundError):
-            versions[package] = version(package)
-    text = indented(versions | {"machine": machine.describe()})
-    write_or_warn(folder.root / VERSIONS, text)
-    return text.encode("utf-8")
-
-
 @dataclass
 class Run:
     """The folder, ranks, events and elapsed time of a run, in one process.
@@ -112,12 +101,17 @@ class Run:
 
     def describe(self, machine: Machine, model: ModelConfig, tokenizer: Tokenizer) -> None:
         """Write ``versions.json`` and ``model.json``, and collect the files that go into every checkpoint."""
-        versions = self.world.broadcast_from_first(lambda: write_versions(self.folder, machine))
+        versions: dict[str, Any] = {}
+        for package in PACKAGES:
+            with suppress(PackageNotFoundError):
+                versions[package] = version(package)
+        text = self.world.broadcast_from_first(lambda: indented(versions | {"machine": machine.describe()}))
         describing = describing_files(model, tokenizer)
         if self.world.is_first:
+            write_or_warn(self.folder.root / VERSIONS, text)
             write_or_warn(self.folder.model, describing[MODEL_FILE])
         self.files = {
-            **describing, "config.yaml": self.folder.config.read_bytes(), VERSIONS: versions,
+            **describing, "config.yaml": self.folder.config.read_bytes(), VERSIONS: text.encode("utf-8"),
         }  # fmt: skip
 
     @property

@@ -238,12 +238,6 @@ def branch_point(config: Any) -> Path | None:
     return checkpoint.path
 
 
-def same_data(config: Any, loaded: store.Loaded) -> bool:
-    """Whether a config has the same data as the run of a checkpoint."""
-    changed = differences(config, config_in(loaded), str(loaded.path / CONFIG))
-    return not any(key.startswith(("data.", "validation")) for key in changed)
-
-
 def describe_branch(config: Any, loaded: store.Loaded) -> str:
     """Return one line about a branch: where it begins, and how its config differs from the run that it branches from."""
     leave_out = ("branch_from", "description", "monitor")

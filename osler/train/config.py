@@ -142,7 +142,15 @@ class TrainConfig(RunConfig):
             )
         if not isinstance(self.data, PreparedData):
             check_validation(self.validation, self.data)
-            self._check_streaming(self.data)
+            streaming = self.data.streaming
+            if streaming and self.kind == "sft" and self.packs_whole and self.too_long == "refuse":
+                raise ValueError(
+                    "data.streaming begins before all examples are known, so it cannot refuse those that are too long: set "
+                    "too_long=drop, or data.streaming=false"
+                )
+            if self.data.disk_budget_gb is not None and (not streaming or self.packs_whole):
+                needed = "packing=stream" if streaming else "data.streaming=true"
+                raise ValueError(f"data.disk_budget_gb deletes shards that training has done with, which takes {needed}")
         elif self.validation:
             raise ValueError(f"{self.data.path} has its validation sets; give others to `osler data prepare` as validation=[...]")
         if self.teacher and self.parallel.type == "deepspeed":
@@ -151,16 +159,6 @@ class TrainConfig(RunConfig):
             raise ValueError(
                 f"precision=pure-bf16 rounds inside its own AdamW; with optim.type={self.optim.type} use precision=bf16"
             )
-
-    def _check_streaming(self, data: TextData) -> None:
-        if data.streaming and self.kind == "sft" and self.packs_whole and self.too_long == "refuse":
-            raise ValueError(
-                "data.streaming begins before all examples are known, so it cannot refuse those that are too long: set "
-                "too_long=drop, or data.streaming=false"
-            )
-        if data.disk_budget_gb is not None and (not data.streaming or self.packs_whole):
-            needed = "packing=stream" if data.streaming else "data.streaming=true"
-            raise ValueError(f"data.disk_budget_gb deletes shards that training has done with, which takes {needed}")
 
     @property
     def text(self) -> TextData | None:

@@ -122,14 +122,12 @@ def tending(
     config: TrainConfig, folder: RunFolder, preparer: Preparer | None, loader: Loader
 ) -> Callable[[float], None]:
     """Return the function that looks after the preparation of a stream, if this process does; see ``wait_together``."""
-    if preparer is None or config.text is None:
-        return untended
-    if config.text.disk_budget_gb is None:
-        return preparer.tend
-    checkpoint, gigabytes = config.checkpoint, config.text.disk_budget_gb
+    if preparer is None or config.text is None or config.text.disk_budget_gb is None:
+        return untended if preparer is None else preparer.tend
+    checkpoint = config.checkpoint
     spare_tokens = config.recovery.max_rollbacks * checkpoint.every_tokens
     plan = {"keep_last": checkpoint.keep_last, "total_tokens": config.total_tokens, "spare_tokens": spare_tokens}
-    budget = DiskBudget(preparer.folder, gigabytes, loader, folder.checkpoints, **plan)
+    budget = DiskBudget(preparer.folder, config.text.disk_budget_gb, loader, folder.checkpoints, **plan)
 
     def tend(waited: float) -> None:
         preparer.tend(waited)

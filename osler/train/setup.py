@@ -110,15 +110,6 @@ def check_disk_budget(config: TrainConfig) -> None:
         )
 
 
-def check_early_stopping(config: TrainConfig, prepared: Prepared) -> None:
-    """Raise UserError when early stopping is asked for and no text is held out to measure progress on."""
-    if config.early_stopping_patience is not None and not prepared.validation_sets:
-        raise UserError(
-            "early_stopping_patience counts evaluations on text that is held out, and nothing is: give validation=[...] or a "
-            "holdout_fraction above 0, or leave early_stopping_patience out."
-        )
-
-
 def check_branch(config: TrainConfig, start: store.Loaded) -> None:
     """Raise UserError when a run with this config cannot take over steps and rows from a checkpoint of another run."""
     there = decode(TrainConfig, config_in(start), source=str(start.path))
@@ -249,11 +240,17 @@ def fitted(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
     return replace(model, vocab_size=tokenizer.vocab_size)
 
 
-def check_lengths(config: TrainConfig, prepared: Prepared, max_seq_len: int) -> None:
+def check_prepared(config: TrainConfig, prepared: Prepared, max_seq_len: int) -> None:
     """Raise UserError for examples whose answers would be cut from their questions, or warn how many ``too_long=drop`` drops.
 
-    ``max_seq_len`` is the limit of the model. Raises UserError also when a split would be left empty.
+    ``max_seq_len`` is the limit of the model. Raises UserError also when a split would be left empty, or when early stopping is
+    asked for and nothing is held out to measure progress on.
     """
+    if config.early_stopping_patience is not None and not prepared.validation_sets:
+        raise UserError(
+            "early_stopping_patience counts evaluations on text that is held out, and nothing is: give validation=[...] or a "
+            "holdout_fraction above 0, or leave early_stopping_patience out."
+        )
     if config.kind != "sft" or not config.packs_whole or not prepared.is_complete:
         return
     splits = [*prepared.train, *prepared.validation]

@@ -26,14 +26,14 @@ from osler.data.sources import at_known_commits, check_present, check_sources, i
 from osler.data.stream import untended, wait_together
 from osler.inference.load import TOKENIZER_FILE, tokenizer_of
 from osler.model.config import ModelConfig
-from osler.runs.folder import check_fingerprints, claim, read_config, refuse_another
-from osler.runs.resume import ASIDE, same_data
+from osler.runs.folder import check_fingerprints, claim, differences, read_config, refuse_another
+from osler.runs.resume import ASIDE, CONFIG, config_in
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, fsync_dir, write_atomic
 from osler.runtime.world import World
 from osler.tokenizer.bpe import Tokenizer
 from osler.train.config import TrainConfig
-from osler.train.setup import DATA, check_disk_budget, check_early_stopping, check_lengths
+from osler.train.setup import DATA, check_disk_budget, check_prepared
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +68,7 @@ def prepare_run(
     if prepared.reused:
         _check_bytes(prepared, run)
     if config.allow_data_change or not run.config.exists():  # a run that has begun continues
-        check_early_stopping(config, prepared)
-        check_lengths(config, prepared, model.max_seq_len)
+        check_prepared(config, prepared, model.max_seq_len)
     claim(run, config)
     kept = run.root / TOKENIZER_FILE
     if not kept.exists() or kept.read_bytes() != tokenizer.to_bytes():
@@ -187,8 +186,14 @@ def shards_at_hand(config: TrainConfig, run: RunFolder, start: store.Loaded | No
     own = shards_of(config, run)
     if start is None:  # the config is written after the shards are whole
         return own if run.config.exists() and (own / DATA_MANIFEST).is_file() else None
-    above = runs_above(start.path) if not own.exists() and same_data(config, start) else []
-    for folder in (own, *(parent / DATA for parent in above)):
+    candidates = [own]
+    if not own.exists():
+        changed = differences(config, config_in(start), str(start.path / CONFIG))
+        if not any(key.startswith(("data.", "validation")) for key in changed):
+            parents = [*start.path.absolute().parents]
+            is_aside = len(parents) > 3 and parents[2].name == ASIDE  # then the run is one level further up
+            candidates += [parents[up] / DATA for up in ((1, 3) if is_aside else (1,))]
+    for folder in candidates:
         if (folder / DATA_MANIFEST).is_file() and _is_data_of(folder, start, whole=folder != own):
             return folder
     return None
@@ -206,12 +211,6 @@ def _is_data_of(folder: Path, start: store.Loaded, *, whole: bool) -> bool:
         return go_on_from(shards, str(of_start.get("data")))
     except NotPreparedYet:
         return False
-
-
-def runs_above(checkpoint: Path) -> list[Path]:
-    """Return the run folder of a checkpoint. If the checkpoint was set aside, add the run folder around it."""
-    parents = list(checkpoint.absolute().parents)
-    return [parents[1], *(parents[3:4] if len(parents) > 3 and parents[2].name == ASIDE else [])]
 
 
 def _missing(config: TrainConfig) -> list[str]:
