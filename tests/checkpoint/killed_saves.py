@@ -17,12 +17,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from forks import report
+from forks import codes, report, said, start
 
 from osler.checkpoint.folders import mark_best, newest_good, rotate
 from osler.checkpoint.saver import Saver
 from osler.checkpoint.store import CheckpointSaveError, load, save
-from osler.runtime import faults
 from tests.checkpoint.conftest import folder, put, steps, tensors_of
 
 KILLS = (
@@ -39,26 +38,14 @@ def put_in_background(root: Path, step: int) -> None:
         saver.save(step, tensors=tensors_of(step), state={"step": step}, files={})
 
 
-def in_child(work: Callable[[], object]) -> int:
-    """Run ``work`` in a forked child; returns its exit code, or minus the signal that ended it."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        with contextlib.suppress(BaseException):
-            work()
-            code = 0
-        os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def in_child(work: Callable[[Path, int], object], root: Path, step: int, fault: str) -> int:
+    """Save a step in a child in which a fault strikes; returns its exit code, or minus the signal that ended it."""
 
-
-def with_fault(spec: str, work: Callable[[Path, int], object], root: Path, step: int) -> int:
-    """Save a step in a child in which a fault strikes; returns how the child ended."""
-
-    def faulty() -> None:
-        os.environ[faults.VARIABLE] = spec
+    def save() -> int:
         work(root, step)
+        return 0
 
-    return in_child(faulty)
+    return codes(start(save, root, 1, 0, fault))[0]
 
 
 def check(root: Path, allowed: set[int]) -> None:
@@ -77,7 +64,7 @@ def check(root: Path, allowed: set[int]) -> None:
 
 def killed_at(root: Path, spec: str, next_step: int, work: Callable[[Path, int], object] = put_best) -> None:
     put_best(root, 1)
-    ended = with_fault(spec, work, root, next_step)
+    ended = in_child(work, root, next_step, spec)
     may_end = spec.startswith("rotate") and next_step == 1  # there may be nothing to rotate
     assert ended == -signal.SIGKILL or (may_end and ended == 0), f"the fault did not strike ({ended})"
     check(root, {1, next_step})
@@ -87,16 +74,18 @@ def killed_at_random(root: Path) -> None:
     """Thirty kills from outside, at moments nobody chose; every time the run goes on from what it finds."""
     rng = random.Random(0)
     put_best(root, 1)
+
+    def save_on() -> int:
+        step = load(newest_good(root)[0]).step
+        while True:
+            step += 1
+            put_best(root, step)
+
     for _ in range(30):
-        child = os.fork()
-        if child == 0:
-            step = load(newest_good(root)[0]).step
-            while True:
-                step += 1
-                put_best(root, step)
+        (child,) = children = start(save_on, root, 1)
         time.sleep(rng.uniform(0.0, 0.06))
         os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        codes(children)
         found, skipped = newest_good(root)
         assert found is not None and not skipped, f"{found} {skipped}"
     check(root, set(range(10_000)))
@@ -106,15 +95,16 @@ def file_limit(root: Path) -> None:
     """A write that the system itself refuses, in the middle of a tensor."""
     put_best(root, 1)
 
-    def work() -> None:
+    def work() -> int:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
         with contextlib.suppress(CheckpointSaveError):
             put_best(root, 2)
             raise AssertionError
         assert sorted(os.listdir(root)) == ["best.json", "step-000000001"]
+        return 0
 
-    assert in_child(work) == 0
+    assert codes(start(work, root, 1)) == [0], said(root, 0)
     check(root, {1})
 
 
@@ -123,7 +113,7 @@ def best_survives(root: Path) -> None:
     put_best(root, 1)
     put_best(root, 2)
     mark_best(folder(root, 2), "eval/loss", 0.1)
-    assert with_fault("save-rename:kill", put_best, root, 2) == -signal.SIGKILL
+    assert in_child(put_best, root, 2, "save-rename:kill") == -signal.SIGKILL
     rotate(root, save(root, 3, tensors=tensors_of(3), state={"step": 3}), keep_last=1)
     assert steps(root) == [2, 3]
     check(root, {3})

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from forks import report, said, start, train
 from interrupted_runs import interrupt
-from run_folders import ENDLESS, LONG_STEP, STEPS, assert_same_tensors, at, flip, logged, newest_step
+from run_folders import ENDLESS, LONG_STEP, STEPS, assert_same_run, at, flip, logged, newest_step
 
 import osler.rl.run  # noqa: F401 - loaded once for every fork
 from osler.checkpoint import store
@@ -31,14 +31,6 @@ def end(folder: Path) -> store.Loaded:
     return store.load(at(folder, STEPS))
 
 
-def assert_equal_bits(folder: Path, other: Path) -> None:
-    assert_same_tensors(folder, other)
-    assert end(folder).state["incidents"] == end(other).state["incidents"]
-    names = ("step", "train/loss", "train/grad_norm", "eval/loss")
-    lines = [[[line.get(name) for name in names] for line in logged(path)] for path in (folder, other)]
-    assert lines[0] == lines[1]
-
-
 def one_of_four_killed(command: Sequence[str], whole: Path, folder: Path) -> None:
     """The other three end soon and say why; the same command goes on from the last save, to the bit."""
     ended = train(command, folder, 4, fault_rank=2, fault="train-step:kill:6")
@@ -47,7 +39,7 @@ def one_of_four_killed(command: Sequence[str], whole: Path, folder: Path) -> Non
     assert told.count("of 4 lost the others") == 1 and "Traceback" not in told, told
     assert newest_step(folder) == 4
     assert train(command, folder, 4) == [0] * 4, said(folder, 0)[-2000:]
-    assert_equal_bits(folder, whole)
+    assert_same_run(folder, whole)
 
 
 def damaged(command: Sequence[str], whole: Path, folder: Path) -> None:
@@ -57,7 +49,7 @@ def damaged(command: Sequence[str], whole: Path, folder: Path) -> None:
     assert train(command, folder, 4) == [0] * 4, said(folder, 0)[-2000:]
     told = "".join(said(folder, rank) for rank in range(4))
     assert " ".join(told.split()).count("step-000000007 is damaged") == 1, told
-    assert_equal_bits(folder, whole)
+    assert_same_run(folder, whole)
 
 
 def poisoned_rank(command: Sequence[str], folder: Path, offset: int = 2 * 512) -> None:
@@ -71,7 +63,7 @@ def poisoned_rank(command: Sequence[str], folder: Path, offset: int = 2 * 512) -
         return
     assert train(command, cut, 2, fault_rank=1, fault=f"{POISON},rollback:kill") == [2, -signal.SIGKILL]
     assert train(command, cut, 2) == [0, 0]
-    assert_equal_bits(cut, calm)
+    assert_same_run(cut, calm)
 
 
 def poisoned_for_ever(command: Sequence[str], folder: Path) -> None:

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from run_folders import STEPS, STOPPED, assert_same_tensors, at, logged, untimed
+from run_folders import STOPPED, assert_same_run
 
-from osler.checkpoint import folders, store
 from osler.cli.main import main
 
 
@@ -44,22 +43,8 @@ def whole(commands, tmp_path_factory) -> dict[str, Path]:
     return {kind: root / kind for kind in commands}
 
 
-@pytest.fixture(scope="session")
-def assert_same_run() -> Callable[..., None]:
-    """Two finished runs: the same tensors to the bit, the same state, metrics and best checkpoint."""
-
-    def check(folder: Path, other: Path, *, same_best: bool = True) -> None:
-        assert_same_tensors(folder, other)
-        assert untimed(store.load(at(folder, STEPS)).state) == untimed(store.load(at(other, STEPS)).state)
-        assert list(map(untimed, logged(folder))) == list(map(untimed, logged(other)))
-        best = [folders.best_checkpoint(run / "checkpoints") for run in (folder, other)]
-        assert not same_best or best[0].step == best[1].step
-
-    return check
-
-
 @pytest.fixture
-def finish(launch, whole, assert_same_run) -> Callable[..., None]:
+def finish(launch, whole) -> Callable[..., None]:
     """``finish(kind, folder, ..., same_best=True)`` lets a run go on to its end, which is that of one without interruption."""
 
     def run(kind: str, folder: Path, *overrides: str, same_best: bool = True, **options) -> None:

@@ -13,6 +13,7 @@ import torch
 from osler.checkpoint import folders, store
 
 KINDS = ("pretrain", "sft", "grpo")
+TRAINERS = ("pretrain", "grpo")  # one kind of each; fine-tuning is pretraining on other rows
 STEPS = 12  # of every run of the recipes in tests/conftest.py
 STOPPED = 130
 PATIENCE_SECONDS = 300
@@ -43,6 +44,16 @@ def assert_same_tensors(run: Path, other: Path) -> None:
     for part, tensors in expected.tensors.items():
         assert tensors.keys() == found.tensors[part].keys()
         assert [name for name, value in tensors.items() if not torch.equal(value, found.tensors[part][name])] == [], part
+
+
+def assert_same_run(run: Path, other: Path, *, same_best: bool = True) -> None:
+    """Two finished runs have the same tensors to the bit, the same state, metrics and best checkpoint."""
+    assert_same_tensors(run, other)
+    states = [untimed(store.load(store.resolve(folder)).state) for folder in (run, other)]
+    assert states[0] == states[1]
+    assert list(map(untimed, logged(run))) == list(map(untimed, logged(other)))
+    best = [folders.best_checkpoint(folder / "checkpoints") for folder in (run, other)]
+    assert not same_best or (best[0] and best[0].step) == (best[1] and best[1].step)
 
 
 def untimed(values: dict[str, Any]) -> dict[str, Any]:

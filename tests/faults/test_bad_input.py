@@ -66,7 +66,7 @@ def test_a_tokenizer_that_loses_the_text_is_refused_before_the_run(mistake, tiny
     (tmp_path / "notes.txt").write_text("cough and fever")
     given = ["data.type=files", f"data.path={tmp_path / 'notes.txt'}", f"tokenizer.path={tmp_path / 't.json'}"]
     for more in (["--dry-run"], []):
-        assert "is read back as '[UNK]" in mistake("pretrain", "debug", *given, "--run", tmp_path / "run", *more)
+        assert "is read back as '[UNK]" in mistake("pretrain", tiny.pretrain, *given, "--run", tmp_path / "run", *more)
     assert not (tmp_path / "run").exists()
 
 

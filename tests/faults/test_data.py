@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from run_folders import STOPPED, at, flip, logged, saved_steps
+from run_folders import STOPPED, assert_same_run, at, flip, logged, saved_steps
 
 from osler.config.recipe import load_yaml
 from osler.records.jsonl import LIFETIME, read_events
@@ -32,7 +32,7 @@ def stopped(launch, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def finish_notes(launch, osler, tmp_path, assert_same_run):
+def finish_notes(launch, osler, tmp_path):
     """Resume a run that learned from notes/ alone: it ends as one without interruption would."""
 
     def run(folder: Path, *words: str) -> None:
@@ -205,7 +205,7 @@ def test_questions_may_move_and_may_not_change(launch, osler, mistake, tmp_path,
     assert "holds another run: tasks[0].weight is 2.0 here and 1.0 there" in text
 
 
-def test_a_run_that_trains_its_own_superwords_goes_on_with_them(launch, tmp_path, assert_same_run):
+def test_a_run_that_trains_its_own_superwords_goes_on_with_them(launch, tmp_path):
     own = ["tokenizer.type=superbpe", "tokenizer.vocab_size=500"]
     assert launch("pretrain", tmp_path / "whole", *own) == 0
     run = tmp_path / "run"
@@ -238,7 +238,7 @@ def bare(tiny, tmp_path) -> Path:
 
 
 def test_training_on_prepared_shards_is_training_on_their_text(
-    shards, bare, osler, launch, mistake, tmp_path, assert_same_run, capsys
+    shards, bare, osler, launch, mistake, tmp_path, capsys
 ):
     text = [f"data.path={tmp_path / 'notes.jsonl'}", "data.type=files", "data.holdout_fraction=0.1"]
     assert launch("pretrain", tmp_path / "whole", *text) == 0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_folders import KINDS, STOPPED, assert_same_tensors, at, logged, saved_steps, untimed
+from run_folders import KINDS, STOPPED, assert_same_run, assert_same_tensors, at, logged, saved_steps, untimed
 
 from osler.checkpoint import folders, store
 from osler.checkpoint.folders import mark_best
@@ -62,7 +62,7 @@ def test_a_checkpoint_is_refused_as_a_run_folder_and_stays_whole(run, tiny, mist
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_that_went_back_is_one_that_was_stopped_there(kind, finished, whole, osler, assert_same_run, capsys):
+def test_a_run_that_went_back_is_one_that_was_stopped_there(kind, finished, whole, osler, capsys):
     run = finished(kind)
     step = saved_steps(run)[0]
     later = [line for line in logged(run) if line["step"] > step]

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from run_folders import STOPPED
+from run_folders import STOPPED, assert_same_run
 
 from osler.clinic.textbook import textbook
 from osler.records.jsonl import read_metrics
@@ -36,7 +36,7 @@ def test_of_a_source_that_is_gone_the_shards_are_used_and_the_others_are_checked
 
 
 def test_a_run_on_prepared_shards_of_several_sources_is_one_on_the_sources(
-    sources, tiny, osler, launch, tmp_path, assert_same_run, capsys
+    sources, tiny, osler, launch, tmp_path, capsys
 ):
     """Their weights are kept beside the shards; a curriculum may give others."""
     out, recipe = tmp_path / "shards", json.loads(Path(tiny.pretrain).read_text())
@@ -66,7 +66,7 @@ STAGES = [{"seq_len": 32, "until_tokens": 1536}, {"seq_len": 64, "weights": {"bo
 
 
 @pytest.mark.parametrize("stages", [[], STAGES])
-def test_a_run_on_two_sources_resumes_exactly_and_counts_them(sources, stages, launch, tmp_path, assert_same_run):
+def test_a_run_on_two_sources_resumes_exactly_and_counts_them(sources, stages, launch, tmp_path):
     words = [*sources, f"curriculum={json.dumps(stages)}"]
     assert launch("pretrain", tmp_path / "whole", *words) == 0
     assert launch("pretrain", tmp_path / "run", *words, fault="train-step:sigterm:7") == STOPPED

@@ -6,7 +6,7 @@ import itertools
 import time
 
 import pytest
-from run_folders import KINDS, STOPPED, at, flip, logged, newest_step, saved_steps, tear, truncate
+from run_folders import STOPPED, TRAINERS, assert_same_run, at, flip, logged, newest_step, saved_steps, tear, truncate
 
 from osler.checkpoint import store
 from osler.records.jsonl import LIFETIME, read_events
@@ -20,7 +20,7 @@ BAD, PATIENCE = "train-loss:nan:9-10", "recovery.max_skipped_steps=2"
 # -- the clock, evaluations, rot ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TRAINERS)
 def test_a_clock_that_jumps_changes_nothing_but_the_time_field(kind, finish, tmp_path, monkeypatch):
     """Every look at the time of day is a year after or two years before the last one; durations do not ask it."""
     year, looks, before = 365 * 86_400, itertools.count(), time.monotonic()
@@ -35,7 +35,7 @@ def test_a_clock_that_jumps_changes_nothing_but_the_time_field(kind, finish, tmp
     assert all(line[name] > 0 for line in lines for name in line if name.startswith("perf/") and name.endswith("_per_second"))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TRAINERS)
 def test_an_evaluation_that_crashes_costs_nothing(kind, launch, finish, tmp_path):
     """The one after step 6: its checkpoint is there already, and the next start makes up for it."""
     with pytest.raises(InjectedError):
@@ -79,7 +79,7 @@ def test_a_checkpoint_that_rots_while_the_run_stands_still_does_not_count(launch
     ("kind", "fault"),
     [
         *(("pretrain", fault) for fault in ("save-tensors:enospc:3", "save-manifest:ioerror:2", "save-rename:ioerror:2")),
-        *((kind, "save-tensors:enospc:2") for kind in ("sft", "grpo")),
+        ("grpo", "save-tensors:enospc:2"),
     ],
 )
 def test_a_save_that_fails_costs_no_step(kind, fault, finish, tmp_path, capsys):
@@ -100,7 +100,7 @@ def test_a_last_save_that_fails_is_an_error(launch, finish, tmp_path, capsys):
     finish("pretrain", tmp_path)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TRAINERS)
 def test_a_run_goes_on_where_a_full_disk_keeps_its_notes_out(kind, launch, finish, tmp_path, capsys):
     """Full when the run goes on: what describes it cannot be written, and its torn log is cut in place all the same."""
     assert launch(kind, tmp_path, fault="train-step:sigterm:7") == STOPPED
@@ -113,7 +113,7 @@ def test_a_run_goes_on_where_a_full_disk_keeps_its_notes_out(kind, launch, finis
 
 
 @pytest.mark.parametrize("write", [1, 2, 3])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TRAINERS)
 def test_a_run_that_finds_the_disk_full_says_so(kind, write, launch, tmp_path, capsys):
     """At its first writes (shards, config, tokenizer, versions) and from then on."""
     assert launch(kind, tmp_path, fault=f"write-atomic:enospc:{write}-") == 2
@@ -135,7 +135,7 @@ def state(folder):
     return store.load(store.resolve(folder)).state["incidents"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TRAINERS)
 def test_one_poisoned_batch_is_skipped_and_counted(kind, launch, tmp_path):
     assert launch(kind, tmp_path, PATIENCE, fault="train-loss:nan:9") == 0
     assert sum(line.get("train/skipped_steps", 0) for line in logged(tmp_path)) == 1
@@ -146,7 +146,7 @@ def test_one_poisoned_batch_is_skipped_and_counted(kind, launch, tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "tokens_per_step"), [("pretrain", 256), ("sft", 512), ("grpo", 1)])
-def test_going_back_survives_kills_and_stops_bit_for_bit(kind, tokens_per_step, launch, assert_same_run, tmp_path):
+def test_going_back_survives_kills_and_stops_bit_for_bit(kind, tokens_per_step, launch, tmp_path):
     calm, killed, stopped = (tmp_path / name for name in ("calm", "killed", "stopped"))
     assert launch(kind, calm, PATIENCE, fault=BAD) == 0
     assert state(calm)["rollbacks"] == 1 and state(calm)["data_offset"] == 2 * tokens_per_step
@@ -166,8 +166,8 @@ def test_going_back_survives_kills_and_stops_bit_for_bit(kind, tokens_per_step, 
 @pytest.mark.parametrize(
     ("kind", "options", "fault", "words"),
     [
-        *((kind, [PATIENCE], "train-loss:nan:9-", "for 2 steps in a row (steps 9 to 10)") for kind in KINDS),
-        *((kind, [PATIENCE, "optim.lr=1e30", NO_WARMUP], "", "optim.lr=3.3e+29") for kind in ("pretrain", "grpo")),
+        *((kind, [PATIENCE], "train-loss:nan:9-", "for 2 steps in a row (steps 9 to 10)") for kind in TRAINERS),
+        *((kind, [PATIENCE, "optim.lr=1e30", NO_WARMUP], "", "optim.lr=3.3e+29") for kind in TRAINERS),
     ],
 )
 def test_trouble_without_end_ends_with_a_diagnosis(kind, options, fault, words, launch, tmp_path, capsys):

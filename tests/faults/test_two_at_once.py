@@ -8,7 +8,7 @@ import sys
 import threading
 
 import pytest
-from run_folders import KINDS
+from run_folders import TRAINERS
 
 from osler.runtime.errors import UserError
 from osler.runtime.files import is_locked, locked
@@ -16,7 +16,7 @@ from osler.runtime.files import is_locked, locked
 pytest.importorskip("fcntl", reason="locks of this kind are Unix's")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TRAINERS)
 def test_a_folder_that_a_process_works_on_is_refused(kind, launch, tmp_path, capsys):
     with locked(tmp_path):
         assert launch(kind, tmp_path) == 2

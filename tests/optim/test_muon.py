@@ -1,4 +1,4 @@
-"""Muon against a slow reference in float64 and against torch's, stack by stack; and the AdamW inside of it."""
+"""Muon against a slow reference in float64, stack by stack; and the AdamW inside of it."""
 
 import math
 
@@ -70,24 +70,6 @@ def test_every_step_is_the_rule():
             torch.testing.assert_close(matrix.detach().double(), weights[index], rtol=1e-5, atol=1e-6)
             momentum = optimizer.state[matrix]["momentum_buffer"]
             torch.testing.assert_close(momentum.double(), momenta[index], rtol=1e-5, atol=1e-6)
-
-
-def test_torchs_muon_moves_the_same_way():
-    matrices, optimizer = make(dtype=torch.bfloat16)
-    theirs = [torch.nn.Parameter(matrix.detach().clone()) for matrix in matrices]
-    other = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.95)
-    for step in range(3):
-        before = [matrix.detach().clone() for matrix in matrices]
-        give_gradients(matrices, step)
-        for mine, its in zip(matrices, theirs, strict=True):
-            with torch.no_grad():
-                its.copy_(mine)
-            its.grad = mine.grad.clone()
-        optimizer.step()
-        other.step()
-        for mine, its, old in zip(matrices, theirs, before, strict=True):
-            assert (mine - its).norm() < 0.06 * (its - old).norm()  # bf16, rounded at other places
-            torch.testing.assert_close(optimizer.state[mine]["momentum_buffer"], other.state[its]["momentum_buffer"])
 
 
 def test_stacks_are_bounded_and_cut_where_ranks_share_evenly(monkeypatch):

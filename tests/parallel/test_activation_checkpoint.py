@@ -14,8 +14,8 @@ pytestmark = pytest.mark.usefixtures("no_compiled_code")
 MODES = ("off", "selective", "full")
 
 
-def build(mode: str) -> Transformer:
-    model = tiny_model(num_layers=3, vocab_size=256, norm_weight=True)
+def build(mode: str, num_layers: int = 3) -> Transformer:
+    model = tiny_model(num_layers=num_layers, vocab_size=256, norm_weight=True)
     set_recompute(model, mode)
     return model
 
@@ -52,10 +52,10 @@ def test_gradients_are_the_same_to_the_bit(documents, mode):
     assert found.keys() == expected.keys() and all(torch.equal(grad, expected[name]) for name, grad in found.items())
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", MODES[1:])
 def test_compiles_as_one_graph(mode):
-    expected = gradients(build("off"))
-    for name, grad in gradients(build(mode), compiled=True).items():
+    expected = gradients(build("off", num_layers=1))
+    for name, grad in gradients(build(mode, num_layers=1), compiled=True).items():
         torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-4)
 
 

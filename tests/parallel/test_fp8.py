@@ -81,9 +81,8 @@ def fp8_gradients(recompute: str, *, num_layers: int = 2, compiled: bool = False
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("mode", ["off", "selective", "full"])
-def test_compiles_with_recomputation(mode):
-    found = fp8_gradients(mode, num_layers=1, compiled=True)
+def test_compiles_with_recomputation():
+    found = fp8_gradients("selective", num_layers=1, compiled=True)
     for name, grad in fp8_gradients("off", num_layers=1).items():
         assert (found[name] - grad).norm() <= 0.05 * grad.norm()
 

@@ -67,23 +67,6 @@ def test_a_step_that_is_not_finite_leaves_no_trace(config, prepared, make_step):
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_document_mask_keeps_documents_apart(config, prepared, make_step):
-    """With the mask, what stands in the first document of a row does not change the loss on the others."""
-    batch = make_loader(replace(config, batch_tokens=16 * config.seq_len), prepared).batch(0)
-    row = next(index for index in range(16) if 8 < (batch.document_ids[index] == 0).sum() < 50)
-    first = batch.document_ids[row] == 0
-    labels = batch.labels[row].masked_fill(first, -100)
-    scrambled = torch.where(first, (batch.ids[row] + 7) % 500, batch.ids[row])
-    losses = {}
-    for mask in (True, False):
-        _, _, step = make_step(replace(config, document_mask=mask))
-        documents = batch.document_ids[row][None] if mask else None
-        with torch.no_grad():
-            losses[mask] = [float(step.engine.loss(ids[None], labels[None], documents)) for ids in (batch.ids[row], scrambled)]
-    assert losses[True][0] == losses[True][1]
-    assert losses[False][0] != losses[False][1]
-
-
 def test_a_compiled_step_is_not_compiled_again(config, prepared, make_step):
     """The look goes through a twin, so that what torch.compile has guarded is as it was."""
     batches = [make_loader(config, prepared).batch(index) for index in range(4)]

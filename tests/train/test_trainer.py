@@ -10,11 +10,10 @@ import signal
 import threading
 import time
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 import torch
-from run_folders import assert_same_tensors, at, logged, saved_steps
+from run_folders import at, logged, saved_steps
 
 from osler.checkpoint import store
 from osler.checkpoint.folders import best_checkpoint, by_age
@@ -89,12 +88,6 @@ def test_which_checkpoints_are_kept(make_trainer, tmp_path, losses, fields, save
     assert any("eval/seconds" in line for line in logged(tmp_path)) == bool(losses)
 
 
-def test_the_threads_of_the_loader_end_with_the_run(make_trainer, tmp_path):
-    trainer = make_trainer(tmp_path, loader_workers=1)
-    assert Loop(trainer).fit() and trainer.done
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
-
-
 def test_the_best_is_remembered_across_processes(make_trainer, tmp_path):
     first = make_trainer(tmp_path, evaluate=lambda: {"eval/loss": 1.0}, total_tokens=6 * 256)
     assert Loop(first).fit()
@@ -106,22 +99,14 @@ def test_the_best_is_remembered_across_processes(make_trainer, tmp_path):
 
 def test_metrics_are_declared_and_every_step_is_in_one_line(make_trainer, tmp_path):
     scores = {"evaluate": lambda: {"eval/loss": 1.0}, "exam_score": lambda: {"eval/validation_accuracy": 0.5}}
-    assert Loop(make_trainer(tmp_path, **scores)).fit()
+    assert Loop(make_trainer(tmp_path, **scores, loader_workers=1)).fit()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
     found = logged(tmp_path)
     names = {name for line in found for name in line} - {"step", "tokens", "time"}
     assert [name for name in sorted(names) if declared_name(name) is None] == []
     trained = [line for line in found if "train/loss" in line]
     assert [line["step"] for line in trained] == [5, 10, 12]
     assert all(math.isfinite(line["train/loss"]) and line["tokens"] == line["step"] * 256 for line in trained)
-
-
-def test_the_loss_goes_down_on_the_clinic(tiny, tmp_path):
-    longer = ["total_tokens=30_720", "eval_every_tokens=10_240", "optim.lr=5e-3", "document_mask=true"]
-    assert main(["pretrain", tiny.pretrain, *longer, "--run", str(tmp_path)]) == 0
-    held_out = [line["eval/loss"] for line in logged(tmp_path) if "eval/loss" in line]
-    assert len(held_out) == 3 and all(later < earlier for earlier, later in pairwise(held_out))
-    trained = [line["train/loss"] for line in logged(tmp_path) if "train/loss" in line]
-    assert trained[-1] < trained[0] - 1.0
 
 
 def test_init_from_brings_its_model_and_tokenizer(tiny, runs, tmp_path, capsys):
@@ -146,12 +131,6 @@ def test_init_from_brings_its_model_and_tokenizer(tiny, runs, tmp_path, capsys):
     assert model_of(read_run(run)) == after.model.config
     page = build_report(run).read_text(encoding="utf-8")
     assert "51,200 parameters (2 layers of width 32)" in page and "num_layers: 2" in page
-
-
-def test_rows_longer_than_the_started_model_allows(tiny, runs, tmp_path, capsys):
-    changes = [f"init_from={runs.pretrain}", "model.max_seq_len=64", "seq_len=512"]  # the model section counts for nothing
-    assert main(["sft", tiny.sft, *changes, "--run", str(tmp_path)]) == 2
-    assert "seq_len 512 is longer than the 256 tokens" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -188,7 +167,7 @@ def test_minutes_are_kept_and_shared_between_processes(tiny, launch, tmp_path, c
 
 
 def test_minutes_that_end_inside_the_warm_up_are_pointed_out(tiny, tmp_path, counted_clock, capsys):
-    more = ["max_minutes=0.1", "total_tokens=100_000_000", "schedule.warmup_tokens=10_000_000"]
+    more = ["max_minutes=0.02", "total_tokens=100_000_000", "schedule.warmup_tokens=10_000_000"]
     assert main(["pretrain", tiny.pretrain, *more, "--run", str(tmp_path)]) == 0
     assert capsys.readouterr().err.count("schedule.warmup_tokens 10,000,000 is not below") == 1
 
@@ -216,16 +195,6 @@ def test_dry_run_says_what_follows_and_touches_nothing(tiny, tmp_path, capsys, o
     assert main(["pretrain", tiny.pretrain, *overrides, "--run", str(tmp_path / "run"), "--dry-run"]) == 0
     text = capsys.readouterr().out
     assert all(line in text for line in told) and not (tmp_path / "run").exists()
-
-
-def test_the_console_tells_the_held_out_loss_from_that_of_training(make_trainer, tmp_path, capsys):
-    assert Loop(make_trainer(tmp_path, lambda: {"eval/loss": 1.25, "eval/bits_per_byte": 2.5})).fit()
-    assert ": held-out loss 1.2500, bits_per_byte 2.5000, train_gap " in capsys.readouterr().err
-
-
-def test_tokens_end_a_run_by_the_clock_that_would_have_time_for_more(tiny, tmp_path):
-    assert main(["pretrain", tiny.pretrain, "max_minutes=10", "--run", str(tmp_path)]) == 0
-    assert load_model(tmp_path).state["tokens"] == 3072
 
 
 def test_the_first_step_is_not_part_of_the_speed(make_trainer, tmp_path, monkeypatch):
@@ -258,21 +227,6 @@ def test_a_signal_after_the_vote_of_a_step_stops_the_next(make_trainer, tmp_path
     trainer.shown = signalled
     assert not Loop(trainer).fit()
     assert trainer.step == 3 and saved_steps(tmp_path) == [3]
-
-
-def test_muon_interrupted_is_muon_uninterrupted(tiny, launch, tmp_path):
-    """Momentum and weight decay change from step to step, and the interruption falls into the momentum's warm-up."""
-    muon = ["optim.type=muon", "optim.momentum_warmup.tokens=2304", "optim.weight_decay_schedule.type=linear"]
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert main(["pretrain", tiny.pretrain, *muon, "--run", str(whole)]) == 0
-    assert launch("pretrain", broken, *muon, fault="train-step:sigterm:7") == 130
-    assert main(["pretrain", tiny.pretrain, *muon, "--run", str(broken)]) == 0
-    assert_same_tensors(whole, broken)
-    ends = [store.load(store.resolve(folder)) for folder in (whole, broken)]
-    assert any(name.endswith("/momentum_buffer") for name in ends[0].tensors["optimizer"])
-    assert ends[0].state["optimizer"] == ends[1].state["optimizer"]
-    losses = [[line["train/loss"] for line in logged(folder) if "train/loss" in line] for folder in (whole, broken)]
-    assert losses[0] == losses[1] and losses[0][-1] < losses[0][0]
 
 
 def test_how_a_run_is_computed_may_change_between_starts(tiny, launch, tmp_path, capsys):
