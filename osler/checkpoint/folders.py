@@ -92,12 +92,6 @@ def folder_name(step: int) -> str:
     return f"step-{step:09d}"
 
 
-def padded(path: Path) -> Path:
-    """Return the checkpoint folder that a person means. A person may leave out the zeros of its name."""
-    match = re.fullmatch(r"step-(\d+)", path.name)
-    return path.with_name(folder_name(int(match[1]))) if match and not path.is_dir() else path
-
-
 def is_checkpoint(path: Path) -> bool:
     """Return whether a path is a checkpoint by its name or by its manifest."""
     return FOLDER_NAME.fullmatch(path.name) is not None or (path / MANIFEST).exists()

@@ -215,7 +215,7 @@ def resolve(path: str | Path, which: str = "newest") -> Path:
     """
     if not str(path):  # Path("") would be the current folder
         raise UserError("No checkpoint is named: give a run folder or one of its checkpoints, such as init_from=RUN.")
-    path = folders.padded(Path(path))
+    path = Path(path)
     root = folders.root_of(path)
     if folders.is_checkpoint(path):
         return path

@@ -194,8 +194,6 @@ def _complete(annotation: Any, given: Any, default: Any = None) -> Any:
         return [_complete(get_args(members[0])[0], item) for item in given]
     if not isinstance(given, Mapping):
         return given
-    if "type" not in given and (told := _told_by_a_key(tagged_members(annotation), given)):
-        given = {"type": told, **given}
     kind = getattr(default, "type", None)
     if is_config_class(type(default)) and given.get("type", kind) == kind:
         owner: Any = type(default)
@@ -207,14 +205,6 @@ def _complete(annotation: Any, given: Any, default: Any = None) -> Any:
         fields, completed = dataclasses.fields(owner), {}
         defaults = {field.name: field.default_factory() if callable(field.default_factory) else field.default for field in fields}
     return {**completed, **{key: _complete(hints(owner).get(key), item, defaults.get(key)) for key, item in given.items()}}
-
-
-def _told_by_a_key(members: Mapping[str, Any], given: Mapping[str, Any]) -> str:
-    """Return the `type` that a mapping need not name, because this type alone requires one of its keys; else empty text."""
-    fields = [field for member in members.values() for field in dataclasses.fields(member)]
-    required = {field.name for field in fields if field.default is field.default_factory is dataclasses.MISSING}
-    told = {name for name in required.intersection(given) if [field.name for field in fields].count(name) == 1}
-    return next((tag for tag, member in members.items() if told.intersection(hints(member))), "")
 
 
 _SHOULD = {

@@ -135,11 +135,6 @@ class Trainer(ABC):
     def evaluate(self) -> dict[str, float]:
         """Return metrics of the current model. Raises AskedToStop when the run is asked to stop during the evaluation."""
 
-    def end_here(self) -> dict[str, float]:
-        """Make the latest step the last; return what only the evaluation of a last step measures."""
-        self.total = self.position
-        return {}
-
     @abstractmethod
     def state(self) -> dict[str, Any]:
         """Return the trainer's own state for a checkpoint, as JSON."""
@@ -191,8 +186,8 @@ class Loop:
             self.run.events = self.run_logger.events
             # This is before the first step, or after a kill between the checkpoint and its evaluation.
             if trainer.due().evaluation:
-                evaluated = self.world.broadcast_from_first(lambda: [*read_metrics(folder.metrics, having="eval/seconds")])
-                if all(line.step != trainer.step for line in evaluated):
+                lines = partial(read_metrics, folder.metrics, having="eval/seconds")
+                if trainer.step not in self.world.broadcast_from_first(lambda: {line.step for line in lines()}):
                     self._evaluate()
             self._stop_early_if_due()
             trainer.begin()
@@ -335,7 +330,7 @@ class Loop:
     def _stop_early_if_due(self) -> None:
         """Make the present step the last when the config's number of evaluations in a row were no better than an earlier one.
 
-        The step then has all that a last step has. Its checkpoint is written anew and says that the run ends there.
+        Its checkpoint is written anew, as that of a last step, and says that the run ends there.
         """
         trainer, patience = self.trainer, self.trainer.config.early_stopping_patience
         if patience is None or trainer.done:
@@ -346,10 +341,7 @@ class Loop:
         message = f"Stopped early: {fmt.plural(waited, 'evaluation')} in a row had no better {trainer.best_metric} than the best."
         logger.info(message)
         self.run.events.write(trainer.step, EARLY_STOP, EARLY_STOP, message, tell=False)
-        if metrics := trainer.end_here():
-            self.run_logger.write(trainer.step, trainer.tokens, metrics)
-            logger.info(f"step {trainer.step}: {in_a_line(metrics)}")
-        self.stopped_early = True
+        self.stopped_early, trainer.total = True, trainer.position
         self.save()
         self._show({})
 

@@ -187,7 +187,7 @@ def branch_config(cls: type[T], kind: str, branch: str, step: int | None, overri
     resumes the new run, even when the checkpoint that it branched from is gone.
     """
     folders.refuse_checkpoint(folder.root)
-    path = folders.padded(Path(branch))
+    path = Path(branch)
     stored = read_config(folder) if folder.config.exists() else {}
     begun = stored.get("branch_from")  # the checkpoint that the new run began from, if it has begun
     there = Path(begun or "")

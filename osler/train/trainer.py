@@ -295,12 +295,6 @@ class SupervisedTrainer(Trainer):
             metrics["eval/train_gap"] = loss - self.train_loss
         return metrics
 
-    def end_here(self) -> dict[str, float]:
-        every_tokens = self.config.exam.every_tokens
-        was_due = self.crossed(every_tokens)
-        super().end_here()
-        return self.exam() if self.crossed(every_tokens) and not was_due else {}
-
     def state(self) -> dict[str, Any]:
         self._fetch()
         return {

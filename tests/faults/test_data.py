@@ -246,6 +246,8 @@ def test_training_on_prepared_shards_is_training_on_their_text(
     run = tmp_path / "run"
     command = ["pretrain", bare, "data.type=prepared", f"data.path={shards}", "--run", run]
     assert osler(*command, "--dry-run") == 0 and not run.exists()
+    for more in ([], ["--dry-run"]):
+        assert "no_benchmark_contamination" in mistake(*command, "data.no_benchmark_contamination=true", *more)
     assert osler(*command, fault="train-step:sigterm:5") == STOPPED
     assert osler(*command) == 0
     assert_same_run(run, tmp_path / "whole")

@@ -112,7 +112,7 @@ def test_a_step_that_is_not_there_is_refused_with_those_that_are(run, tiny, mist
         back,
         [*back, "--dry-run"],
         [*back, "--resume"],
-        ["pretrain", "--branch", run / "checkpoints" / "step-7", *new],
+        ["pretrain", "--branch", at(run, 7), *new],
         ["pretrain", "--branch", run, "--from-step", 7, *new],
     ):
         text = mistake(*words)
