@@ -36,13 +36,18 @@ Seed = Annotated[int, Ge(0), Le(2**32 - 1)]  # every generator takes it, and a l
 def config(cls: type[T]) -> type[T]:
     """Make ``cls`` a frozen, keyword-only dataclass that ``decode`` reads strictly and that checks the ranges of its numbers.
 
-    The class's own ``__post_init__`` runs after the checks, and raises ValueError for fields that do not fit each other.
+    A number out of its range is a ValueError; ``decode`` finds the same through pydantic, at every path. The class's own
+    ``__post_init__`` runs after the checks, and raises ValueError for fields that do not fit each other.
     """
     cls.__pydantic_config__ = {"extra": "forbid", "strict": True, "allow_inf_nan": False}  # type: ignore[attr-defined]
     check_fields_together = getattr(cls, "__post_init__", None)
 
     def __post_init__(self: T) -> None:
-        _check_ranges(self)
+        for field, annotation in hints(cast(Any, type(self))).items():
+            number = getattr(self, field)
+            bounds = _bounds(annotation) if isinstance(number, (int, float)) else []
+            if not all(getattr(operator, name)(number, limit) for name, limit in bounds):
+                raise ValueError(f"{field} must be {range_of(annotation)}, given {number}")
         if check_fields_together:
             check_fields_together(self)
 
@@ -118,16 +123,6 @@ def _bounds(annotation: Any) -> list[tuple[str, float]]:
 def range_of(annotation: Any) -> str:
     """Return the range of an annotated number in words, as in "at least 0 and below 1"; empty without one."""
     return " and ".join(f"{_WORDS[name]} {limit}" for name, limit in _bounds(annotation))
-
-
-def _check_ranges(value: object) -> None:
-    """Raise ValueError for a number outside of its range; ``decode`` finds the same through pydantic, at every path."""
-    cls: Any = type(value)
-    for field, annotation in hints(cls).items():
-        number = getattr(value, field)
-        bounds = _bounds(annotation) if isinstance(number, (int, float)) else []
-        if not all(getattr(operator, name)(number, limit) for name, limit in bounds):
-            raise ValueError(f"{field} must be {range_of(annotation)}, given {number}")
 
 
 def encode(value: Any, *, defaults: bool = True) -> Any:

@@ -7,8 +7,7 @@ https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 """
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from osler.model.transformer import ModelLoss
 from osler.parallel.config import DdpConfig, FsdpConfig
-from osler.parallel.engine import ParallelEngine
+from osler.parallel.engine import ParallelEngine, switched_off
 from osler.runtime.world import World
 
 
@@ -73,13 +72,4 @@ def apply_fsdp(loss: ModelLoss, config: FsdpConfig, world: World) -> ParallelEng
     if any(parameter.is_meta for parameter in loss.parameters()):
         loss.to_empty(device=world.device)
         loss.model.make_tables(torch.device(world.device))
-
-    @contextmanager
-    def accumulating() -> Iterator[None]:
-        root.set_requires_gradient_sync(False)
-        try:
-            yield
-        finally:
-            root.set_requires_gradient_sync(True)
-
-    return ParallelEngine(loss, world, accumulating)
+    return ParallelEngine(loss, world, partial(switched_off, root.set_requires_gradient_sync))

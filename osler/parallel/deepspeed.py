@@ -9,8 +9,8 @@ https://deepspeed.readthedocs.io
 import importlib.util
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +21,7 @@ from osler.checkpoint.optimizer_state import flatten_optimizer
 from osler.model.transformer import SummedLoss, Transformer
 from osler.ops.labels import IGNORED
 from osler.parallel.config import DeepSpeedConfig
-from osler.parallel.engine import ParallelEngine, Tensors
+from osler.parallel.engine import ParallelEngine, Tensors, switched_off
 from osler.runtime.errors import UserError
 from osler.runtime.files import read_json
 from osler.runtime.world import World
@@ -59,7 +59,7 @@ class DeepSpeedEngine(ParallelEngine):
 
     def __init__(self, loss: SummedLoss, config: DeepSpeedConfig, world: World) -> None:
         """Prepare for ``deepspeed.initialize``, which needs the optimizer; raises UserError where ``read_settings`` does."""
-        super().__init__(lambda *rows: self.inner(*rows), world, self._accumulating)
+        super().__init__(lambda *rows: self.inner(*rows), world)
         own = read_settings(config)
         stage = own["zero_optimization"].get("stage")
         if stage != config.stage:
@@ -82,16 +82,9 @@ class DeepSpeedEngine(ParallelEngine):
         self.inner = self.deepspeed.initialize(
             model=self.module, optimizer=optimizer, config={**self.settings, "gradient_clipping": clip_norm}
         )[0]
+        self.accumulating = partial(switched_off, self.inner.set_gradient_accumulation_boundary)
         self._require_skipping(optimizer)
         self._make_moments(optimizer)
-
-    @contextmanager
-    def _accumulating(self) -> Iterator[None]:
-        self.inner.set_gradient_accumulation_boundary(False)
-        try:
-            yield
-        finally:
-            self.inner.set_gradient_accumulation_boundary(True)
 
     def backward(self, loss: Tensor) -> None:
         self.inner.backward(loss, scale_wrt_gas=False)

@@ -4,8 +4,8 @@ Each rank divides its summed loss by the *mean* number of learned tokens of a ra
 ranks, so the result is the gradient of the mean loss per learned token of the global batch, however the ranks share those tokens.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,16 @@ ToHost = Callable[[str, str, Tensor], Tensor]
 Tensors = Mapping[str, Tensor]
 LossFunction = Callable[..., Any]  # a ModelLoss, wrapped or not
 Accumulating = Callable[[], AbstractContextManager[None]]
+
+
+@contextmanager
+def switched_off(switch: Callable[[bool], Any]) -> Iterator[None]:
+    """Switch something off for the context, such as the exchange of gradients."""
+    switch(False)
+    try:
+        yield
+    finally:
+        switch(True)
 
 
 class ParallelEngine:

@@ -178,7 +178,7 @@ class Loop:
             RunLogger(
                 config.monitor, folder, trainer.settings(), step=trainer.step, is_first=self.world.is_first
             ) as self.run_logger,
-            self.run_logger.lifetime(lambda: trainer.step, lambda: self.is_complete),
+            self.run_logger.lifetime(lambda: trainer.step, lambda: trainer.done and not self.evaluation_interrupted),
             Progress(trainer.total, trainer.unit, label=config.kind, initial=trainer.position) as self.progress,
             self.saver,
             closing(trainer),
@@ -195,11 +195,6 @@ class Loop:
                 if not self._iterate():
                     return False
         return not self.evaluation_interrupted
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether nothing is left to train or to evaluate."""
-        return self.trainer.done and not self.evaluation_interrupted
 
     def _iterate(self) -> bool:
         """Make one step, then save and evaluate if due. Return False if the run stops here."""

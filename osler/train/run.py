@@ -136,12 +136,6 @@ def tending(
     return tend
 
 
-def default_name(config: TrainConfig) -> str:
-    """Return the name of a run without a recipe, which comes from its data."""
-    name = "-".join(config.sources) or Path(getattr(config.data, "path", "")).stem or "own"
-    return f"{name}-{config.kind}"
-
-
 def warn_of_plan(config: TrainConfig) -> None:
     """Warn if a run ends before something that its config asks for, perhaps because it was shortened."""
     timeline, total = config.timeline, config.total_tokens
@@ -222,7 +216,7 @@ def check_start(config: TrainConfig, folder: RunFolder, start: store.Loaded | No
 
 JOB = Job(
     config_class=TrainConfig,
-    default_name=default_name,
+    default_name=lambda config: f"{'-'.join(config.sources) or Path(config.data.path).stem or 'own'}-{config.kind}",
     check=check_start,
     check_branch=setup.check_branch,
     check_processes=setup.check_processes,
