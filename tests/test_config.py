@@ -309,7 +309,9 @@ class TestRecipes:
         with pytest.raises(match="no recipe file"):
             load_recipe(tmp_path / "absent.yaml")
 
-    @pytest.mark.parametrize("text", ["[1]", "base: 3", "base: [1]", "a: 1\na: 2", "a: [", b"\xff\xfe\x00"])
+    MALFORMED = ("[1]", "base: 3", "base: [1]", "a: 1\na: 2", "a: [", "[" * 10_000, b"\xff\xfe\x00")
+
+    @pytest.mark.parametrize("text", MALFORMED, ids=range(len(MALFORMED)))
     def test_malformed_files_are_refused_with_their_name(self, tmp_path, text):
         (tmp_path / "bad.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
         with pytest.raises(UserError, match=r"bad\.yaml"):
