@@ -33,8 +33,6 @@ def test_the_stage_of_a_curriculum_that_ranks_cannot_share_is_named():
 
 REFUSED = {
     "no start": ("sft", ["init_from=runs/gone"], "is no folder"),
-    # The section of the model counts for nothing beside the one that it starts from.
-    "long rows": ("sft", ["init_from=RUN", "model.max_seq_len=64", "seq_len=512"], "seq_len 512 is longer than the 256 tokens"),
     "optimizer": ("pretrain", ["optim.type=muon", "precision=pure-bf16"], "with optim.type=muon use precision=bf16"),
     "exams to stop early by": ("grpo", ["init_from=RUN", "early_stopping_patience=2", "eval_task=null"], "counts exams: give an"),
     "alert command": ("pretrain", ["monitor.alert_command=no-such-program-here"], "no program 'no-such-program-here'"),

@@ -133,6 +133,12 @@ def test_init_from_brings_its_model_and_tokenizer(tiny, runs, tmp_path, capsys):
     assert "51,200 parameters (2 layers of width 32)" in page and "num_layers: 2" in page
 
 
+def test_rows_longer_than_the_started_model_allows(tiny, runs, tmp_path, capsys):
+    changes = [f"init_from={runs.pretrain}", "model.max_seq_len=64", "seq_len=512"]  # the model section counts for nothing
+    assert main(["sft", tiny.sft, *changes, "--run", str(tmp_path)]) == 2
+    assert "seq_len 512 is longer than the 256 tokens" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
