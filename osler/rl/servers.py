@@ -13,6 +13,7 @@ its seed plus i, so every row keeps a seed of its own, whatever the number of se
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -101,6 +102,12 @@ class RolloutServers:
                 for number, prompt in enumerate(prompts)
             ]
             return [row for group in groups for row in group.result()]
+        except BaseException:  # a start that is refused leaves nothing behind
+            shutil.rmtree(self.folder / self.version, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
+            self._written = lambda: None
+            raise
         finally:
             self._given_up.set()  # after an error or Ctrl-C no thread goes on waiting
             pool.shutdown(wait=False, cancel_futures=True)

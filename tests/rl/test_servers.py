@@ -157,11 +157,11 @@ def other_vocabulary(path, answer):
         (lambda path, answer: None, "cannot be reached at /weight_info"),
     ],
 )
-def test_what_cannot_be_learned_from_is_refused(make_worker, serve, change, told):
+def test_what_cannot_be_learned_from_is_refused_and_leaves_nothing(make_worker, serve, tmp_path, change, told):
     worker = make_worker((server := serve(change)).url, retry_seconds=0.2)
     with pytest.raises(UserError, match=told) as refusal:
         worker.step(0)
-    assert server.url in str(refusal.value)
+    assert server.url in str(refusal.value) and list(tmp_path.iterdir()) == []
 
 
 def test_a_server_that_is_silent_or_gone_ends_the_run_in_time_and_a_request_to_stop_at_once(make_worker, serve):
@@ -170,7 +170,7 @@ def test_a_server_that_is_silent_or_gone_ends_the_run_in_time_and_a_request_to_s
         worker.step(0)
     server.stop()
     with pytest.raises(UserError, match="Connection refused"):
-        worker.step(0)
+        make_worker(server.url, retry_seconds=0.3).step(0)
     patient = make_worker(server.url, retry_seconds=600.0)
     with StopFlag() as flag, pytest.raises(KeyboardInterrupt):
         flag.requested = True
