@@ -339,7 +339,8 @@ def _local_files(data: HubData, source: NamedSource, patterns: Sequence[str], sp
     name of a split that the source has not.
     """
     where = Path(data.place)
-    field = f"{key}.path" if data.path else "data.root"
+    root = "root" if key.startswith(("task", "eval_task")) else "data.root"
+    field = f"{key}.path" if data.path else root
     found = find_files(where, (*ROW_ENDINGS, *TEXT_ENDINGS, NAMED_ONLY_ENDING), key=field)
     names = {file: file.relative_to(where).as_posix() if where.is_dir() else file.name for file in found}
     combinations = product(source.files, source.subsets, source.splits)

@@ -142,7 +142,7 @@ def _explained(repo: str, name: str = "") -> Iterator[None]:
     from huggingface_hub import constants, errors
 
     name = name or repo
-    local = "or name local files of the same schema with path=DIR or data.root=DIR"
+    local = "or name local files of the same schema with path=DIR, or with data.root=DIR (root=DIR of `osler eval`)"
     try:
         yield
     except errors.OfflineModeIsEnabled:

@@ -139,7 +139,7 @@ def read_exam(task: ExamFile, given: Iterable[Row]) -> list[ExamItem]:
     elif isinstance(task, PubmedqaTask) and task.ids:
         rows = _chosen(task, rows, "pubid", list(map(str, read_json(task.ids))), all_needed=True)
     items = list(map(schema.read, rows))
-    if task.split == schema.split and len(items) != schema.size:
+    if schema.size and task.split == schema.split and len(items) != schema.size:
         whole = f"the {schema.split} split that models are examined with has {schema.size:,}"
         log_once(f"{shown(task.path)} has {len(items):,} questions of {task.type}; {whole}.")
     twice = [row.where for row, item in zip(rows, items, strict=True) if len(set(map(wording, item.options))) < len(item.options)]

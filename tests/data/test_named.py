@@ -334,7 +334,7 @@ def test_everything_made_of_a_config_is_made_of_one_commit(hub, tokenizer, tmp_p
     assert (pinned.revision, sets[0].revision) == (COMMIT, COMMIT)
 
 
-def test_exams_by_name_are_looked_for_at_one_commit(hub, tokenizer, tmp_path, monkeypatch):
+def test_exams_by_name_are_looked_for_at_one_commit(hub, tokenizer, tmp_path, monkeypatch, capsys):
     """That of the beginning, when an unfinished preparation resumes or what was prepared is compared; the card names it."""
     hub.repos["GBaker/MedQA-USMLE-4-options"] = write_rows(tmp_path / "exam" / "phrases_no_exclude_test.jsonl", [ITEM]).parent
     notes = write_rows(tmp_path / "notes.jsonl", [{"text": f"Note {number} of those that are kept."} for number in range(9)])
@@ -350,6 +350,8 @@ def test_exams_by_name_are_looked_for_at_one_commit(hub, tokenizer, tmp_path, mo
     prepare_sources(data, tokenizer, out)
     card = (out / "DATA_CARD.md").read_text()
     assert card.count(f"revision: {COMMIT}") == 2 and hub.commit not in card
+    assert [item.question for item in load_task(HubExam(name="medqa"))] == [ITEM["question"]]
+    assert f"phrases_no_exclude_test.jsonl, commit {hub.commit}" in capsys.readouterr().err  # a model is examined at the newest
     hub.status_of_facts = 403  # what `main` is now is not asked again
     check_present(data, (), out, "")
     with pytest.raises(UserError, match="asks for consent"):

@@ -275,6 +275,8 @@ def test_an_exam_is_known_by_its_name(runs, tmp_path, capsys):
     assert read_json(runs / "textbook" / "exams.json")["pretrain"]["gsm8k"]["n"] == 5 and "test.jsonl" in captured.err
     assert evaluate(str(runs / "textbook"), "task=gsm8kk", *words) == 2
     assert "name=gsm8kk is no exam that Osler knows; did you mean `gsm8k`?" in capsys.readouterr().err
+    assert evaluate(str(runs / "textbook"), "task=gsm8k", "root=nowhere") == 2
+    assert "no file or folder nowhere/gsm8k; set root to one" in capsys.readouterr().err
     assert cli.main(["show", "eval", "task=medqa:a.jsonl"]) == 0
     assert "path: a.jsonl" in capsys.readouterr().out
 
