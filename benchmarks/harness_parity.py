@@ -229,7 +229,7 @@ def arguments(sample: Row) -> Iterator[Sequence[Any]]:
 def accuracies(run: Path) -> dict[str, float]:
     """The scores that `osler eval` put into the run folder."""
     [scores] = json.loads((run / "exams.json").read_text()).values()
-    return {f"{split}, {row['method']}": row["accuracy"] for split, row in scores.items()}
+    return {split: row["accuracy"] for split, row in scores.items()}
 
 
 def load(kind: str, file: Path, exam: Exam) -> list[Any]:

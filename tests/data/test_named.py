@@ -345,13 +345,13 @@ def test_exams_by_name_are_looked_for_at_one_commit(hub, tokenizer, tmp_path, mo
     with pytest.raises(UserError, match="could not be written"):
         prepare_sources(data, tokenizer, out)
     monkeypatch.delenv(faults.VARIABLE)
+    assert [item.question for item in load_task(HubExam(name="medqa"))] == [ITEM["question"]]
+    assert f"phrases_no_exclude_test.jsonl, commit {COMMIT}." in capsys.readouterr().err
     hub.commit = "d" * 40
     hub_files.cache_clear()
     prepare_sources(data, tokenizer, out)
     card = (out / "DATA_CARD.md").read_text()
     assert card.count(f"revision: {COMMIT}") == 2 and hub.commit not in card
-    assert [item.question for item in load_task(HubExam(name="medqa"))] == [ITEM["question"]]
-    assert f"phrases_no_exclude_test.jsonl, commit {hub.commit}" in capsys.readouterr().err  # a model is examined at the newest
     hub.status_of_facts = 403  # what `main` is now is not asked again
     check_present(data, (), out, "")
     with pytest.raises(UserError, match="asks for consent"):
