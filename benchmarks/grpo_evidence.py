@@ -2,14 +2,16 @@
 
     python benchmarks/grpo_evidence.py FOLDER [--seeds 0 1 2] [--arms NAME ...] [--steps 84] [--items 500] [--report] [--out FILE]
 
-The quickstart's model is pretrained once, with seed 0, and fine-tuned with each seed, as far as the checkpoint from which the
-quickstart's GRPO would start. All arms of a seed start there. An arm is an ordinary run, then an exam in writing on each split,
-paired question by question with the exam of that start and of the other arms. FOLDER keeps the answers of every arm that is
-finished: started again, the script goes on with those that are missing, and ``--report`` only prints what there is. Prints one
-JSON object.
+The quickstart's model is pretrained and fine-tuned as far as the checkpoint from which the quickstart's GRPO starts. All arms of
+all seeds start there; the seed is that of the questions and of the sampling. An arm is an ordinary run, then an exam in writing
+on each split, paired question by question with the exam of that start and of the other arms. FOLDER keeps the answers of every
+arm that is finished: started again, the script goes on with those that are missing, and ``--report`` only prints what there is.
+Prints one JSON object.
 
-The supervised arms have as much time as the arm ``grpo`` of their seed took, in CPU seconds of the process: by the clock, other
-work on the machine would change what an arm can do. Neither is compiled.
+The supervised arm trains on as many tokens as the arm ``grpo`` of its seed would have learned from without having to draw them:
+in each step the tokens per second of its update, times the seconds of the whole step. That is equal time, whatever else the
+machine does. (The clock says nothing on a busy machine, and the same step of GRPO took 2.4 and 5.2 CPU seconds.) Neither is
+compiled.
 
 Intervals of 95 %: for one seed those of ``osler compare``, clustered by the fact that a question asks for. Over seeds the
 differences of seeds and of facts are both drawn again with replacement (a bootstrap of ``DRAWS`` draws), because a pool that took
@@ -20,16 +22,13 @@ of each seed stands beside it.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import os
 import shutil
-import signal
 import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,7 +58,7 @@ from osler.train.run import train as train_supervised
 CONTROL = "grpo-control/"
 EARLY = "grpo_early"  # the arm "grpo" after a third of its steps, with which the shorter arms are compared
 THIRD = 1 / 3
-KEPT = "checkpoint.keep_last=9"
+SPEED = "perf/train_tokens_per_second"
 BETA = "algorithm.beta=0.02"
 FOUR = "algorithm.updates_per_batch=4"
 
@@ -104,91 +103,67 @@ MEASURED = (  # mean over the steps of the run
 DRAWS = 10_000
 
 
-def quickstart_of(seed: int, folder: Path) -> Quickstart:
-    config = decode(QuickstartConfig, load_recipe("quickstart", [f"seed={seed}", *SHORT_SFT]), source="quickstart")
-    return Quickstart(config, RunFolder.create(folder / f"seed-{seed}/stages"))
-
-
-def start_of(seed: int, folder: Path) -> Path:
-    """The checkpoint that the quickstart's GRPO starts from, of a pretrained model that all seeds share.
-
-    Its runs go on where they were interrupted.
-    """
-    pretraining, own = quickstart_of(0, folder), quickstart_of(seed, folder)
-    fine_tuning = replace(own.seeded(own.config.sft), init_from=str(pretraining.run.root / "pretrain"))
-    if not (pretraining.pretrain() and own.train(train_supervised, fine_tuning, "sft")):
+def start_of(folder: Path) -> Path:
+    """The supervised checkpoint that the quickstart's GRPO starts from; its runs go on where they were interrupted."""
+    config = decode(QuickstartConfig, load_recipe("quickstart", SHORT_SFT), source="quickstart")
+    quickstart = Quickstart(config, RunFolder.create(folder))
+    if not (quickstart.pretrain() and quickstart.sft()):
         raise SystemExit("stopped; the same command goes on")
-    return own.earlier_checkpoint()
+    return quickstart.earlier_checkpoint()
 
 
-def train(arm: Arm, start: Path, seed: int, folder: Path, steps: int, cpu_seconds: float) -> dict[str, Any]:
-    """Train one arm, a supervised one until ``cpu_seconds`` are used up; what it cost and what was measured on the way."""
-    changes = [f"init_from={start}", f"seed={seed}", *arm.changes]
-    begun = time.process_time()
+def train(arm: Arm, start: Path, seed: int, folder: Path, steps: int, tokens: int) -> dict[str, Any]:
+    """Train one arm, a supervised one on so many ``tokens``; what it cost and what was measured on the way."""
+    changes, begun = [f"init_from={start}", f"seed={seed}", *arm.changes], time.process_time()
     with taken(run := RunFolder.create(folder)):
         if arm.recipe == "supervised":
-            endless = ["total_tokens=1000000000", "eval_every_tokens=1000000000", "checkpoint.every_tokens=1000000000"]
-            changes = [*changes, *endless, "compile=never", f"data.seed={seed}"]
-            with ends_after(cpu_seconds):
-                train_supervised(decode(TrainConfig, load_recipe(CONTROL + arm.recipe, changes)), run)
+            changes += [f"total_tokens={tokens}", f"checkpoint.every_tokens={tokens}", "compile=never", f"data.seed={seed}"]
+            ended = train_supervised(decode(TrainConfig, load_recipe(CONTROL + arm.recipe, changes)), run)
         else:
-            own_steps = round(steps * arm.share)
-            plan = [f"steps={own_steps}", "eval_task=null", f"checkpoint.every_steps={round(steps * THIRD)}", KEPT]
-            if not train_grpo(decode(GrpoConfig, load_recipe(CONTROL + arm.recipe, [*changes, *plan])), run):
-                raise SystemExit("stopped; the same command begins this arm again")
-    spent = time.process_time() - begun
-    lines = list(read_metrics(run.metrics))
-    found = {name: [line.values[name] for line in lines if name in line.values] for name in MEASURED}
+            changes += [f"steps={round(steps * arm.share)}", f"checkpoint.every_steps={round(steps * THIRD)}"]
+            changes += ["checkpoint.keep_last=9", "eval_task=null"]
+            ended = train_grpo(decode(GrpoConfig, load_recipe(CONTROL + arm.recipe, changes)), run)
+    if not ended:
+        raise SystemExit("stopped; the same command begins this arm again")
+    lines = [line.values for line in read_metrics(run.metrics)]
+    found = {name: [line[name] for line in lines if name in line] for name in MEASURED}
     means = {name: statistics.fmean(values) for name, values in found.items() if values}
-    return {"cpu_seconds": spent, "steps": lines[-1].step, "tokens": lines[-1].tokens, "means": means}
+    in_its_time = sum(line[SPEED] * line["perf/step_seconds"] for line in lines if SPEED in line)
+    return {"cpu_seconds": time.process_time() - begun, "tokens_in_its_time": round(in_its_time), "means": means}
 
 
-@contextmanager
-def ends_after(cpu_seconds: float):  # type: ignore[no-untyped-def]
-    """Ask the run in the context to save and stop when the process has used so many CPU seconds more."""
-    before = signal.signal(signal.SIGPROF, lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
-    signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, before)
-
-
-def examine(checkpoint: Path, items: int, *, reasoning: bool) -> dict[str, str]:
-    """The answers to each split, a 1 for every right one and a 0 for every other."""
+def examine(checkpoint: Path, items: int, done: Path, found: dict[str, Any]) -> None:
+    """Let a checkpoint sit the exam; write what was found before, and the answers: a 1 for a right one, a 0 for any other."""
     loaded = load_model(checkpoint)
-    engine, answers = InferenceEngine(loaded.model, dtype=torch.float32), {}
-    for split in SPLITS:
+    engine = InferenceEngine(loaded.model, dtype=torch.float32)
+    # What was trained without reasoning is also asked for answers alone.
+    forms = {"": True, ", no reasoning": False} if done.stem in (START, "supervised") else {"": True}
+    found["answers"] = {form: {} for form in forms}
+    for form, split in itertools.product(forms, SPLITS):
         asked = load_clinic(split=split, limit=items, seed=EXAM_SEED)
-        score = score_by_generation(engine, loaded.tokenizer, asked, greedy(64), reasoning=reasoning)
-        answers[split] = "".join(str(int(result.right)) for result in score.results)
-    return answers
+        score = score_by_generation(engine, loaded.tokenizer, asked, greedy(64), reasoning=forms[form])
+        found["answers"][form][split] = "".join(str(int(result.right)) for result in score.results)
+        print(f"{done}{form}: {split} {score.accuracy:.1%}", file=sys.stderr, flush=True)
+    done.write_text(json.dumps(found))
 
 
 def run_seed(seed: int, arms: Sequence[str], folder: Path, steps: int, items: int) -> None:
-    """Make what is missing of a seed's arms; the answers of each go into a file of its own."""
-    start, folder = start_of(seed, folder), folder / f"seed-{seed}"
-    for arm in (START, *arms):
-        if (done := folder / f"{arm}.json").exists():
+    """Make what is missing of the start and of a seed's arms; the answers of each go into a file of its own."""
+    start, own = start_of(folder / "stages"), RunFolder.create(folder / f"seed-{seed}").root
+    if not (done := folder / f"{START}.json").exists():
+        examine(start, items, done, {})
+    for arm in arms:
+        run, done, grpo = own / arm, own / f"{arm}.json", own / "grpo.json"
+        if done.exists():
             continue
-        run, found = folder / arm, {}
-        if arm != START:
-            shutil.rmtree(run, ignore_errors=True)  # of an arm that was interrupted
-            grpo = folder / "grpo.json"
-            seconds = json.loads(grpo.read_text())["cpu_seconds"] if grpo.exists() else 0.0
-            if arm in ("supervised", EARLY) and not seconds:
-                raise SystemExit(f"the arm {arm} is measured by the arm grpo, which must come before it")
-            if arm != EARLY:
-                found = train(ARMS[arm], start, seed, run, steps, seconds)
-        early = RunFolder(folder / "grpo").checkpoints / folder_name(round(steps * THIRD))
-        examined = {START: start, EARLY: early}.get(arm, run)
-        found["answers"] = {"": examine(examined, items, reasoning=True)}
-        if arm in (START, "supervised"):  # what was trained without reasoning is also asked for answers alone
-            found["answers"][", no reasoning"] = examine(examined, items, reasoning=False)
-        done.write_text(json.dumps(found))
-        right = {split: answers.count("1") / items for split, answers in found["answers"][""].items()}
-        print(f"seed {seed}, {arm}: {right}, {found.get('cpu_seconds', 0):.0f} CPU seconds", file=sys.stderr, flush=True)
+        if arm in ("supervised", EARLY) and not grpo.exists():
+            raise SystemExit(f"the arm {arm} is measured by the arm grpo, which must come before it")
+        if arm == EARLY:
+            examine(RunFolder(own / "grpo").checkpoints / folder_name(round(steps * THIRD)), items, done, {})
+            continue
+        shutil.rmtree(run, ignore_errors=True)  # of an arm that was interrupted
+        tokens = json.loads(grpo.read_text())["tokens_in_its_time"] if arm == "supervised" else 0
+        examine(run, items, done, train(ARMS[arm], start, seed, run, steps, tokens))
 
 
 def bits(answers: str) -> np.ndarray:
@@ -232,7 +207,8 @@ def compared(found: Mapping[int, Mapping[str, dict[str, str]]], items: int) -> l
 def report(folder: Path, items: int) -> dict[str, Any]:
     """What the arms that are finished show; the arms that are missing are named."""
     seeds = sorted(int(path.name.removeprefix("seed-")) for path in folder.glob("seed-*"))
-    files = {seed: {arm: folder / f"seed-{seed}" / f"{arm}.json" for arm in (START, *ARMS)} for seed in seeds}
+    files = {seed: {arm: folder / f"seed-{seed}" / f"{arm}.json" for arm in ARMS} for seed in seeds}
+    files = {seed: {START: folder / f"{START}.json", **own} for seed, own in files.items()}
     loaded = {
         seed: {arm: json.loads(file.read_text()) for arm, file in own.items() if file.exists()} for seed, own in files.items()
     }
@@ -259,9 +235,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument(
-        "--steps", type=int, default=84, help="GRPO steps of the longest arms; the others have a third or a sixth"
-    )
+    parser.add_argument("--steps", type=int, default=84, help="of the longest arms; the others have a third or a sixth of them")
     parser.add_argument("--items", type=int, default=500, help="questions of each split")
     parser.add_argument("--report", action="store_true", help="train nothing")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
