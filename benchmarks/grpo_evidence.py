@@ -1,6 +1,6 @@
 """What GRPO gains on the clinic, against controls and with each of its enhancements on or off, over several seeds.
 
-    python benchmarks/grpo_evidence.py FOLDER [--seeds 0 1 2] [--arms NAME ...] [--steps 84] [--items 500] [--report] [--out FILE]
+    python benchmarks/grpo_evidence.py FOLDER [--seeds 0 1 2] [--arms NAME ...] [--steps 84] [--report] [--out FILE]
 
 The quickstart's model is pretrained and fine-tuned as far as the checkpoint from which the quickstart's GRPO starts. All arms of
 all seeds start there; the seed is that of the questions and of the sampling. An arm is an ordinary run, then an exam in writing
@@ -44,8 +44,6 @@ from osler.eval.exams import greedy, score_by_generation
 from osler.eval.score import paired_difference
 from osler.inference.engine import InferenceEngine
 from osler.inference.load import load_model
-from osler.quickstart.config import QuickstartConfig
-from osler.quickstart.run import Quickstart
 from osler.records.jsonl import read_metrics
 from osler.rl.config import GrpoConfig
 from osler.rl.run import train as train_grpo
@@ -85,6 +83,7 @@ ARMS = {
     "four_updates_masked": Arm("correct", [FOUR, "algorithm.opsm_delta=0.02"], share=1 / 6),
 }
 # GRPO starts in the first tenth of the quickstart's fine-tuning, so no more of it is trained, at its first learning rate
+START_ACCURACY = 0.68  # of the start on the validation splits, as in the quickstart
 SHORT_SFT = ["sft.total_tokens=614400", "sft.schedule.type=constant"]
 START = "start"
 # first arm against the second, beside every arm against its start
@@ -95,7 +94,7 @@ COMPARED = (
     ("kl_unbiased", "kl_k3"),
     ("four_updates_masked", "four_updates"),
 )
-SPLITS = ("new_findings", "new_questions")
+SPLITS, ITEMS = ("new_findings", "new_questions"), 500
 MEASURED = (  # mean over the steps of the run
     "reward", "groups/effective", "entropy", "kl", "opsm/masked_frac", "clip_ratio/high_mean", "completions/clipped_ratio",
     "filters/no_answer_frac", "filters/degenerate_frac", "filters/empty_frac",
@@ -105,11 +104,16 @@ DRAWS = 10_000
 
 def start_of(folder: Path) -> Path:
     """The supervised checkpoint that the quickstart's GRPO starts from; its runs go on where they were interrupted."""
-    config = decode(QuickstartConfig, load_recipe("quickstart", SHORT_SFT), source="quickstart")
-    quickstart = Quickstart(config, RunFolder.create(folder))
-    if not (quickstart.pretrain() and quickstart.sft()):
-        raise SystemExit("stopped; the same command goes on")
-    return quickstart.earlier_checkpoint()
+    stages, runs = load_recipe("quickstart", SHORT_SFT), {name: RunFolder.create(folder / name) for name in ("pretrain", "sft")}
+    for name, run in runs.items():
+        start = {"init_from": str(runs["pretrain"].root)} if name == "sft" else {}
+        with taken(run):
+            if not train_supervised(decode(TrainConfig, {**stages[name], **start}), run):
+                raise SystemExit("stopped; the same command goes on")
+    probes = [f"eval/{split}_accuracy" for split in stages["sft"]["exam"]["splits"]]
+    lines = list(read_metrics(runs["sft"].metrics, having=probes[0]))
+    score = {line.step: statistics.fmean(line.values[name] for name in probes) for line in lines}
+    return runs["sft"].checkpoints / folder_name(min(score, key=lambda step: abs(score[step] - START_ACCURACY)))
 
 
 def train(arm: Arm, start: Path, seed: int, folder: Path, steps: int, tokens: int) -> dict[str, Any]:
@@ -132,7 +136,7 @@ def train(arm: Arm, start: Path, seed: int, folder: Path, steps: int, tokens: in
     return {"cpu_seconds": time.process_time() - begun, "tokens_in_its_time": round(in_its_time), "means": means}
 
 
-def examine(checkpoint: Path, items: int, done: Path, found: dict[str, Any]) -> None:
+def examine(checkpoint: Path, done: Path, found: dict[str, Any]) -> None:
     """Let a checkpoint sit the exam; write what was found before, and the answers: a 1 for a right one, a 0 for any other."""
     loaded = load_model(checkpoint)
     engine = InferenceEngine(loaded.model, dtype=torch.float32)
@@ -140,18 +144,18 @@ def examine(checkpoint: Path, items: int, done: Path, found: dict[str, Any]) -> 
     forms = {"": True, ", no reasoning": False} if done.stem in (START, "supervised") else {"": True}
     found["answers"] = {form: {} for form in forms}
     for form, split in itertools.product(forms, SPLITS):
-        asked = load_clinic(split=split, limit=items, seed=EXAM_SEED)
+        asked = load_clinic(split=split, limit=ITEMS, seed=EXAM_SEED)
         score = score_by_generation(engine, loaded.tokenizer, asked, greedy(64), reasoning=forms[form])
         found["answers"][form][split] = "".join(str(int(result.right)) for result in score.results)
         print(f"{done}{form}: {split} {score.accuracy:.1%}", file=sys.stderr, flush=True)
     done.write_text(json.dumps(found))
 
 
-def run_seed(seed: int, arms: Sequence[str], folder: Path, steps: int, items: int) -> None:
+def run_seed(seed: int, arms: Sequence[str], folder: Path, steps: int) -> None:
     """Make what is missing of the start and of a seed's arms; the answers of each go into a file of its own."""
     start, own = start_of(folder / "stages"), RunFolder.create(folder / f"seed-{seed}").root
     if not (done := folder / f"{START}.json").exists():
-        examine(start, items, done, {})
+        examine(start, done, {})
     for arm in arms:
         run, done, grpo = own / arm, own / f"{arm}.json", own / "grpo.json"
         if done.exists():
@@ -159,15 +163,11 @@ def run_seed(seed: int, arms: Sequence[str], folder: Path, steps: int, items: in
         if arm in ("supervised", EARLY) and not grpo.exists():
             raise SystemExit(f"the arm {arm} is measured by the arm grpo, which must come before it")
         if arm == EARLY:
-            examine(RunFolder(own / "grpo").checkpoints / folder_name(round(steps * THIRD)), items, done, {})
+            examine(RunFolder(own / "grpo").checkpoints / folder_name(round(steps * THIRD)), done, {})
             continue
         shutil.rmtree(run, ignore_errors=True)  # of an arm that was interrupted
         tokens = json.loads(grpo.read_text())["tokens_in_its_time"] if arm == "supervised" else 0
-        examine(run, items, done, train(ARMS[arm], start, seed, run, steps, tokens))
-
-
-def bits(answers: str) -> np.ndarray:
-    return np.array(list(answers), dtype=float)
+        examine(run, done, train(ARMS[arm], start, seed, run, steps, tokens))
 
 
 def gain(before: Sequence[np.ndarray], after: Sequence[np.ndarray], clusters: Sequence[str]) -> dict[str, Any]:
@@ -189,7 +189,7 @@ def gain(before: Sequence[np.ndarray], after: Sequence[np.ndarray], clusters: Se
     }
 
 
-def compared(found: Mapping[int, Mapping[str, dict[str, str]]], items: int) -> list[dict[str, Any]]:
+def compared(found: Mapping[int, Mapping[str, dict[str, str]]]) -> list[dict[str, Any]]:
     """Every arm against its start, and the pairs of ``COMPARED``, over the seeds that have both."""
     names = dict.fromkeys(name for of_seed in found.values() for name in of_seed)
     plain = [(name, START) for name in names if not name.startswith(START)]
@@ -197,14 +197,14 @@ def compared(found: Mapping[int, Mapping[str, dict[str, str]]], items: int) -> l
     for arm, against in (*plain, *COMPARED):
         both = {seed: of_seed for seed, of_seed in found.items() if {arm, against} <= of_seed.keys()}
         for split in SPLITS if both else ():
-            clusters = [item.group for item in load_clinic(split=split, limit=items, seed=EXAM_SEED)]
-            pairs = [(bits(of_seed[against][split]), bits(of_seed[arm][split])) for of_seed in both.values()]
-            before, after = zip(*pairs, strict=True)
+            clusters = [item.group for item in load_clinic(split=split, limit=ITEMS, seed=EXAM_SEED)]
+            pair = (against, arm)
+            before, after = ([np.array(list(own[name][split]), dtype=float) for own in both.values()] for name in pair)
             rows.append({"arm": arm, "against": against, "split": split, "of": list(both), **gain(before, after, clusters)})
     return rows
 
 
-def report(folder: Path, items: int) -> dict[str, Any]:
+def report(folder: Path) -> dict[str, Any]:
     """What the arms that are finished show; the arms that are missing are named."""
     seeds = sorted(int(path.name.removeprefix("seed-")) for path in folder.glob("seed-*"))
     files = {seed: {arm: folder / f"seed-{seed}" / f"{arm}.json" for arm in ARMS} for seed in seeds}
@@ -218,10 +218,10 @@ def report(folder: Path, items: int) -> dict[str, Any]:
     }
     return {
         "benchmark": "grpo_evidence",
-        "items": items,
+        "items": ITEMS,
         "missing": [f"{arm} of seed {seed}" for seed, arms in loaded.items() for arm in ARMS if arm not in arms],
         "arms": {name: arm._asdict() for name, arm in ARMS.items()},
-        "compared": compared(found, items),
+        "compared": compared(found),
         "runs": [
             {"seed": seed, "arm": arm, **{name: value for name, value in one.items() if name != "answers"}}
             for seed, arms in loaded.items()
@@ -236,13 +236,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--steps", type=int, default=84, help="of the longest arms; the others have a third or a sixth of them")
-    parser.add_argument("--items", type=int, default=500, help="questions of each split")
     parser.add_argument("--report", action="store_true", help="train nothing")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     args = parser.parse_args()
     for seed in [] if args.report else args.seeds:
-        run_seed(seed, args.arms, args.folder, args.steps, args.items)
-    publish({"threads": torch.get_num_threads(), "steps": args.steps, **report(args.folder, args.items)}, args.out)
+        run_seed(seed, args.arms, args.folder, args.steps)
+    publish({"threads": torch.get_num_threads(), "steps": args.steps, **report(args.folder)}, args.out)
 
 
 if __name__ == "__main__":
