@@ -40,8 +40,8 @@ class DistillConfig:
 
 
 @config
-class EvalConfig:
-    """One evaluation; with neither ``task`` nor ``text`` a model is examined on what it was trained for."""
+class ExamSettings:
+    """Exams, and how they are taken."""
 
     # the exam; the clinic takes several splits with commas between them, and limit items of each. On the command line also
     # TYPE:FILE, or the NAME of an exam, or several with commas between them
@@ -64,14 +64,6 @@ class EvalConfig:
     normalise: Literal["bytes", "characters", "tokens", "none"] = "bytes"
     seed: Seed = 0  # of option orders, subsets and sampling
     rows: PositiveInt = 256  # answers written at once; fewer need less memory
-
-    text: str | None = None  # a file or folder of text, measured in bits per byte; not one that the model was trained on
-    text_field: str = "text"  # the column of tables
-    source: HubData | None = None  # a text by name, as source.name=wikitext or c4, in its last split unless another is given
-    documents: PositiveInt | None = None  # so many of a text, from its start; null: all
-    seq_len: PositiveInt | None = None  # tokens read at once; null: as many as in training
-
-    which: Literal["newest", "best"] = "newest"  # checkpoint of a run folder
     device: str = "auto"  # auto, cpu, cuda or cuda:N
 
     def __post_init__(self) -> None:
@@ -83,6 +75,19 @@ class EvalConfig:
     def exams(self) -> tuple[TaskConfig, ...]:
         """All exams, however they were given."""
         return self.tasks if self.task is None else (self.task,)
+
+
+@config
+class EvalConfig(ExamSettings):
+    """One evaluation; with neither ``task`` nor ``text`` a model is examined on what it was trained for."""
+
+    text: str | None = None  # a file or folder of text, measured in bits per byte; not one that the model was trained on
+    text_field: str = "text"  # the column of tables
+    source: HubData | None = None  # a text by name, as source.name=wikitext or c4, in its last split unless another is given
+    documents: PositiveInt | None = None  # so many of a text, from its start; null: all
+    seq_len: PositiveInt | None = None  # tokens read at once; null: as many as in training
+
+    which: Literal["newest", "best"] = "newest"  # checkpoint of a run folder
 
 
 def config_of(overrides: Sequence[str]) -> EvalConfig:

@@ -23,7 +23,7 @@ from osler.data.named import SOURCES, check_task, load_task, open_hub
 from osler.data.prepared import held_out_so_far
 from osler.data.readers import TextFiles
 from osler.data.shard_set import ShardSet
-from osler.eval.config import CLINIC_EXAM, EvalConfig, config_of
+from osler.eval.config import CLINIC_EXAM, EvalConfig, ExamSettings, config_of
 from osler.eval.exams import Form, Normalise, presentations, score_by_generation, score_by_likelihood
 from osler.eval.likelihood import TextScore, batches, measure, windows
 from osler.eval.score import TOO_LONG, ScoredExam, describe_too_long, summarise
@@ -34,7 +34,7 @@ from osler.records.answers import AnswerLog
 from osler.records.results import ExamScore, add_exams
 from osler.runtime import format as fmt
 from osler.runtime.errors import UserError
-from osler.runtime.files import fingerprint, write_json
+from osler.runtime.files import RunFolder, fingerprint, write_json
 from osler.runtime.log import Progress
 from osler.tasks.answers import PUBLISHED, published_reading
 from osler.tasks.item import ExamItem
@@ -68,9 +68,11 @@ def run(checkpoint: str, overrides: Sequence[str] = (), json_file: str | None = 
     scores: list[ScoredExam] = []
     texts: dict[str, TextScore] = {}
     if config.exams:
-        scores = sit(config, ready, name)
+        scores = sit(config, ready, name, ready.run)
         print(table(scores))
-        save_scores(ready, name, scores)
+        if ready.run is not None:
+            save_scores(ready.run, name, scores, last=ready.kind)  # the run itself comes last, not an earlier step
+            logger.info(f"Saved to {ready.run.exams}; `osler report {ready.run.root}` shows it.")
     if config.text is not None:
         files = TextFiles(config.text, config.text_field, path_key="text", field_key="text_field")
         texts[config.text] = measured(config.text, lambda: files, config, ready)
@@ -111,8 +113,11 @@ def complete(config: EvalConfig, ready: LoadedModel) -> tuple[EvalConfig, Mappin
     )
 
 
-def sit(config: EvalConfig, ready: LoadedModel, name: str) -> list[ScoredExam]:
-    """Let the model take every part of the exams with every requested method; ``name`` is its name in the run."""
+def sit(config: ExamSettings, ready: LoadedModel, name: str, run: RunFolder | None) -> list[ScoredExam]:
+    """Let the model take every part of the exams with every requested method; ``name`` is its name in the ``run``.
+
+    The folder of the run keeps the answers, so that an interrupted exam goes on; without one they are kept in memory.
+    """
     exams = {split: load_task(task, split, config.root) for split, task in parts(config).items()}
     if empty := [split for split, items in exams.items() if not items]:
         raise UserError(f"The exam {empty[0]} has no items.")
@@ -124,13 +129,18 @@ def sit(config: EvalConfig, ready: LoadedModel, name: str) -> list[ScoredExam]:
         tell_checked(split, {item.id for item in items}, known)
         shown = list(presentations(items, config.permutations, config.seed))
         for method in ways[kinds[split]]:
-            for score in scores_of(method, config, ready, shown, {"label": name, "exam": split, "method": method}):
+            for score in scores_of(method, config, ready, shown, {"label": name, "exam": split, "method": method}, run):
                 scores += [score, *clean_subset(score, known)]
     return scores
 
 
 def scores_of(
-    method: str, config: EvalConfig, ready: LoadedModel, shown: Sequence[ExamItem], head: Mapping[str, str]
+    method: str,
+    config: ExamSettings,
+    ready: LoadedModel,
+    shown: Sequence[ExamItem],
+    head: Mapping[str, str],
+    run: RunFolder | None,
 ) -> Iterator[ScoredExam]:
     """Yield the scores on the items that are shown: one for letters, as a rule one for writing, else also the raw score.
 
@@ -147,7 +157,11 @@ def scores_of(
         divisors: list[Normalise] = ["none"] if method == "letters" else list(dict.fromkeys((config.normalise, "none")))
         settings["normalise"] = divisors[0]
     with Progress(len(shown), "questions asked", label=head["exam"]) as progress:
-        answers = answer_log(ready, head, shown, settings, progress)
+        answers = AnswerLog(tell=progress.update)
+        if run is not None:
+            first = {**head, "checkpoint": ready.path.name, "settings": settings, "asked": len(shown)}
+            first["identity"] = identity_of(ready, shown, settings)
+            answers = AnswerLog(run.answers / f"{re.sub(r'[^\w.]+', '-', ' '.join(head.values()))}.jsonl", first, progress.update)
         if method == "generation":
             engine = InferenceEngine(ready.model, max_rows=config.rows)
             asked: dict[str, Any] = {"reasoning": reasoning, "template": template, "answers": answers}
@@ -164,17 +178,10 @@ def scores_of(
             yield replace(likely(normalise=divisor, answers=answers), split=head["exam"], method=name)
 
 
-def answer_log(
-    ready: LoadedModel, head: Mapping[str, str], shown: Sequence[ExamItem], settings: Mapping[str, Any], progress: Progress
-) -> AnswerLog:
-    """Return the answers that the run folder has of this exam so far; without a run folder they are kept in memory."""
-    if ready.run is None:
-        return AnswerLog(tell=progress.update)
+def identity_of(ready: LoadedModel, shown: Sequence[ExamItem], settings: Mapping[str, Any]) -> str:
+    """Return a hash of the checkpoint, the questions as they are shown, and the settings."""
     manifest = hashlib.sha256((ready.path / MANIFEST).read_bytes()).hexdigest()
-    identity = fingerprint([manifest, [asdict(item) for item in shown], settings])
-    name = re.sub(r"[^\w.]+", "-", " ".join(head.values()))
-    first = {**head, "checkpoint": ready.path.name, "settings": settings, "asked": len(shown), "identity": identity}
-    return AnswerLog(ready.run.answers / f"{name}.jsonl", first, progress.update)
+    return fingerprint([manifest, [asdict(item) for item in shown], settings])
 
 
 def tell_checked(split: str, ids: Set[str], known: ExamsInData) -> None:
@@ -196,7 +203,7 @@ def clean_subset(score: ScoredExam, known: ExamsInData) -> Iterator[ScoredExam]:
         yield replace(subset, split=f"{score.split}{CLEAN}", method=score.method)
 
 
-def parts(config: EvalConfig) -> dict[str, Any]:
+def parts(config: ExamSettings) -> dict[str, Any]:
     """Return the exams by the name they are shown under; each split of the clinic is a separate exam.
 
     A second exam of the same name gets its file in its name.
@@ -216,12 +223,12 @@ def parts(config: EvalConfig) -> dict[str, Any]:
     return named
 
 
-def uses_template(config: EvalConfig, ready: LoadedModel) -> bool:
+def uses_template(config: ExamSettings, ready: LoadedModel) -> bool:
     """Return whether questions are asked in the template; a model that did not learn it is asked as plain text asks."""
     return ready.answers_questions and config.prompt == "taught"
 
 
-def methods(config: EvalConfig, ready: LoadedModel, has_options: bool) -> list[str]:
+def methods(config: ExamSettings, ready: LoadedModel, has_options: bool) -> list[str]:
     """Return how an exam is taken: as requested, or as the model's training and the kind of questions suggest."""
     if config.method in ("likelihood", "letters", "cloze", "both") and not has_options:
         raise UserError("These questions have no options to compare the likelihoods of; use method=generation.")
@@ -294,13 +301,10 @@ def label(config: EvalConfig, ready: LoadedModel, checkpoint: str) -> str:
     return kind if stands_for_run else f"{kind}, step {ready.state.get('step', 0):,}"
 
 
-def save_scores(ready: LoadedModel, name: str, scores: Sequence[ScoredExam]) -> None:
-    """Add scores to the run folder's ``exams.json``, next to those of other checkpoints and other exams."""
-    if ready.run is None:
-        return
+def save_scores(run: RunFolder, name: str, scores: Sequence[ScoredExam], last: str = "") -> None:
+    """Add a checkpoint's scores to the ``exams.json`` of a run; the checkpoint labelled ``last`` comes last there."""
     rows = {score.split if score.method == "generation" else f"{score.split}, {score.method}": score for score in scores}
-    add_exams(ready.run.exams, name, rows, last=ready.kind)  # the run itself comes last, not an earlier step
-    logger.info(f"Saved to {ready.run.exams}; `osler report {ready.run.root}` shows it.")
+    add_exams(run.exams, name, rows, last=last)
 
 
 def measured(name: str, read: Callable[[], Iterable[Document]], config: EvalConfig, ready: LoadedModel) -> TextScore:
