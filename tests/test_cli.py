@@ -202,7 +202,7 @@ def test_sigterm_and_sighup_end_a_command_as_ctrl_c_does(number, capsys, monkeyp
 def test_the_command_that_the_quickstart_names_for_a_shorter_one_is_valid(capsys, tmp_path):
     with pytest.raises(SystemExit):
         cli.main(["quickstart", "--help"])
-    line = next(line for line in capsys.readouterr().out.splitlines() if "exam_items=" in line)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "exam.task.limit=" in line)
     words = line.replace("runs/short", str(tmp_path / "run")).split()
     assert words[0] == "osler" and cli.main([*words[1:], "--dry-run"]) == 0
-    assert "exam_items: 50" in capsys.readouterr().out
+    assert "\n    limit: 50\n" in capsys.readouterr().out

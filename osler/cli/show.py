@@ -19,7 +19,7 @@ from osler.config.recipe import as_comments, available_recipes, dump_yaml, load_
 from osler.config.schema import config, decode, encode, hints, members_of, range_of, tagged_members, useless_in
 from osler.eval.config import DistillConfig, EvalConfig, config_of
 from osler.model.config import ModelConfig
-from osler.quickstart.config import QuickstartConfig
+from osler.pipeline.config import decode_pipeline
 from osler.rl.config import GrpoConfig
 from osler.runtime.errors import UserError
 from osler.train.config import TrainConfig
@@ -41,12 +41,11 @@ class ModelFamily:
         }
 
 
-# The config of each `kind` of recipe; a recipe without a kind is a model family.
+# The config of each `kind` of recipe but pipelines; a recipe without a kind is a model family.
 KINDS: dict[str, type[Any]] = {
     "pretrain": TrainConfig,
     "sft": TrainConfig,
     "grpo": GrpoConfig,
-    "quickstart": QuickstartConfig,
 }
 # The config of each command that runs without a recipe, and the fields that this config cannot do without.
 WITHOUT_RECIPE: dict[str, tuple[type[Any], Mapping[str, Any]]] = {
@@ -62,7 +61,8 @@ def list_recipes() -> str:
     """Return name, parameters and description of every recipe, one line each."""
     rows = {}
     for name, description in available_recipes().items():
-        model = load_recipe(name).get("model")
+        recipe = load_recipe(name)
+        model = next((part["model"] for part in (recipe, *recipe.values()) if isinstance(part, dict) and "model" in part), None)
         size = f"{decode(ModelConfig, model, source=name).num_parameters:,}" if model else ""
         rows[name] = size, description
     width = max(map(len, rows))
@@ -89,8 +89,10 @@ def show_recipe(recipe: str | None, overrides: Sequence[str] = (), *, explain: b
 def decode_recipe(recipe: dict[str, Any], *, source: str = "") -> Any:
     """Decode a recipe by its `kind`, or as a model family when it has no kind."""
     kind = recipe.get("kind")
+    if kind == "pipeline":
+        return decode_pipeline(recipe, source=source)
     if kind is not None and kind not in KINDS:
-        raise UserError(f"{source}: kind {kind!r} is not one of {', '.join(KINDS)}.")
+        raise UserError(f"{source}: kind {kind!r} is not one of {', '.join(KINDS)}, pipeline.")
     return decode(KINDS[kind] if kind else ModelFamily, recipe, source=source)
 
 
@@ -111,7 +113,7 @@ def explained(value: Any, indent: str = "", without: Sequence[str] = ()) -> list
             text = textwrap.indent(dump_yaml({name: encode(field)}).removesuffix("\n"), indent)
             lines += _commented(text, [meanings[name], _choices(annotation)], indent)
             continue
-        lines += _commented(f"{indent}{name}:", [meanings[name] or _purpose(type(sections[0])), _choices(annotation)], indent)
+        lines += _commented(f"{indent}{name}:", [meanings.get(name) or _purpose(type(sections[0])), _choices(annotation)], indent)
         for section in sections:
             lines += [f"{indent}  -"] if sections is field else []
             lines += explained(section, f"{indent}    " if sections is field else f"{indent}  ", useless_in(annotation))

@@ -134,7 +134,7 @@ def check_trackers(config: MonitorConfig) -> None:
 
 
 def _section(run: RunFolder) -> str:
-    """Return the prefix of a quickstart stage's settings in its recipe, such as ``pretrain.``; nothing for another run."""
+    """Return the prefix of a pipeline stage's settings in its recipe, such as ``pretrain.``; nothing for another run."""
     above = RunFolder(run.root.absolute().parent).config  # the folder above may be anything, so this file is not parsed
-    is_stage = above.is_file() and "\nkind: quickstart\n" in "\n" + above.read_text(encoding="utf-8", errors="replace")
+    is_stage = above.is_file() and "\nkind: pipeline\n" in "\n" + above.read_text(encoding="utf-8", errors="replace")
     return f"{run.root.name}." if is_stage else ""

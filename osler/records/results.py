@@ -1,7 +1,7 @@
 """The results of a run, in the files that the report reads. If a file of an older version lacks a field, it is NaN or empty.
 
 ``exams.json`` is {label of a checkpoint: {split: score}}, ``comparison.json`` a list of pairs of checkpoints, ``samples.jsonl``
-the answers of checkpoints to a few questions, ``stages.json`` the finished stages of a quickstart in their order. Accuracies,
+the answers of checkpoints to a few questions, ``stages.json`` the finished stages of a pipeline in their order. Accuracies,
 intervals and differences are fractions.
 """
 

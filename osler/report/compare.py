@@ -1,7 +1,7 @@
 """Runs laid over one another: one self-contained page, and the same numbers as a table for the terminal.
 
 Curves run over tokens seen, which runs with different batch sizes have in common. Runs of one stage are compared with each other,
-whatever their kind; runs with several stages, such as a quickstart, are compared stage by stage. Metrics that fewer than two runs
+whatever their kind; runs with several stages, such as a pipeline, are compared stage by stage. Metrics that fewer than two runs
 have are left out, and so are metrics of single layers. Exams are compared question by question, where both runs' answers are
 stored. Single checkpoints are compared by their exams alone.
 """

@@ -3,7 +3,7 @@
     config.yaml        the resolved configuration (the one file that a run folder must have)
     metrics.jsonl, events.jsonl, exams.json, comparison.json, samples.jsonl, stages.json, answers/       see osler/records
     model.json         the model that is trained
-    <stage>/           run folders of a quickstart's stages (pretrain/, sft/, grpo/ ...), read the same way
+    <stage>/           run folders of a pipeline's stages (pretrain/, sft/, grpo/ ...), read the same way
     versions.json      {package: version, ..., "machine": {...}, any other group: {...}}
     notes.json         [sentence, ...]       what the run wants its reader to know
 
@@ -161,7 +161,7 @@ def stage_rank(label: str, names: Iterable[str] = ()) -> float:
 
 
 def sub_runs(folder: Path) -> list[Path]:
-    """Return the run folders inside a run folder, such as the stages of a quickstart."""
+    """Return the run folders inside a run folder, such as the stages of a pipeline."""
     return sorted(path for path in folder.iterdir() if is_run(path))
 
 

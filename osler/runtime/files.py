@@ -223,7 +223,7 @@ class RunFolder:
     answers = _Entry("answers")  # the checkpoints' answers, a file for each exam
     evaluations = _Entry("evaluations.json")  # what the run's checkpoints scored on the validation sets
     comparison = _Entry("comparison.json")  # pairs of checkpoints on the same questions
-    stages = _Entry("stages.json")  # which stages of a quickstart are finished
+    stages = _Entry("stages.json")  # which stages of a pipeline are finished
 
     @classmethod
     def create(cls, path: str | os.PathLike[str]) -> RunFolder:

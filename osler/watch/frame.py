@@ -88,7 +88,7 @@ def _header(watched: WatchedFolder, run: WatchedRun, now: float, width: int) -> 
 
 
 def _stages(watched: WatchedFolder, current: WatchedRun) -> list[Text]:
-    """Return the stages of a quickstart in a row, with an arrow at the one that is shown."""
+    """Return the stages of a pipeline in a row, with an arrow at the one that is shown."""
     told = {name: f"{name} to come" for name in watched.names()}
     for name, stage in watched.stages.items():
         told[name] = f"{name} to step {stage.last_step:,}" if stage.has_lines else f"{name} begun"

@@ -19,7 +19,6 @@ from osler.runtime import format as fmt
 from osler.runtime.errors import UserError
 from osler.runtime.files import is_locked, read_json
 
-QUICKSTART_STAGES = ("pretrain", "sft", "grpo")
 QUIET_SECONDS = 60.0  # a longer silence is worth a word
 DEAD_SECONDS = 1200.0  # where no lock can tell, a longer silence means that no process works on the run
 
@@ -106,7 +105,7 @@ class WatchedRun(StageLog):
 
 
 class WatchedFolder:
-    """A run folder, and the runs inside it, which are the stages of a quickstart."""
+    """A run folder, and the runs inside it, which are the stages of a pipeline."""
 
     def __init__(self, folder: Path) -> None:
         self.root = WatchedRun(folder)
@@ -130,5 +129,5 @@ class WatchedFolder:
 
     def names(self) -> list[str]:
         """Return the stages in the order of training, also the stages to come; none for a single run."""
-        planned = QUICKSTART_STAGES if self.root.kind == "quickstart" else ()
-        return sorted({*self.stages, *planned}, key=lambda name: stage_rank(name))
+        planned = [name for name, of in self.root.config.items() if as_dict(of).get("kind", "exam") != "exam"]
+        return sorted({*self.stages, *planned}, key=lambda name: stage_rank(name, planned))

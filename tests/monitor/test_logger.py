@@ -78,9 +78,9 @@ def test_a_resumed_run_does_not_say_again_what_it_said_and_finds_out_anew_how_fa
 
 
 @pytest.mark.parametrize(
-    ("above", "key"), [(b"kind: quickstart\n", "run.optim.lr"), (b"kind: pretrain\n", "optim.lr"), (b"\xff", "optim.lr")]
+    ("above", "key"), [(b"kind: pipeline\n", "run.optim.lr"), (b"kind: pretrain\n", "optim.lr"), (b"\xff", "optim.lr")]
 )
-def test_the_advice_for_a_stage_of_a_quickstart_names_the_key_of_its_recipe(run, capsys, above, key):
+def test_the_advice_for_a_stage_of_a_pipeline_names_the_key_of_its_recipe(run, capsys, above, key):
     RunFolder(run.root.parent).config.write_bytes(above)
     with opened(run) as logger:
         logger.write(1, 1, SICK)

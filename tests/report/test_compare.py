@@ -72,7 +72,7 @@ def test_stories_are_compared_stage_by_stage(make_run, tmp_path):
     for story, steps in (("one", 10), ("two", 20)):
         for stage in ("sft", "pretrain"):
             make_run(f"{story}/{stage}", steps=steps, config=f"kind: {stage}\n")
-        (tmp_path / story / "config.yaml").write_text("kind: quickstart\n", encoding="utf-8")
+        (tmp_path / story / "config.yaml").write_text("kind: pipeline\n", encoding="utf-8")
     make_run("plain", config="kind: sft\n", steps=30)
     text = compare([str(tmp_path / name) for name in ("one", "two", "plain")], page := tmp_path / "out.html")
     first, second = text.split("\n\n")[0], text.split("Supervised fine-tuning")[1]
@@ -91,7 +91,7 @@ def test_what_does_not_compare_is_refused(make_run, tmp_path, capsys):
     a, story = make_run("a"), tmp_path / "story"
     for stage in ("sft", "grpo"):
         make_run(f"story/{stage}", config=f"kind: {stage}\n")
-    (story / "config.yaml").write_text("kind: quickstart\n", encoding="utf-8")
+    (story / "config.yaml").write_text("kind: pipeline\n", encoding="utf-8")
     empty = make_run("empty", steps=0)
     for folders, message in (
         ([a], "2 to 8"), ([a, a], "given twice"), ([a, tmp_path], "not a run folder"), ([a, empty], "no metrics yet"),

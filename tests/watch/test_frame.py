@@ -192,13 +192,15 @@ def test_events_and_checkpoints_are_shown(make_run):
     assert "checkpoints: step 40, 20 (best)" in text or "checkpoints: step 20 (best), 40" in text
 
 
-def test_a_quickstart_shows_the_stage_at_work_and_names_the_others(make_run, tmp_path):
+def test_a_pipeline_shows_the_stage_at_work_and_names_the_others(make_run, tmp_path):
     make_run("story/pretrain", ago=500.0, steps=80)
     make_run("story/sft", ago=1.0, config=CONFIG.replace("pretrain", "sft"))
-    write_run(tmp_path / "story", (), "kind: quickstart\n", stages_json=[{"name": "pretrain", "seconds": 163.0, "what": "x"}])
+    stages = "".join(f"{name}: {{kind: {kind}}}\n" for name, kind in (("pretrain", "pretrain"), ("sft", "sft"), ("tune", "grpo")))
+    stages += "exam: {kind: exam}\n"
+    write_run(tmp_path / "story", (), f"kind: pipeline\n{stages}", stages_json=[{"name": "pretrain", "seconds": 163.0, "what": "x"}])
     lines = picture(tmp_path / "story").splitlines()
-    assert "story · quickstart · sft" in lines[0] and lines[1] == "running"
-    assert "pretrain 2 min 43 s   ▶ sft   grpo to come" in lines
+    assert "story · pipeline · sft" in lines[0] and lines[1] == "running"
+    assert "pretrain 2 min 43 s   ▶ sft   tune to come" in lines
 
 
 @pytest.mark.parametrize(("width", "height"), [(200, 60), (100, 30), (80, 24), (40, 50), (20, 5), (1, 1), (40, None)])

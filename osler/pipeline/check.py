@@ -1,0 +1,128 @@
+"""What can be known of a stage before the stages in front of it are done: whether it will find its files, and fit its model."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, NamedTuple
+
+from osler.checkpoint import store
+from osler.checkpoint.folders import newest_good
+from osler.config.schema import nearest
+from osler.data.config import PreparedData
+from osler.data.prepared import tokenizer_of_shards
+from osler.eval.run import parts
+from osler.inference.load import described_model, tokenizer_of
+from osler.model.config import ModelConfig
+from osler.monitor.logger import check_trackers
+from osler.pipeline.config import ExamStage, PipelineConfig, read_reference, references_of
+from osler.rl.config import GrpoConfig
+from osler.rl.rollout import RlTask
+from osler.rl.run import JOB as TUNING
+from osler.rl.run import check_held_out
+from osler.runs.command import Job
+from osler.runtime.errors import UserError
+from osler.runtime.files import RunFolder
+from osler.tasks.item import shared_questions
+from osler.tasks.registry import check_task, load_task
+from osler.tokenizer.config import BPEConfig
+from osler.train.config import TrainConfig
+from osler.train.run import JOB as SUPERVISED
+from osler.train.setup import tokenizer_at_hand
+
+logger = logging.getLogger(__name__)
+
+JOBS: dict[type[Any], Job] = {TrainConfig: SUPERVISED, GrpoConfig: TUNING}
+
+
+class Origin(NamedTuple):
+    """The model that a stage starts from, whether it is there or yet to be trained."""
+
+    place: str
+    model: ModelConfig
+    stage: TrainConfig | None  # the stage that begins it
+    tokenizer: str  # its fingerprint, empty while it is yet to be trained
+
+
+def check_stage(pipeline: PipelineConfig, name: str, run: RunFolder) -> None:
+    """Raise UserError when a stage that is not finished could not be carried out; ``run`` is the folder of the pipeline."""
+    stage, stages = pipeline.stages[name], pipeline.stages
+    has_begun = not isinstance(stage, ExamStage) and RunFolder(run.root / name).config.exists()
+    for text in [] if has_begun else references_of(stage):
+        if not read_reference(text, stages).stage:
+            _find_outside(text, list(stages)[: list(stages).index(name)])
+        check_fit(stage, origin_of(pipeline, text, run))
+    if isinstance(stage, ExamStage):
+        check_exam(pipeline, stage)
+        return
+    check_trackers(stage.monitor)
+    is_fitted = isinstance(stage, TrainConfig) and isinstance(stage.data, PreparedData) and stage.init_from is not None
+    if not is_fitted:  # such shards were compared with the origin
+        JOBS[type(stage)].check(stage, RunFolder(run.root / name), None)
+    if isinstance(stage, GrpoConfig) and stage.eval_task is not None:
+        tasks = [RlTask(task.label, tuple(load_task(task.task)), (), task.weight, task.reasoning) for task in stage.tasks]
+        check_held_out(tasks, load_task(stage.eval_task))
+
+
+def _find_outside(text: str, names: list[str]) -> None:
+    try:
+        store.resolve(text)
+    except (UserError, OSError) as error:
+        guess = nearest(text.partition("@")[0], names)
+        raise UserError(f"{text} is no earlier stage{guess} And no run or checkpoint either: {error}") from error
+
+
+def origin_of(pipeline: PipelineConfig, text: str, run: RunFolder) -> Origin:
+    """Return the origin of the model in a checkpoint, as a config writes it."""
+    name, stage = read_reference(text, pipeline.stages).stage, None
+    found = newest_good(RunFolder(run.root / name).checkpoints)[0] if name else store.resolve(text)
+    if name:
+        stage = pipeline.stages[name]
+        assert not isinstance(stage, ExamStage)
+        if found is None and stage.init_from is not None:
+            return origin_of(pipeline, stage.init_from, run)
+    if found is not None:
+        loaded = store.load(found, names=[])
+        return Origin(str(found), described_model(loaded), None, tokenizer_of(loaded).fingerprint)
+    assert isinstance(stage, TrainConfig)
+    tokenizer = tokenizer_at_hand(stage)
+    return Origin(f"the stage {name}", stage.model, stage, "" if tokenizer is None else tokenizer.fingerprint)
+
+
+def check_fit(stage: Any, origin: Origin) -> None:
+    """Raise UserError when a stage asks for more than its model will have room for, or for another model or tokenizer."""
+    room = f"the {origin.model.max_seq_len} tokens (max_seq_len) of the model of {origin.place}"
+    if isinstance(stage, TrainConfig):
+        if stage.seq_len > origin.model.max_seq_len:
+            raise UserError(f"seq_len {stage.seq_len} is longer than {room}.")
+        if isinstance(stage.data, PreparedData):
+            shards = tokenizer_of_shards(stage.data.path, stage.tokenizer.path)
+            if shards.fingerprint != origin.tokenizer:
+                begins = origin.place if origin.tokenizer else f"{origin.place}, which is yet to be trained"
+                raise UserError(f"the shards in {stage.data.path} were made with another tokenizer than that of {begins}.")
+        begin = origin.stage
+        for key, given, usual, there in (
+            ("model", stage.model, ModelConfig(), begin and begin.model),
+            ("tokenizer", stage.tokenizer, BPEConfig(), begin and begin.tokenizer),
+        ):
+            if there is not None and given not in (usual, there):
+                raise UserError(f"{key} differs from that of {origin.place}, with which this stage goes on: leave it out.")
+        return
+    new_tokens = stage.max_new_tokens if isinstance(stage, ExamStage) else stage.algorithm.max_new_tokens
+    if new_tokens >= origin.model.max_seq_len:
+        raise UserError(f"max_new_tokens {new_tokens} leaves no room for a question in {room}.")
+
+
+def check_exam(pipeline: PipelineConfig, stage: ExamStage) -> None:
+    """Raise UserError when an exam cannot be read, and warn when a stage is rewarded on its questions."""
+    for number, task in enumerate(stage.tasks):
+        check_task(task, f"tasks[{number}]")
+    check_task(stage.task, "task")
+    for task in parts(stage).values():
+        items = load_task(task)
+        for name, other in pipeline.stages.items():
+            trained = [load_task(entry.task) for entry in other.tasks] if isinstance(other, GrpoConfig) else []
+            if shared := shared_questions(items, (item for of_task in trained for item in of_task)):
+                logger.warning(
+                    f"{len(shared):,} of the {len(items):,} questions of this exam are also those that {name} learns from "
+                    f"(the first is {shared[0][0].id}), so its score says less."
+                )

@@ -1,0 +1,190 @@
+"""A pipeline: named stages, one after the other, each an ordinary run that may start from an earlier one, or an exam. Torch-free.
+
+    kind: pipeline
+    read: {base: text-10min, total_tokens: 2000000}
+    ask: {kind: sft, init_from: read, data: {type: turns, path: QUESTIONS.jsonl}}
+    exam: {kind: exam, of: {taught: ask}, task: {type: questions, path: EXAM.jsonl}}
+
+Every key but those of ``PipelineConfig`` is the name of a stage, and ``ask.total_tokens=...`` changes one from the command line.
+So each recipe has a config class of its own (``pipeline_class``), whose fields are checked and explained like any others.
+"""
+
+import functools
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+from osler.config.schema import Seed, config, decode, nearest, shown
+from osler.eval.config import ExamSettings
+from osler.rl.config import GrpoConfig
+from osler.runtime.errors import UserError
+from osler.train.config import TrainConfig
+
+FILES = ("path", "shots_path", "ids")  # keys of files that are looked for in `root`
+OWN_FOLDERS = ("answers", "checkpoints", "trackers")  # in the folder of a pipeline; no stage may be named so
+ACCURACY = "accuracy="
+
+
+@config
+class ExamStage(ExamSettings):
+    """An exam of checkpoints of earlier stages. A stage is compared with what it started from, if both sit the exam."""
+
+    kind: Literal["exam"] = "exam"
+    description: str = ""  # for the reader; changes nothing
+    of: dict[str, str]  # the checkpoint to examine by its name in the report, written as init_from is
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.of or not self.exams:
+            raise ValueError("an exam needs `of`, such as {tuned: grpo}, and `task` or `tasks`")
+
+
+Stage = TrainConfig | GrpoConfig | ExamStage
+STAGES: dict[str, type[Any]] = {"pretrain": TrainConfig, "sft": TrainConfig, "grpo": GrpoConfig, "exam": ExamStage}
+
+
+@config
+class PipelineConfig:
+    """Stages, one after the other, in one run folder. A stage's init_from names an earlier one, or any run or checkpoint.
+
+    sft is the newest checkpoint of the stage sft, sft@best its best, sft@accuracy=0.6 the one whose mean accuracy in the exams
+    during training was nearest to that, and sft@start the one that it started from.
+    """
+
+    kind: Literal["pipeline"] = "pipeline"
+    description: str = ""  # for the reader; changes nothing
+    seed: Seed = 0  # of every stage and source of data that gives none of its own
+    root: str = ""  # a folder in which the files of all stages are looked for; sources by name have a folder each in it
+    notes: tuple[str, ...] = ()  # what the report tells its reader
+
+    @property
+    def stages(self) -> dict[str, Stage]:
+        """The stages by name, in their order."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in OWN_FIELDS}
+
+    def numbers(self) -> dict[str, str]:
+        """Return what follows from each stage that trains, for a person."""
+        trained = {name: stage for name, stage in self.stages.items() if not isinstance(stage, ExamStage)}
+        return {name: "; ".join(f"{what} {value}" for what, value in of.numbers().items()) for name, of in trained.items()}
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ValueError("a pipeline needs a stage, such as `read: {kind: pretrain}`")
+        earlier: dict[str, Stage] = {}
+        for name, stage in self.stages.items():
+            for text in references_of(stage):
+                check_reference(text, f"{name} refers to {text}", earlier, list(self.stages))
+            earlier[name] = stage
+
+
+OWN_FIELDS = tuple(field.name for field in fields(PipelineConfig))
+
+
+class Reference(NamedTuple):
+    """A checkpoint of a stage, or (stage "") any other checkpoint or run, which ``choice`` then names."""
+
+    stage: str
+    choice: str  # of the stage's checkpoints: "" is the newest
+
+
+def read_reference(text: str, stages: Mapping[str, Any]) -> Reference:
+    """Read a text such as ``sft@best``."""
+    stage, _, choice = text.partition("@")
+    return Reference(stage, choice) if stage in stages else Reference("", text)
+
+
+def references_of(stage: Stage) -> list[str]:
+    """Return the checkpoints that a stage needs, as its config writes them."""
+    if isinstance(stage, ExamStage):
+        return list(stage.of.values())
+    return [] if stage.init_from is None else [stage.init_from]
+
+
+def check_reference(text: str, what: str, earlier: Mapping[str, Stage], names: list[str]) -> None:
+    """Raise ValueError for a reference to a later stage, to an exam, or to a checkpoint that no run has."""
+    stage, choice = read_reference(text, dict.fromkeys(names))
+    if not stage:
+        return
+    if stage not in earlier:
+        raise ValueError(f"{what}, which is not an earlier stage; stages are carried out in the order of the recipe")
+    there = earlier[stage]
+    if isinstance(there, ExamStage):
+        raise ValueError(f"{what}, which is an exam and has no checkpoint")
+    if choice == "start" and there.init_from is None:
+        raise ValueError(f"{what}, but {stage} starts from no checkpoint")
+    if choice.startswith(ACCURACY):
+        if not re.fullmatch(r"0?\.\d+|[01]", choice.removeprefix(ACCURACY)):
+            raise ValueError(f"{what}: write an accuracy from 0 to 1, such as {stage}@{ACCURACY}0.6")
+        if not exam_metrics(there):
+            key = "exam.every_tokens above 0" if isinstance(there, TrainConfig) else "an eval_task"
+            raise ValueError(f"{what}, but no exam is sat during {stage}: give it {key}")
+    elif choice not in ("", "best", "start"):
+        raise ValueError(f"{what}; after @ stands best, start or {ACCURACY}NUMBER")
+
+
+def exam_metrics(stage: TrainConfig | GrpoConfig) -> list[str]:
+    """Return the metrics that an exam during this stage gives: the accuracy on each of its splits."""
+    if isinstance(stage, GrpoConfig):
+        return [] if stage.eval_task is None else [f"eval/{stage.eval_task.split or stage.eval_task.type}_accuracy"]
+    return [f"eval/{split}_accuracy" for split in stage.exam.splits] if stage.exam.every_tokens else []
+
+
+def decode_pipeline(recipe: Mapping[str, Any], *, source: str = "") -> PipelineConfig:
+    """Return the config of a recipe, the shared seed and the shared folder of files laid under its stages."""
+    cls, seed, root = pipeline_class(recipe, source), recipe.get("seed", PipelineConfig.seed), recipe.get("root")
+    resolved = dict(recipe)
+    for name in recipe.keys() - OWN_FIELDS:
+        stage = dict(recipe[name])
+        if STAGES[stage["kind"]] is TrainConfig:
+            stage |= {"seed": stage.get("seed", seed), "data": _seeded(stage.get("data", {"type": "clinic"}), seed)}
+        elif stage["kind"] == "grpo":
+            stage.setdefault("seed", seed)
+        resolved[name] = _found_in(Path(root), stage) if isinstance(root, str) and root else stage
+    return decode(cls, resolved, source=source)
+
+
+def _seeded(data: Any, seed: Any) -> Any:
+    """Return the section about data with the seed for each source that has none."""
+    if not isinstance(data, Mapping) or data.get("type") == "prepared":
+        return data
+    if isinstance(data.get("sources"), list):
+        return {**data, "sources": [_seeded(source, seed) for source in data["sources"]]}
+    return {"seed": seed, **data}
+
+
+def _found_in(root: Path, section: Any) -> Any:
+    """Return a section with its files, and those of sources by name, in the folder ``root``; absolute paths stay."""
+    if isinstance(section, list):
+        return [_found_in(root, item) for item in section]
+    if not isinstance(section, Mapping):
+        return section
+    found = {key: _found_in(root, value) for key, value in section.items()}
+    found |= {key: str(root / value) for key, value in section.items() if key in FILES and isinstance(value, str) and value}
+    is_named = section.get("type") in ("hub", "mixture") and not section.get("path")
+    return found | ({"root": str(root / section.get("root", ""))} if is_named else {})
+
+
+def pipeline_class(recipe: Mapping[str, Any], source: str = "") -> type[PipelineConfig]:
+    """Return the config class of a recipe: ``PipelineConfig`` with a field for each stage, of the class that its kind has."""
+    stages = {name: stage for name, stage in recipe.items() if name not in OWN_FIELDS}
+    known = [name for name, stage in stages.items() if isinstance(stage, Mapping) and "kind" in stage]
+    for name, stage in stages.items():
+        if name not in known:
+            close = nearest(name, [*OWN_FIELDS, *known])
+            raise UserError(f"{source}: {name}: unknown key, and no stage, which has a `kind`{close}")
+        if stage["kind"] not in STAGES:
+            kinds = ", ".join(STAGES)
+            raise UserError(f"{source}: {name}.kind: should be one of {kinds}, given {shown(stage['kind'])}")
+        if not re.fullmatch(r"[A-Za-z]\w*(-\w+)*", name) or name in OWN_FOLDERS:
+            raise UserError(f"{source}: {name}: a stage has a folder of its name; give it one of letters, digits, _ and -")
+    return _class_of(tuple((name, stage["kind"]) for name, stage in stages.items()))
+
+
+@functools.cache
+def _class_of(kinds: tuple[tuple[str, str], ...]) -> type[PipelineConfig]:
+    # By its names the class has the source, and so the comments, of the class that it extends.
+    named = {name: getattr(PipelineConfig, name) for name in ("__module__", "__qualname__", "__doc__")}
+    made = type(PipelineConfig.__name__, (PipelineConfig,), {**named, "__annotations__": {n: STAGES[k] for n, k in kinds}})
+    return config(cast("type[PipelineConfig]", made))

@@ -1,0 +1,258 @@
+"""``osler pipeline RECIPE``: the stages of a recipe, one after the other, each an ordinary run in a folder of its own.
+
+    runs/quickstart/  config.yaml, stages.json, exams.json, comparison.json, samples.jsonl, answers/, report.html
+    runs/quickstart/pretrain/, sft/, grpo/  the run folders of the stages, as the single commands write them
+
+The same command always continues: it skips finished stages and resumes an interrupted stage from its checkpoint, bit for bit. A
+stage that has begun keeps its configuration; one that has not may still be changed. Before the first step, everything is looked
+for that a later stage would miss: checkpoints to start from, files, room in the model.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from osler.checkpoint import store
+from osler.checkpoint.folders import folder_name, refuse_checkpoint, verify
+from osler.config.recipe import as_comments, dump_yaml, load_recipe
+from osler.config.schema import encode
+from osler.eval.run import save_scores, sit
+from osler.eval.score import ScoredExam, compare
+from osler.inference.load import open_model
+from osler.pipeline.check import JOBS, check_stage
+from osler.pipeline.config import ACCURACY, ExamStage, PipelineConfig, Stage, decode_pipeline, exam_metrics, read_reference
+from osler.records import jsonl
+from osler.records.jsonl import read_metrics
+from osler.records.results import Comparison, FinishedStage
+from osler.records.values import read_records
+from osler.report.page import build_report
+from osler.report.words import summary_text
+from osler.runs.folder import GIVEN_ANEW, PLACES, differences, named, read_config, taken
+from osler.runtime.errors import UserError
+from osler.runtime.files import RunFolder, write_atomic, write_json
+from osler.runtime.stop import EXIT_STOPPED
+from osler.runtime.world import World, joined
+
+logger = logging.getLogger(__name__)
+
+SAMPLES_SHOWN = 6  # of each checkpoint
+
+
+def quickstart(**given: Any) -> int:
+    """Run the command ``quickstart``: the pipeline of that name."""
+    return run("quickstart", **given | {"run_dir": given["run_dir"] or "runs/quickstart"})
+
+
+def run(
+    recipe: str | None,
+    overrides: Sequence[str] = (),
+    *,
+    run_dir: str | None = None,
+    resume: bool = False,
+    dry_run: bool = False,
+) -> int:
+    """Run the command ``pipeline``. The same call continues a run that stopped; ``resume`` uses the recipe stored in it."""
+    if run_dir is None and (resume or recipe is None):
+        raise UserError("Which pipeline? Give a recipe (`osler recipes` lists them), or --run FOLDER --resume to go on with one.")
+    name = Path(str(recipe)).stem if str(recipe).endswith((".yaml", ".yml")) else str(recipe).replace("/", "-")
+    folder = RunFolder(Path(run_dir or Path("runs") / name))
+    refuse_checkpoint(folder.root)
+    if not (resume or recipe):
+        raise UserError(f"Give the recipe of the pipeline in {folder.root}, or --resume to go on with it as it is.")
+    if resume and overrides:
+        raise UserError(f"--resume goes on with {folder.root} as it is; to change a stage that has not begun give the recipe.")
+    if resume and not folder.config.exists():
+        raise UserError(f"{folder.root} holds no pipeline to resume: {folder.config} is missing.")
+    stored = read_config(folder) if folder.config.exists() else None
+    if stored is not None and stored.get("kind") != "pipeline":
+        raise UserError(
+            f"{folder.root} holds a run of kind {stored.get('kind')}, which no pipeline goes on with (a quickstart of an earlier "
+            "Osler is one): choose another folder with --run."
+        )
+    given = stored if resume and stored is not None else load_recipe(str(recipe), overrides)
+    if given.get("kind") != "pipeline":
+        raise UserError(f"{recipe} is for `osler {given.get('kind', 'pretrain')}`, not for `osler pipeline`.")
+    config = decode_pipeline(given, source=str(folder.config if resume else recipe))
+    if dry_run:
+        pipeline = Pipeline(config, folder, World())
+        pipeline.check(stored)
+        print(pipeline.describe())
+        return 0
+    trained = [stage.device for stage in config.stages.values() if not isinstance(stage, ExamStage)]
+    with joined(trained[0] if trained else "auto") as world, taken(folder, world):
+        return Pipeline(config, folder, world).run_stages(stored)
+
+
+class Pipeline:
+    """The stages of a config in their folder, on all the processes of ``world``."""
+
+    def __init__(self, config: PipelineConfig, run: RunFolder, world: World) -> None:
+        self.config, self.run, self.world = config, run, world
+        self.finished = read_records(FinishedStage, run.stages)
+
+    def has_begun(self, name: str) -> bool:
+        return name in [stage.name for stage in self.finished] or self.folder(name).config.exists()
+
+    def folder(self, name: str) -> RunFolder:
+        return RunFolder(self.run.root / name)
+
+    def check(self, stored: dict[str, Any] | None) -> None:
+        """Raise UserError when a stage was changed after it began, or could not be carried out later."""
+        stages = self.config.stages
+        if gone := [stage.name for stage in self.finished if stage.name not in stages]:
+            raise UserError(f"{self.run.root} holds another pipeline, with a stage {gone[0]}: choose another folder with --run.")
+        for name, stage in stages.items():
+            with in_stage(name):
+                if self.has_begun(name) and stored is not None and name in stored:
+                    self.refuse_change(name, stage, stored[name])
+                if not isinstance(stage, ExamStage):
+                    JOBS[type(stage)].check_processes(stage, self.world.size)
+                if name not in [done.name for done in self.finished]:
+                    check_stage(self.config, name, self.run)
+
+    def refuse_change(self, name: str, stage: Stage, stored: dict[str, Any]) -> None:
+        changed = differences(stage, stored, str(self.run.config), leave_out=GIVEN_ANEW)
+        if words := [said for key, said in changed.items() if not PLACES.fullmatch(key)]:
+            raise UserError(
+                f"it has begun in {self.run.root}, and cannot be changed any more: {named(words)}. To go on with the pipeline as "
+                f"it is: `osler pipeline --run {self.run.root} --resume`. For a new one choose another folder with --run."
+            )
+
+    def describe(self) -> str:
+        """Return what ``--dry-run`` prints: the config of every stage, and as comments what follows from it."""
+        finished, said = [stage.name for stage in self.finished], {"run folder": str(self.run.root)}
+        for name in self.config.stages:
+            said[name] = "finished" if name in finished else "begun" if self.has_begun(name) else "to come"
+        said |= {name: f"{said[name]}; {numbers}" for name, numbers in self.config.numbers().items()}
+        return "\n".join([dump_yaml(encode(self.config)).rstrip(), *as_comments(said)])
+
+    def run_stages(self, stored: dict[str, Any] | None) -> int:
+        """Carry out every stage that is not finished, then write the report; return the process's exit code."""
+        self.check(stored)
+        first = self.world.is_first
+        if first:
+            write_atomic(self.run.config, dump_yaml(encode(self.config)))
+        for name, stage in self.config.stages.items():
+            if name in [done.name for done in self.finished]:
+                continue
+            logger.info(f"── {name}: {stage.description}".removesuffix(": "))
+            started = time.monotonic()
+            with in_stage(name):
+                is_done = self.examine(stage) if isinstance(stage, ExamStage) else self.train(name, stage)
+            if not is_done:
+                logger.info(f"Stopped and saved. The same command, or `osler pipeline --run {self.run.root} --resume`, goes on.")
+                return EXIT_STOPPED
+            self.finished.append(FinishedStage(name, round(time.monotonic() - started, 1), stage.description))
+            if first:
+                write_json(self.run.stages, [asdict(done) for done in self.finished])
+        if first:
+            write_json(self.run.root / "notes.json", list(self.config.notes))
+            report = build_report(self.run.root)
+            print(summary_text(self.run.root))
+            logger.info(f"Report: {report}   (open it in a browser)")
+            trained = [name for name, stage in self.config.stages.items() if not isinstance(stage, ExamStage)]
+            logger.info("Talk to a model: " + "   ·   ".join(f"osler chat {self.folder(name).root}" for name in trained[-2:]))
+        return 0
+
+    def train(self, name: str, stage: Any) -> bool:
+        """Train one stage in its folder; return False when it was asked to stop."""
+        folder, start = self.folder(name), None
+        if stage.init_from is not None:
+            start = self.world.broadcast_from_first(partial(self.start_of, name))
+        with taken(folder, self.world):
+            return JOBS[type(stage)].train(replace(stage, init_from=start), folder, self.world)
+
+    def start_of(self, name: str) -> str:
+        """Return the run or checkpoint that a stage was started from, by its config, or is to be started from."""
+        if self.folder(name).config.exists():
+            return str(read_config(self.folder(name))["init_from"])
+        stage: Any = self.config.stages[name]
+        start = self.checkpoint(stage.init_from)
+        logger.info(f"{name} starts from {start}.")
+        return str(start)
+
+    def checkpoint(self, text: str) -> Path:
+        """Return the checkpoint that a config writes as ``text``."""
+        name, choice = read_reference(text, self.config.stages)
+        if not name:
+            return store.resolve(text)
+        if choice.startswith(ACCURACY):
+            return self.nearest(name, float(choice.removeprefix(ACCURACY)))
+        if choice == "start":
+            start, stage = Path(self.start_of(name)), self.config.stages[name]
+            assert not isinstance(stage, ExamStage)
+            above = read_reference(str(stage.init_from), self.config.stages).stage
+            return self.folder(above).checkpoints / start.name if above else store.resolve(start)  # the folder may have moved
+        return store.resolve(self.folder(name).root, choice or "newest")
+
+    def nearest(self, name: str, accuracy: float) -> Path:
+        """Return the checkpoint of a stage whose mean accuracy in the exams during training is nearest to ``accuracy``."""
+        folder, stage = self.folder(name), self.config.stages[name]
+        assert not isinstance(stage, ExamStage)
+        metrics, tried = exam_metrics(stage), dict[Path, float]()
+        for line in read_metrics(folder.metrics, having=metrics[0]):
+            score = sum(line.values.get(metric, math.nan) for metric in metrics) / len(metrics)
+            checkpoint = folder.checkpoints / folder_name(line.step)
+            if math.isfinite(score) and checkpoint.is_dir() and not verify(checkpoint):
+                tried[checkpoint] = score
+        if not tried:
+            raise UserError(f"No checkpoint in {folder.checkpoints} was examined: examine more often, or keep more checkpoints.")
+        chosen = min(tried, key=lambda checkpoint: abs(tried[checkpoint] - accuracy))
+        logger.info(f"{chosen} has an accuracy of {tried[chosen]:.1%} in the exams of {name}.")
+        return chosen
+
+    def examine(self, stage: ExamStage) -> bool:
+        """Let checkpoints of earlier stages take an exam, and compare those of which one started from the other."""
+        if self.world.is_first:
+            try:
+                self.compare(stage, {label: self.sit(stage, label, self.checkpoint(text)) for label, text in stage.of.items()})
+            except KeyboardInterrupt:
+                logger.info(f"The same command, or `osler pipeline --run {self.run.root} --resume`, goes on with the exam.")
+                raise
+        self.world.barrier()
+        return True
+
+    def sit(self, stage: ExamStage, label: str, checkpoint: Path) -> list[ScoredExam]:
+        scores = sit(stage, open_model(checkpoint, device=stage.device), label, self.run)
+        save_scores(self.run, label, scores)
+        for score in scores:
+            logger.info(f"{label}, {score.split}: {score.accuracy:.1%} [{score.low:.1%}, {score.high:.1%}] of {score.n}")
+            for result in score.results[: max(1, SAMPLES_SHOWN // len(scores))]:
+                jsonl.append(self.run.samples, asdict(result.sample(label)))
+        return scores
+
+    def compare(self, stage: ExamStage, scores: dict[str, list[ScoredExam]]) -> None:
+        """Write the differences between checkpoints of which one started from the other."""
+        rows = [row for row in read_records(Comparison, self.run.comparison) if row.after_label not in scores]
+        for after, text in stage.of.items():
+            name = read_reference(text, self.config.stages).stage
+            trained: Any = self.config.stages[name] if name else None
+            if trained is None or trained.init_from is None or text != name:
+                continue
+            start = self.checkpoint(f"{name}@start")
+            above = read_reference(trained.init_from, self.config.stages).stage
+            is_branch = bool(above) and self.checkpoint(above) != start
+            for before in [label for label, other in stage.of.items() if label != after and self.checkpoint(other) == start][:1]:
+                for early, late in zip(scores[before], scores[after], strict=True):
+                    gain = compare(early, late)
+                    title = late.split if late.method == "generation" else f"{late.split}, {late.method}"
+                    pair = early.accuracy, late.accuracy, gain.mean, gain.interval, gain.n
+                    rows.append(Comparison(title, *pair, before, after, branch=is_branch))
+        write_json(self.run.comparison, [asdict(row) for row in rows])
+
+
+@contextmanager
+def in_stage(name: str) -> Iterator[None]:
+    """Name the stage in an error, whose keys are those of the stage."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"stage {name}: {error}") from error
