@@ -48,7 +48,7 @@ def check_stage(pipeline: PipelineConfig, name: str, run: RunFolder) -> None:
     stage, stages = pipeline.stages[name], pipeline.stages
     has_begun = not isinstance(stage, ExamStage) and RunFolder(run.root / name).config.exists()
     for text in [] if has_begun else references_of(stage):
-        if not read_reference(text, stages).stage:
+        if not read_reference(text, stages)[0]:
             _find_outside(text, list(stages)[: list(stages).index(name)])
         check_fit(stage, origin_of(pipeline, text, run))
     if isinstance(stage, ExamStage):
@@ -73,7 +73,7 @@ def _find_outside(text: str, names: list[str]) -> None:
 
 def origin_of(pipeline: PipelineConfig, text: str, run: RunFolder) -> Origin:
     """Return the origin of the model in a checkpoint, as a config writes it."""
-    name, stage = read_reference(text, pipeline.stages).stage, None
+    name, stage = read_reference(text, pipeline.stages)[0], None
     found = newest_good(RunFolder(run.root / name).checkpoints)[0] if name else store.resolve(text)
     if name:
         stage = pipeline.stages[name]

@@ -11,10 +11,10 @@ So each recipe has a config class of its own (``pipeline_class``), whose fields 
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 from osler.config.schema import Seed, config, decode, nearest, shown
 from osler.eval.config import ExamSettings
@@ -75,24 +75,17 @@ class PipelineConfig:
         earlier: dict[str, Stage] = {}
         for name, stage in self.stages.items():
             for text in references_of(stage):
-                check_reference(text, f"{name} refers to {text}", earlier, list(self.stages))
+                check_reference(text, f"{name} refers to {text}", earlier, self.stages)
             earlier[name] = stage
 
 
 OWN_FIELDS = tuple(field.name for field in fields(PipelineConfig))
 
 
-class Reference(NamedTuple):
-    """A checkpoint of a stage, or (stage "") any other checkpoint or run, which ``choice`` then names."""
-
-    stage: str
-    choice: str  # of the stage's checkpoints: "" is the newest
-
-
-def read_reference(text: str, stages: Mapping[str, Any]) -> Reference:
-    """Read a text such as ``sft@best``."""
+def read_reference(text: str, stages: Container[str]) -> tuple[str, str]:
+    """Return the stage and the choice of its checkpoint in a text such as ``sft@best``; ("", text) when it names no stage."""
     stage, _, choice = text.partition("@")
-    return Reference(stage, choice) if stage in stages else Reference("", text)
+    return (stage, choice) if stage in stages else ("", text)
 
 
 def references_of(stage: Stage) -> list[str]:
@@ -102,9 +95,9 @@ def references_of(stage: Stage) -> list[str]:
     return [] if stage.init_from is None else [stage.init_from]
 
 
-def check_reference(text: str, what: str, earlier: Mapping[str, Stage], names: list[str]) -> None:
+def check_reference(text: str, what: str, earlier: Mapping[str, Stage], stages: Container[str]) -> None:
     """Raise ValueError for a reference to a later stage, to an exam, or to a checkpoint that no run has."""
-    stage, choice = read_reference(text, dict.fromkeys(names))
+    stage, choice = read_reference(text, stages)
     if not stage:
         return
     if stage not in earlier:

@@ -60,13 +60,11 @@ def run(
     dry_run: bool = False,
 ) -> int:
     """Run the command ``pipeline``. The same call continues a run that stopped; ``resume`` uses the recipe stored in it."""
-    if run_dir is None and (resume or recipe is None):
+    if (run_dir if resume else recipe) is None:
         raise UserError("Which pipeline? Give a recipe (`osler recipes` lists them), or --run FOLDER --resume to go on with one.")
     name = Path(str(recipe)).stem if str(recipe).endswith((".yaml", ".yml")) else str(recipe).replace("/", "-")
     folder = RunFolder(Path(run_dir or Path("runs") / name))
     refuse_checkpoint(folder.root)
-    if not (resume or recipe):
-        raise UserError(f"Give the recipe of the pipeline in {folder.root}, or --resume to go on with it as it is.")
     if resume and overrides:
         raise UserError(f"--resume goes on with {folder.root} as it is; to change a stage that has not begun give the recipe.")
     if resume and not folder.config.exists():
@@ -189,7 +187,7 @@ class Pipeline:
         if choice == "start":
             start, stage = Path(self.start_of(name)), self.config.stages[name]
             assert not isinstance(stage, ExamStage)
-            above = read_reference(str(stage.init_from), self.config.stages).stage
+            above = read_reference(str(stage.init_from), self.config.stages)[0]
             return self.folder(above).checkpoints / start.name if above else store.resolve(start)  # the folder may have moved
         return store.resolve(self.folder(name).root, choice or "newest")
 
@@ -233,12 +231,12 @@ class Pipeline:
         """Write the differences between checkpoints of which one started from the other."""
         rows = [row for row in read_records(Comparison, self.run.comparison) if row.after_label not in scores]
         for after, text in stage.of.items():
-            name = read_reference(text, self.config.stages).stage
+            name = read_reference(text, self.config.stages)[0]
             trained: Any = self.config.stages[name] if name else None
             if trained is None or trained.init_from is None or text != name:
                 continue
             start = self.checkpoint(f"{name}@start")
-            above = read_reference(trained.init_from, self.config.stages).stage
+            above = read_reference(trained.init_from, self.config.stages)[0]
             is_branch = bool(above) and self.checkpoint(above) != start
             for before in [label for label, other in stage.of.items() if label != after and self.checkpoint(other) == start][:1]:
                 for early, late in zip(scores[before], scores[after], strict=True):

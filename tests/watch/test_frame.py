@@ -195,9 +195,8 @@ def test_events_and_checkpoints_are_shown(make_run):
 def test_a_pipeline_shows_the_stage_at_work_and_names_the_others(make_run, tmp_path):
     make_run("story/pretrain", ago=500.0, steps=80)
     make_run("story/sft", ago=1.0, config=CONFIG.replace("pretrain", "sft"))
-    stages = "".join(f"{name}: {{kind: {kind}}}\n" for name, kind in (("pretrain", "pretrain"), ("sft", "sft"), ("tune", "grpo")))
-    stages += "exam: {kind: exam}\n"
-    write_run(tmp_path / "story", (), f"kind: pipeline\n{stages}", stages_json=[{"name": "pretrain", "seconds": 163.0, "what": "x"}])
+    config = "kind: pipeline\npretrain: {kind: pretrain}\nsft: {kind: sft}\ntune: {kind: grpo}\nexam: {kind: exam}\n"
+    write_run(tmp_path / "story", (), config, stages_json=[{"name": "pretrain", "seconds": 163.0, "what": "x"}])
     lines = picture(tmp_path / "story").splitlines()
     assert "story · pipeline · sft" in lines[0] and lines[1] == "running"
     assert "pretrain 2 min 43 s   ▶ sft   tune to come" in lines
