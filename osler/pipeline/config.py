@@ -134,7 +134,7 @@ def decode_pipeline(recipe: Mapping[str, Any], *, source: str = "") -> PipelineC
             stage |= {"seed": stage.get("seed", seed), "data": _seeded(stage.get("data", {"type": "clinic"}), seed)}
         elif stage["kind"] == "grpo":
             stage.setdefault("seed", seed)
-        resolved[name] = _found_in(Path(root), stage) if isinstance(root, str) and root else stage
+        resolved[name] = _found_in(Path(root).absolute(), stage) if isinstance(root, str) and root else stage
     return decode(cls, resolved, source=source)
 
 
@@ -148,7 +148,7 @@ def _seeded(data: Any, seed: Any) -> Any:
 
 
 def _found_in(root: Path, section: Any) -> Any:
-    """Return a section with its files, and those of sources by name, in the folder ``root``; absolute paths stay."""
+    """Return a section with its files, and those of sources by name, in the absolute folder ``root``; absolute paths stay."""
     if isinstance(section, list):
         return [_found_in(root, item) for item in section]
     if not isinstance(section, Mapping):

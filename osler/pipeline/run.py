@@ -239,12 +239,18 @@ class Pipeline:
             above = read_reference(trained.init_from, self.config.stages)[0]
             is_branch = bool(above) and self.checkpoint(above) != start
             for before in [label for label, other in stage.of.items() if label != after and self.checkpoint(other) == start][:1]:
-                for early, late in zip(scores[before], scores[after], strict=True):
+                pairs = [(early, late) for early in scores[before] for late in scores[after] if same_exam(early, late)]
+                for early, late in pairs:
                     gain = compare(early, late)
                     title = late.split if late.method == "generation" else f"{late.split}, {late.method}"
                     pair = early.accuracy, late.accuracy, gain.mean, gain.interval, gain.n
                     rows.append(Comparison(title, *pair, before, after, branch=is_branch))
         write_json(self.run.comparison, [asdict(row) for row in rows])
+
+
+def same_exam(one: ScoredExam, other: ScoredExam) -> bool:
+    """Return whether two scores are of the same questions, asked in the same way."""
+    return (one.split, one.method, one.n) == (other.split, other.method, other.n)
 
 
 @contextmanager

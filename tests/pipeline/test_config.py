@@ -80,6 +80,8 @@ def test_seed_and_folder_are_those_of_every_stage_that_gives_none():
     config = decode_pipeline(override(SMALL | {"root": "/r"}, [f"exam.task={json.dumps(task)}"]))
     assert (config.exam.task.path, config.exam.task.shots_path) == ("/abs/a.jsonl", "/r/b.jsonl")
     assert decode_pipeline(encode(config)) == config
+    config = decode_pipeline(override(SMALL | {"root": "data"}, [f"exam.task={json.dumps(task)}"]))
+    assert decode_pipeline(encode(config)) == config, "paths in a stored recipe are found once"
 
 
 def test_each_stage_is_explained():
@@ -102,7 +104,7 @@ def test_each_stage_is_explained():
         ("tune.init_from=teach@accuracy=70", "write an accuracy from 0 to 1"),
         ("tune.init_from=teach@accuracy=0.7", "no exam is sat during teach: give it exam.every_tokens above 0"),
         ("exam.of={a: read@start}", "read starts from no checkpoint"),
-        ("exam.of={}", "an exam needs `of`"),
+        ("exam.task=null", "an exam needs `of`, such as {tuned: grpo}, and `task` or `tasks`"),
     ],
 )
 def test_a_mistake_in_a_recipe_is_told(fields, told):
