@@ -161,7 +161,8 @@ def scores_of(
         if run is not None:
             first = {**head, "checkpoint": ready.path.name, "settings": settings, "asked": len(shown)}
             first["identity"] = identity_of(ready, shown, settings)
-            answers = AnswerLog(run.answers / f"{re.sub(r'[^\w.]+', '-', ' '.join(head.values()))}.jsonl", first, progress.update)
+            file = re.sub(r"[^\w.]+", "-", " ".join(head.values()))
+            answers = AnswerLog(run.answers / f"{file}.jsonl", first, progress.update)
         if method == "generation":
             engine = InferenceEngine(ready.model, max_rows=config.rows)
             asked: dict[str, Any] = {"reasoning": reasoning, "template": template, "answers": answers}

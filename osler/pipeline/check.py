@@ -9,6 +9,7 @@ from osler.checkpoint import store
 from osler.checkpoint.folders import newest_good
 from osler.config.schema import nearest
 from osler.data.config import PreparedData
+from osler.data.named import check_task, load_task
 from osler.data.prepared import tokenizer_of_shards
 from osler.eval.run import parts
 from osler.inference.load import described_model, tokenizer_of
@@ -23,7 +24,6 @@ from osler.runs.command import Job
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder
 from osler.tasks.item import shared_questions
-from osler.tasks.registry import check_task, load_task
 from osler.tokenizer.config import BPEConfig
 from osler.train.config import TrainConfig
 from osler.train.run import JOB as SUPERVISED
@@ -114,11 +114,10 @@ def check_fit(stage: Any, origin: Origin) -> None:
 
 def check_exam(pipeline: PipelineConfig, stage: ExamStage) -> None:
     """Raise UserError when an exam cannot be read, and warn when a stage is rewarded on its questions."""
-    for number, task in enumerate(stage.tasks):
-        check_task(task, f"tasks[{number}]")
-    check_task(stage.task, "task")
-    for task in parts(stage).values():
-        items = load_task(task)
+    for number, task in enumerate(stage.exams):
+        check_task(task, "task" if stage.task else f"tasks[{number}]", stage.root)
+    for title, part in parts(stage).items():
+        items = load_task(part, title, stage.root)
         for name, other in pipeline.stages.items():
             trained = [load_task(entry.task) for entry in other.tasks] if isinstance(other, GrpoConfig) else []
             if shared := shared_questions(items, (item for of_task in trained for item in of_task)):

@@ -120,8 +120,11 @@ def check_reference(text: str, what: str, earlier: Mapping[str, Stage], stages: 
 def exam_metrics(stage: TrainConfig | GrpoConfig) -> list[str]:
     """Return the metrics that an exam during this stage gives: the accuracy on each of its splits."""
     if isinstance(stage, GrpoConfig):
-        return [] if stage.eval_task is None else [f"eval/{stage.eval_task.split or stage.eval_task.type}_accuracy"]
-    return [f"eval/{split}_accuracy" for split in stage.exam.splits] if stage.exam.every_tokens else []
+        names = [] if stage.eval_task is None else [stage.eval_task.split or stage.eval_task.exam]
+    else:
+        tasks = ["_".join(filter(None, (task.exam, task.split))) for task in stage.exam.tasks]
+        names = (tasks or list(stage.exam.splits)) if stage.exam.every_tokens else []
+    return [f"eval/{name}_accuracy" for name in names]
 
 
 def decode_pipeline(recipe: Mapping[str, Any], *, source: str = "") -> PipelineConfig:
