@@ -64,7 +64,8 @@ def test_every_pipeline_is_ready_to_start_where_its_files_are(recipe, files, tmp
 
 def test_a_missing_file_is_told_with_stage_and_key_before_anything_begins(files, tmp_path, capsys):
     for key in ("pretrain.data.sources[5].path", "sft.data.path", "grpo.tasks[0].task.path", "exam.task.path"):
-        code = main(["pipeline", "textbooks/medqa", f"root={files}", f"{key}=/no/file", "--run", str(tmp_path / "run")])
+        run = ["--run", str(tmp_path / "run"), "--dry-run"]
+        code = main(["pipeline", "textbooks/medqa", f"root={files}", f"{key}=/no/file", *run])
         told, (stage, _, inside) = capsys.readouterr().err, key.partition(".")
         assert code == 2 and f"osler: stage {stage}: " in told and f"set {inside} to one that exists" in told, told
     assert not (tmp_path / "run" / "config.yaml").exists()
@@ -117,11 +118,11 @@ def test_a_mistake_in_a_recipe_is_told(fields, told):
     ("fields", "told"),
     [
         ("teach.init_from=raed", "stage teach: raed is no earlier stage; did you mean `read`? And no run or checkpoint either"),
-        ("teach.seq_len=512", "stage teach: seq_len 512 is longer than the 256 tokens (max_seq_len) of the model of the stage"),
+        ("teach.seq_len=4096", "stage teach: seq_len 4096 is longer than the 2048 tokens (max_seq_len) of the model of the stage"),
         ("teach.model.num_layers=9", "stage teach: model differs from that of the stage read, with which this stage goes on"),
         ("teach.tokenizer.vocab_size=300", "stage teach: tokenizer differs from that of the stage read"),
-        ("tune.algorithm.max_new_tokens=256", "stage tune: max_new_tokens 256 leaves no room for a question"),
-        ("exam.max_new_tokens=999", "stage exam: max_new_tokens 999 leaves no room for a question"),
+        ("tune.algorithm.max_new_tokens=2048", "stage tune: max_new_tokens 2048 leaves no room for a question"),
+        ("exam.max_new_tokens=4000", "stage exam: max_new_tokens 4000 leaves no room for a question"),
         ("exam.task.split=nowhere", "stage exam: "),
         ("tune.eval_task.split=train", "questions of task clinic are also in eval_task"),
         ("teach.data={type: prepared, path: /no/shards}", "stage teach: "),
@@ -131,7 +132,7 @@ def test_a_mistake_in_a_recipe_is_told(fields, told):
 def test_what_a_later_stage_would_miss_is_told_before_the_first(fields, told, tmp_path, capsys):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(json.dumps(SMALL))
-    assert main(["pipeline", str(recipe), fields, "--run", str(tmp_path / "run")]) == 2
+    assert main(["pipeline", str(recipe), fields, "--run", str(tmp_path / "run"), "--dry-run"]) == 2
     assert told in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "run").exists()
 

@@ -132,7 +132,7 @@ def test_an_interrupted_stage_goes_on_to_the_same_bits(finished: Path, tmp_path:
     assert tiny(tmp_path) == 130
     assert "Stopped and saved. The same command, or `osler pipeline --run" in capsys.readouterr().err
     assert [stage["name"] for stage in json.loads((tmp_path / "stages.json").read_text())] == ["pretrain"]
-    fault("")
+    fault("nowhere:crash")
     assert run(None, run_dir=str(tmp_path), resume=True) == 0
     for name in ("exams.json", "comparison.json"):
         assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
