@@ -82,14 +82,6 @@ Ctrl-C leaves; the run goes on. A run that is finished or was stopped can be wat
 TOKENIZER_HELP = """\
   osler tokenizer train notes/ --type superbpe tokenizer.vocab_size=32768 --out tokenizer.json     (tokens of up to four words)"""
 
-PIPELINE_HELP = """\
-  osler pipeline textbooks/medqa root=DIR grpo.steps=100     (a field of the stage grpo; `osler show` has them all)
-  osler pipeline --run runs/textbooks-medqa --resume         (the same pipeline as it is stored there)
-
-Finished stages are skipped, and one that was interrupted goes on from its checkpoint. A stage that has begun keeps its fields.
---dry-run shows every stage, and finds what a later one would miss: a file, a checkpoint, room in the model. In a recipe each
-stage is a section with a `kind`: pretrain, sft, grpo or exam; `init_from` names an earlier stage, and `base` a recipe."""
-
 SHORTER = """\
 a shorter one, that learns less:
   osler quickstart pretrain.total_tokens=400000 sft.total_tokens=200000 grpo.steps=5 exam.task.limit=50 --run runs/short
@@ -180,7 +172,7 @@ COMMANDS: tuple[Command, ...] = (
         "osler pipeline textbooks/medqa root=shared/data --run runs/medqa",
         "osler.pipeline.run:run",
         (RECIPE, *RUN_FOLDER),
-        PIPELINE_HELP,
+        "Finished stages are skipped. --dry-run shows every stage, and finds what a later one would miss: a file, room in the model.",
     ),
     Command("recipes", "List the recipes: name, parameters, what it is", "osler recipes", "osler.cli.show:list_recipes"),
     Command(
