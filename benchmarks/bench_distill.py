@@ -4,7 +4,8 @@
 
 Of each seed one student is pretrained on text (`distill/pretrain`) and fine-tuned twice from there (`distill/sft`): on the text
 alone and beside the teacher, with the same rows in the same order. A seed is that of weights and order; all seeds share the
-teacher and the text. Both arms sit the exam of `osler eval` on the two test splits. Writes one JSON object after every seed.
+teacher and the text. Both arms sit the exam of `osler eval` on the two test splits. Writes one JSON object after every seed. The
+same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ import argparse
 import json
 import statistics
 import sys
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +41,11 @@ def examine(run: Path, items: int) -> dict[str, ScoredExam]:
 
 
 def train(command: list[str], run: Path, shards: Path) -> None:
-    """Train a run, which prepares the shards for those after it or takes what the first of them has prepared."""
-    prepared = ["data.type=prepared", f"data.path={shards}"] if shards.exists() else []
+    """Train a run or go on with it. The first prepares the shards for those after it."""
+    is_own = shards.exists() and shards.resolve() == (run / "data").resolve()
+    prepared = ["data.type=prepared", f"data.path={shards}"] if shards.exists() and not is_own else []
     in_fresh_python(["-m", "osler.cli", *command, *prepared, "--run", str(run)])
-    if not prepared:
+    if not shards.exists():
         shards.symlink_to(run / "data")
 
 
@@ -53,16 +53,17 @@ def one_seed(seed: int, folder: Path, teacher: Path, items: int, overrides: list
     """Train one student and its two continuations; return what became of them."""
     student = folder / f"{seed}-pretrain"
     tokenizer = f"tokenizer.path={teacher / 'tokenizer.json'}"
-    train(["pretrain", "distill/pretrain", tokenizer, f"seed={seed}"], student, folder / "text")
+    common = [field for field in overrides if not field.startswith("teacher.")]
+    train(["pretrain", "distill/pretrain", tokenizer, f"seed={seed}", *common], student, folder / "text")
     arms, scores = {}, {}
     for arm, fields in ARMS.items():
-        run, began = folder / f"{seed}-{arm}", time.monotonic()
-        fields = fields or [f"teacher.path={teacher}", *overrides]
-        train(["sft", "distill/sft", f"init_from={student}", f"seed={seed}", *fields], run, folder / "questions")
-        last = read_metrics(RunFolder(run).metrics, having="eval/loss")[-1].values
+        run = folder / f"{seed}-{arm}"
+        fields = fields or [f"teacher.path={teacher}", *(field for field in overrides if field.startswith("teacher."))]
+        train(["sft", "distill/sft", f"init_from={student}", f"seed={seed}", *fields, *common], run, folder / "questions")
+        *_, last = read_metrics(RunFolder(run).metrics, having="eval/loss")
         scores[arm] = examine(run, items)
         told = {split: {"accuracy": score.accuracy, "interval": score.interval} for split, score in scores[arm].items()}
-        arms[arm] = {"held_out_loss": last["eval/loss"], "exam": told, "seconds": time.monotonic() - began}
+        arms[arm] = {"held_out_loss": last.values["eval/loss"], "exam": told}
         print(json.dumps({"seed": seed, "arm": arm, **arms[arm]}), file=sys.stderr, flush=True)
     gains = {split: compare(scores["plain"][split], scores["distilled"][split]) for split in SPLITS}
     return {
@@ -100,16 +101,17 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, required=True, help="the quickstart's fine-tuned run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--items", type=int, default=500, help="questions of each split (default: 500)")
+    parser.add_argument("--runs", type=Path, default=Path("runs/bench-distill"), help="where runs are kept and gone on with")
     parser.add_argument("--out", type=Path, required=True, help="the JSON to write")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="fields of the distilled arm")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="fields of all runs; teacher.* of the distilled")
     args = parser.parse_args()
     taught = {split: score.accuracy for split, score in examine(args.teacher, args.items).items()}
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for seed in args.seeds:
-            rows.append(one_seed(seed, Path(folder), args.teacher.absolute(), args.items, args.overrides))
-            result = {"benchmark": "distill", "overrides": args.overrides, "teacher_accuracy": taught, **over_seeds(rows)}
-            publish({**result, "seeds": rows}, args.out)
+    args.runs.mkdir(parents=True, exist_ok=True)
+    for seed in args.seeds:
+        rows.append(one_seed(seed, args.runs.absolute(), args.teacher.absolute(), args.items, args.overrides))
+        result = {"benchmark": "distill", "overrides": args.overrides, "teacher_accuracy": taught, **over_seeds(rows)}
+        publish({**result, "seeds": rows}, args.out)
 
 
 if __name__ == "__main__":
