@@ -107,5 +107,5 @@ def test_the_command_line_explains(capsys):
     assert "kind: sft" in out and "  thinking_field: null  # the column with the reasoning" in out
     assert cli.main(["show", "eval", "task.type=medqa", "task.path=x.jsonl"]) == 0
     assert "  path: x.jsonl\n" in capsys.readouterr().out
-    with pytest.raises(UserError, match="grpo, eval show what a command does"):
+    with pytest.raises(UserError, match="grpo, eval, distill show what a command does"):
         show_recipe(None)

@@ -22,6 +22,7 @@ OF_TEXT = {  # what only supervised training logs
     "train/loss", "train/perplexity", "train/bits_per_byte", "train/stage", "train/seq_len", "train/batch_tokens",
     "train/unlearned_steps", "perf/tokens_per_second", "perf/data_ms", "eval/loss", "eval/train_gap", "eval/bits_per_byte",
     "eval/token_accuracy", "eval/<set>/loss", "eval/<set>/bits_per_byte", "eval/<set>/token_accuracy",
+    "distill/kl",
 }  # fmt: skip
 AREAS = ("train/", "grad/", "update/", "model/", "data/", "eval/", "perf/")
 UNREADABLE = "eval/<split>_unparsed_frac"  # the small exam of training counts right answers alone
