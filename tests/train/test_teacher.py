@@ -128,7 +128,7 @@ def test_deepspeed_knows_no_teacher():
         (["model.vocab_size=600"], "a vocabulary of 512 tokens and the model to train one of 600: set model.vocab_size=512"),
         (["seq_len=128", "teacher.path=SHORT"], "reads 64 tokens (max_seq_len), and a row has seq_len 128"),
         (["init_from=CLINIC"], "has another tokenizer (512 tokens, fingerprint "),
-        (["teacher.path=TORN"], "teacher.path=TORN: There is no good checkpoint in TORN"),
+        (["teacher.path=TORN"], "teacher.path=TORN: No checkpoint in TORN"),
     ],
 )
 def test_a_teacher_that_cannot_teach_is_refused_with_both_named(
