@@ -112,4 +112,4 @@ def test_what_cannot_become_rows_is_refused_in_words(runs, clinic_runs, tmp_path
     shutil.copytree(runs.sft, tmp_path / "torn")
     for saved in (tmp_path / "torn" / "checkpoints").glob("step-*"):
         (saved / "model.safetensors").write_bytes(b"torn")
-    assert "There is no good checkpoint" in refused(tmp_path / "torn", *task, *out)
+    assert "No checkpoint in " in refused(tmp_path / "torn", *task, *out)
