@@ -172,7 +172,7 @@ COMMANDS: tuple[Command, ...] = (
         "osler pipeline textbooks/medqa root=shared/data --run runs/medqa",
         "osler.pipeline.run:run",
         (RECIPE, *RUN_FOLDER),
-        "Finished stages are skipped. --dry-run shows every stage, and finds what a later one would miss: a file, room in the model.",
+        "Finished stages are skipped. --dry-run shows every stage, and finds what a later one would miss, such as a file.",
     ),
     Command("recipes", "List the recipes: name, parameters, what it is", "osler recipes", "osler.cli.show:list_recipes"),
     Command(
