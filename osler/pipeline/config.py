@@ -25,6 +25,7 @@ from osler.train.config import TrainConfig
 FILES = ("path", "shots_path", "ids")  # keys of files that are looked for in `root`
 OWN_FOLDERS = ("answers", "checkpoints", "trackers")  # in the folder of a pipeline; no stage may be named so
 ACCURACY = "accuracy="
+SHOWN = ("steps", "completions", "parameters")  # of the numbers of a stage
 
 
 @config
@@ -65,9 +66,9 @@ class PipelineConfig:
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in OWN_FIELDS}
 
     def numbers(self) -> dict[str, str]:
-        """Return what follows from each stage that trains, for a person."""
-        trained = {name: stage for name, stage in self.stages.items() if not isinstance(stage, ExamStage)}
-        return {name: "; ".join(f"{what} {value}" for what, value in of.numbers().items()) for name, of in trained.items()}
+        """Return how long each stage that trains is, for a person."""
+        trained = {name: stage.numbers() for name, stage in self.stages.items() if not isinstance(stage, ExamStage)}
+        return {name: "; ".join(f"{what} {of[what]}" for what in SHOWN if what in of) for name, of in trained.items()}
 
     def __post_init__(self) -> None:
         if not self.stages:
