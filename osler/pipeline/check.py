@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from osler.checkpoint import store
@@ -27,7 +28,8 @@ from osler.tasks.item import shared_questions
 from osler.tokenizer.config import BPEConfig
 from osler.train.config import TrainConfig
 from osler.train.run import JOB as SUPERVISED
-from osler.train.setup import tokenizer_at_hand
+from osler.train.setup import fitted, tokenizer_at_hand
+from osler.train.teacher import check_teacher, described_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,8 @@ def check_stage(pipeline: PipelineConfig, name: str, run: RunFolder) -> None:
         return
     check_trackers(stage.monitor)
     is_fitted = isinstance(stage, TrainConfig) and isinstance(stage.data, PreparedData) and stage.init_from is not None
+    if isinstance(stage, TrainConfig) and stage.init_from is not None:
+        stage = replace(stage, teacher=None)  # it was compared with the origin, too
     if not is_fitted:  # such shards were compared with the origin
         JOBS[type(stage)].check(stage, RunFolder(run.root / name), None)
     if isinstance(stage, GrpoConfig) and stage.eval_task is not None:
@@ -85,7 +89,9 @@ def origin_of(pipeline: PipelineConfig, text: str, run: RunFolder) -> Origin:
         return Origin(str(found), described_model(loaded), None, tokenizer_of(loaded).fingerprint)
     assert isinstance(stage, TrainConfig)
     tokenizer = tokenizer_at_hand(stage)
-    return Origin(f"the stage {name}", stage.model, stage, "" if tokenizer is None else tokenizer.fingerprint)
+    if tokenizer is None:
+        return Origin(f"the stage {name}", stage.model, stage, "")
+    return Origin(f"the stage {name}", fitted(stage.model, tokenizer), stage, tokenizer.fingerprint)
 
 
 def check_fit(stage: Any, origin: Origin) -> None:
@@ -99,6 +105,8 @@ def check_fit(stage: Any, origin: Origin) -> None:
             if shards.fingerprint != origin.tokenizer:
                 begins = origin.place if origin.tokenizer else f"{origin.place}, which is yet to be trained"
                 raise UserError(f"the shards in {stage.data.path} were made with another tokenizer than that of {begins}.")
+        if stage.teacher is not None:
+            check_teacher(described_teacher(stage.teacher), origin.model, origin.tokenizer, stage.seq_len)
         begin = origin.stage
         for key, given, usual, there in (
             ("model", stage.model, ModelConfig(), begin and begin.model),

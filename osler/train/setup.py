@@ -78,7 +78,7 @@ def check_distillation(config: TrainConfig, start: store.Loaded | None) -> None:
     tokenizer = tokenizer_at_hand(config) if start is None else tokenizer_of(start)
     assert tokenizer is not None  # without another it is the teacher's
     student = fitted(config.model if start is None else described_model(start), tokenizer)
-    check_teacher(described_teacher(config.teacher), student, tokenizer, config.seq_len)
+    check_teacher(described_teacher(config.teacher), student, tokenizer.fingerprint, config.seq_len)
 
 
 def check_disk_budget(config: TrainConfig) -> None:

@@ -63,7 +63,7 @@ def open_teacher(
     if config.teacher is None:
         return None
     described = described_teacher(config.teacher)
-    check_teacher(described, student, tokenizer, config.seq_len)
+    check_teacher(described, student, tokenizer.fingerprint, config.seq_len)
     fingerprint = fingerprint_of(described.path)
     if start is not None:
         check_fingerprints(start, {"teacher": fingerprint})
@@ -78,14 +78,18 @@ def described_teacher(config: TeacherConfig) -> store.Loaded:
         raise UserError(f"teacher.path={config.path}: {error}") from error
 
 
-def check_teacher(teacher: store.Loaded, student: ModelConfig, tokenizer: Tokenizer, seq_len: int) -> None:
-    """Raise UserError for a teacher that cannot teach: another tokenizer or vocabulary, or a context shorter than a row."""
+def check_teacher(teacher: store.Loaded, student: ModelConfig, tokenizer: str, seq_len: int) -> None:
+    """Raise UserError for a teacher that cannot teach: another tokenizer or vocabulary, or a context shorter than a row.
+
+    ``tokenizer`` is the fingerprint of the student's, empty while it is yet to be trained.
+    """
     shape, other = described_model(teacher), tokenizer_of(teacher)
-    if other.fingerprint != tokenizer.fingerprint:
+    if other.fingerprint != tokenizer:
+        own = f"fingerprint {tokenizer}" if tokenizer else "yet to be trained"
         raise UserError(
             f"The teacher {teacher.path} has another tokenizer ({other.vocab_size:,} tokens, fingerprint {other.fingerprint}) "
-            f"than the model to train ({tokenizer.vocab_size:,} tokens, fingerprint {tokenizer.fingerprint}), so it predicts "
-            "other tokens. A new run without tokenizer.path, init_from and prepared shards takes the teacher's."
+            f"than the model to train ({own}), so it predicts other tokens. A new run without tokenizer.path, init_from and "
+            "prepared shards takes the teacher's."
         )
     if shape.vocab_size != student.vocab_size:
         raise UserError(
