@@ -221,10 +221,13 @@ class Pipeline:
     def sit(self, stage: ExamStage, label: str, checkpoint: Path) -> list[ScoredExam]:
         scores = sit(stage, open_model(checkpoint, device=stage.device), label, self.run)
         save_scores(self.run, label, scores)
+        samples: list[dict[str, Any]] = []
         for score in scores:
             logger.info(f"{label}, {score.split}: {score.accuracy:.1%} [{score.low:.1%}, {score.high:.1%}] of {score.n}")
-            for result in score.results[: max(1, SAMPLES_SHOWN // len(scores))]:
-                jsonl.append(self.run.samples, asdict(result.sample(label)))
+            samples += [asdict(result.sample(label)) for result in score.results[: max(1, SAMPLES_SHOWN // len(scores))]]
+        again = {(label, sample["id"]) for sample in samples}  # if the exam was interrupted, they are in the file
+        kept = [row for row in jsonl.read(self.run.samples)[0] if (row.get("stage"), row.get("id")) not in again]
+        write_atomic(self.run.samples, "".join(map(jsonl.to_line, [*kept, *samples])))
         return scores
 
     def compare(self, stage: ExamStage, scores: dict[str, list[ScoredExam]]) -> None:

@@ -90,6 +90,7 @@ def test_the_same_command_again_does_what_is_not_finished_and_no_more(
     shown = capsys.readouterr().err
     assert "── exam" in shown and "── grpo" not in shown
     assert (moved / "exams.json").read_bytes() == exams
+    assert (moved / "samples.jsonl").read_bytes() == (finished / "samples.jsonl").read_bytes(), "each checkpoint's samples once"
     assert run(None, run_dir=str(moved), resume=True) == 0
 
 
@@ -138,3 +139,14 @@ def test_an_interrupted_stage_goes_on_to_the_same_bits(finished: Path, tmp_path:
         assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
     step = Path("grpo", "checkpoints", "step-000000001", "model.safetensors")
     assert (tmp_path / step).read_bytes() == (finished / step).read_bytes()
+
+
+def test_a_stage_that_starts_from_another_may_have_a_teacher_with_its_tokenizer(finished: Path, tmp_path: Path, capsys) -> None:
+    recipe = tmp_path / "mine.yaml"
+    tokenizer = {"path": str(finished / "pretrain" / "tokenizer.json")}
+    taught = {"kind": "sft", "init_from": "read", "teacher": {"path": str(finished / "sft")}}
+    first = {"kind": "pretrain", "model": {"vocab_size": 600, "max_seq_len": 512}, "tokenizer": tokenizer}
+    recipe.write_text(json.dumps({"kind": "pipeline", "read": first, "learn": taught}))
+    assert run(str(recipe), run_dir=str(tmp_path / "run"), dry_run=True) == 0
+    with pytest.raises(UserError, match=r"stage learn: The teacher .* another tokenizer .* \(yet to be trained\)"):
+        run(str(recipe), ["read.tokenizer={vocab_size: 600}"], run_dir=str(tmp_path / "run"), dry_run=True)
