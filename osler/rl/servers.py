@@ -70,6 +70,7 @@ class RolloutServers:
         self._name, self._count = uuid.uuid4().hex[:8], 0  # another run on the same servers has another name
         self._written: Callable[[], object] = lambda: None  # the model whose weights are in the folder, while it lives
         self._given_up = threading.Event()
+        weakref.finalize(self, _remove, self.folder, self._name)  # at the end of the process, too
 
     @property
     def version(self) -> str:
@@ -103,9 +104,7 @@ class RolloutServers:
             ]
             return [row for group in groups for row in group.result()]
         except BaseException:  # a start that is refused leaves nothing behind
-            shutil.rmtree(self.folder / self.version, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                self.folder.rmdir()
+            _remove(self.folder, self._name)
             self._written = lambda: None
             raise
         finally:
@@ -115,6 +114,8 @@ class RolloutServers:
     def _write(self) -> None:
         """Write the model's weights into a new folder, and delete the folder of the weights before."""
         before, model = self.folder / self.version, self.engine.model
+        if not self._count and self.config.weights_dir is None:
+            shutil.rmtree(self.folder, ignore_errors=True)  # of a process of this run that was killed
         self._count += 1
         (self.folder / self.version).mkdir(parents=True)
         write_tensors(self.folder / self.version / WEIGHTS_FILE, qwen3_weights(model.config, model.state_dict()))
@@ -227,6 +228,14 @@ class RolloutServers:
             ) from error
         except (OSError, HTTPException, ValueError) as error:
             raise Unavailable(f"cannot be reached at {path} ({getattr(error, 'reason', error)})") from error
+
+
+def _remove(folder: Path, name: str) -> None:
+    """Delete the weights that one process wrote, and their folder if no other has some in it."""
+    for weights in folder.glob(f"{name}-*"):
+        shutil.rmtree(weights, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 _OPENER = build_opener(ProxyHandler({}))  # servers are next door, and a proxy outside

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from dataclasses import replace
@@ -76,6 +77,7 @@ def assert_same(worker, other, step):
 
 def test_servers_draw_what_the_engine_draws_with_the_newest_weights(make_worker, serve, tmp_path):
     first, second = serve(), serve()
+    (tmp_path / "rollout-weights" / "of-a-killed-process").mkdir(parents=True)
     worker, engine = make_worker(first.url, second.url), make_worker()
     for step in range(2):
         assert_same(worker, engine, step)
@@ -84,6 +86,9 @@ def test_servers_draw_what_the_engine_draws_with_the_newest_weights(make_worker,
     assert len(first.groups) >= 2 * 3 and len(second.groups) >= 2 * 2
     assert first.log.count("/collective_rpc") == second.log.count("/collective_rpc") == 2, "weights travel once a step"
     assert len(list((tmp_path / "rollout-weights").iterdir())) == 1
+    del worker
+    gc.collect()
+    assert list(tmp_path.iterdir()) == [], "weights stay behind"
 
 
 def test_a_server_that_dies_and_comes_back_with_old_weights_changes_nothing(make_worker, serve):
