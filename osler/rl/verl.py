@@ -27,7 +27,7 @@ from osler.optim.config import AdamWConfig
 from osler.optim.schedule import ConstantConfig, CosineConfig, warmup_of
 from osler.rl.config import GrpoConfig
 from osler.rl.rollout import Prompt, RlTask, step_prompts
-from osler.rl.run import check_start, load_tasks
+from osler.rl.run import check_held_out, check_start, load_tasks
 from osler.runtime.files import write_atomic
 from osler.tasks.item import ExamItem, render_answer, render_question
 from osler.tasks.rewards import reward_of
@@ -51,12 +51,14 @@ def write(recipe: str | None, overrides: Sequence[str], out: str) -> int:
     check_start(config)
     start, folder = load_model(config.init_from), Path(out).absolute()
     tasks = load_tasks(config, start)
+    exam = load_task(config.eval_task) if config.eval_task is not None else []
+    check_held_out(tasks, exam)
     write_model(config.init_from, str(folder / "model"))
     count, balanced = config.algorithm.prompts_per_step, config.algorithm.balanced_letters
     steps = (step_prompts(tasks, config.seed, step, count, balanced=balanced) for step in range(config.steps))
     prompts = [prompt for asked in steps for prompt in asked]
     write_rows(folder / "train.parquet", prompts, config)
-    exam = load_task(config.eval_task) if config.eval_task is not None else [prompt.item for prompt in prompts[:1]]
+    exam = exam or [prompt.item for prompt in prompts[:1]]
     validation = RlTask("validation", tuple(exam), tasks[0].rewards, reasoning=tasks[0].reasoning)
     write_rows(folder / "validation.parquet", [Prompt(validation, item) for item in exam], config)
     write_atomic(folder / "reward.py", REWARD_FILE)

@@ -42,6 +42,8 @@ def test_verl_is_given_the_questions_of_every_step_and_their_rewards(runs, tmp_p
     assert options["data.max_response_length"] == "32" and options["actor_rollout_ref.rollout.n"] == "8"
     assert options["algorithm.norm_adv_by_std_in_grpo"] == "False" and options["actor_rollout_ref.rollout.top_k"] == "-1"
     assert "# verl has no counterpart of algorithm.quality" in script and "algorithm.quality" in capsys.readouterr().out
+    assert main(["export", "verl", *fields, "eval_task.split=train", "--out", str(tmp_path / "both")]) == 2
+    assert "are also in eval_task" in capsys.readouterr().err and not (tmp_path / "both").exists()
 
 
 def test_options_without_a_counterpart_are_named(tmp_path):
