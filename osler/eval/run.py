@@ -220,7 +220,9 @@ def parts(config: ExamSettings) -> dict[str, Any]:
             continue
         name = f"{task.exam} {task.split}".strip() + (f", {task.fold}" if task.fold != "all" else "")
         name += (f", {task.shots} shots" if task.shots else "") + (", plain prompt" if config.prompt == "plain" else "")
-        named[name if name not in named else f"{name} {task.path}"] = task
+        if name in named and (name := f"{name} {task.path}") in named:
+            raise UserError(f"The exam {name} is given twice: give each a split of its own, which names it in tables.")
+        named[name] = task
     return named
 
 

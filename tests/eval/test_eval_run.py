@@ -256,6 +256,9 @@ def test_a_task_without_type_is_the_clinic_with_some_fields_changed():
     for limited in ("task.limit=5", "tasks=[{type: medqa, path: a.jsonl, limit: 5}]"):
         with pytest.raises(UserError, match="subset and limit both say how many"):
             config_of([limited, "subset=9"])
+    twice = "{type: medqa, path: a.jsonl, split: dev}"
+    with pytest.raises(UserError, match=r"medqa dev a\.jsonl is given twice"):
+        parts(config_of([f"tasks=[{twice}, {twice}, {twice}]"]))
 
 
 def test_an_exam_is_known_by_its_name(runs, tmp_path, capsys):
