@@ -303,6 +303,11 @@ def open_exam(exam: ExamFile, root: str, key: str) -> Exam:
     if exam.name not in EXAMS:
         raise UserError(f"{key}.name={exam.name} is no exam that Osler knows{nearest(exam.name, list(EXAMS))}")
     kind, subset, split = examined(exam.name)
+    if exam.split not in ("", split, SCHEMAS[kind].split):
+        raise UserError(
+            f"{key}.split={exam.split}: an exam by name is the split that models are examined with ({SCHEMAS[kind].split}). For "
+            f"another give its file: {key}.type={exam.name} {key}.path=FILE."
+        )
     root = exam.root or root
     data = HubData(name=exam.name, subset=subset, split=split, revision=exam.revision, path=exam.path, root=root)
     commit, files = named_files(data, key)
