@@ -148,5 +148,6 @@ def test_a_stage_that_starts_from_another_may_have_a_teacher_with_its_tokenizer(
     first = {"kind": "pretrain", "model": {"vocab_size": 600, "max_seq_len": 512}, "tokenizer": tokenizer}
     recipe.write_text(json.dumps({"kind": "pipeline", "read": first, "learn": taught}))
     assert run(str(recipe), run_dir=str(tmp_path / "run"), dry_run=True) == 0
+    own = ["read.tokenizer.path=null", "read.tokenizer.vocab_size=600"]
     with pytest.raises(UserError, match=r"stage learn: The teacher .* another tokenizer .* \(yet to be trained\)"):
-        run(str(recipe), ["read.tokenizer={vocab_size: 600}"], run_dir=str(tmp_path / "run"), dry_run=True)
+        run(str(recipe), own, run_dir=str(tmp_path / "run"), dry_run=True)
