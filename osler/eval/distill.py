@@ -31,7 +31,7 @@ from osler.ops.sampling_params import SamplingParams
 from osler.records import jsonl
 from osler.records.answers import AnswerLog
 from osler.runtime.errors import UserError
-from osler.runtime.files import fingerprint, write_atomic, write_json
+from osler.runtime.files import fingerprint, locked, write_atomic, write_json
 from osler.runtime.log import Progress
 from osler.runtime.world import require_one_process
 from osler.tasks.item import permute, plain, render_question
@@ -48,6 +48,8 @@ def run(checkpoint: str, out: str, overrides: Sequence[str] = ()) -> str:
     check_task(config.task, "task")
     if rows_file.suffix != ".jsonl" or not rows_file.absolute().parent.is_dir():
         raise UserError(f"--out {out}: give a file that ends with .jsonl, in a folder that is there.")
+    if rows_file.exists() and not rows_file.with_suffix(".summary.json").exists():
+        raise UserError(f"--out {out} is there, and no `osler distill` wrote it: give a file of another name.")
     ready = open_model(checkpoint, device=config.device, which=config.which)
     if not ready.answers_questions:
         raise UserError(f"{ready.path} was trained on text alone and never learned to answer: `osler sft` teaches it first.")
@@ -68,10 +70,12 @@ def run(checkpoint: str, out: str, overrides: Sequence[str] = ()) -> str:
     # Everything that the answers depend on; the path of the teacher does not belong to it.
     identity = fingerprint([teacher["fingerprint"], [asdict(item) for item in shown], encode(sampling), reasoning])
     head = {"exam": exam, "asked": len(shown), "identity": identity}
+    answers_file = rows_file.with_suffix(".answers.jsonl")
     with Progress(len(shown), "answers", label="distill") as progress:
-        answers = AnswerLog(rows_file.with_suffix(".answers.jsonl"), head, progress.update, takes_finished=True)
+        answers = AnswerLog(answers_file, head, progress.update, lasting=True)
         engine = InferenceEngine(ready.model, max_rows=config.rows)
-        score = score_by_generation(engine, ready.tokenizer, shown, sampling, reasoning=reasoning, answers=answers)
+        with locked(answers_file, "--out"):
+            score = score_by_generation(engine, ready.tokenizer, shown, sampling, reasoning=reasoning, answers=answers)
     completions = [parse_completion(ready.tokenizer, answers.outputs[n], reasoning=reasoning) for n in range(len(shown))]
     rows, questions, fates = select(score.results, completions, config, exam, reasoning=reasoning)
     write_json(

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from osler.records import jsonl
 from osler.records.results import SampledAnswer
 from osler.records.values import as_dict, as_text, from_json
+from osler.runtime.errors import UserError
 from osler.runtime.files import write_atomic
 
 logger = logging.getLogger(__name__)
@@ -28,8 +29,9 @@ logger = logging.getLogger(__name__)
 class AnswerLog:
     """The outputs of a model so far, by the number of the question. They are kept in a file too if there is a ``path``.
 
-    After each answer ``tell`` is called with the number of answers. A file that has all of them is begun again, unless it
-    ``takes_finished`` ones.
+    After each answer ``tell`` is called with the number of answers. A file that has all of them, or that has others, is begun
+    again, and one that cannot be written is done without. A ``lasting`` file is what the command is for: full, it is taken as it
+    is; with other answers it is refused with UserError; where it cannot be written OSError is raised.
     """
 
     def __init__(
@@ -38,18 +40,23 @@ class AnswerLog:
         head: Mapping[str, Any] | None = None,
         tell: Callable[[int], None] | None = None,
         *,
-        takes_finished: bool = False,
+        lasting: bool = False,
     ) -> None:
         self.outputs: dict[int, list[Any]] = {}
-        self._path, self._tell = path, tell
+        self._path, self._tell, self._lasting = path, tell, lasting
         if path is None or head is None:
             return
         first, *rows = jsonl.read(path)[0] or [{}]
         known = {row["number"]: row["output"] for row in rows if {"number", "output"} <= row.keys()} if first == head else {}
-        if 0 < len(known) < head["asked"] + takes_finished:
+        if lasting and rows and first != head:
+            raise UserError(
+                f"{path} has {len(rows):,} answers of another model, to other questions or with other settings, which would be "
+                "lost: name another file to write, or delete this one."
+            )
+        if 0 < len(known) < head["asked"] + lasting:
             self.outputs = known
             logger.info(f"Going on after {len(known):,} of {head['asked']:,} answers, which {path} has.")
-        else:
+        elif first != head or not lasting:  # another process may have just begun a lasting one
             self._write(lambda to: write_atomic(to, jsonl.to_line(head)))
 
     def add(self, number: int, output: list[Any], read: SampledAnswer) -> None:
@@ -67,6 +74,8 @@ class AnswerLog:
             self._path.parent.mkdir(exist_ok=True)
             write(self._path)
         except OSError as error:
+            if self._lasting:
+                raise
             logger.warning(f"{self._path} cannot be written ({error.strerror}); an interrupted exam would begin anew.")
             self._path = None
 

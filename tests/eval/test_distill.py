@@ -9,6 +9,7 @@ from osler.cli import main as cli
 from osler.eval.config import DistillConfig
 from osler.eval.distill import questions_of, select
 from osler.eval.score import Result
+from osler.runtime.files import locked
 from osler.tasks.config import MedqaTask
 from osler.tasks.item import ExamItem
 from osler.tasks.registry import ClinicTask
@@ -87,6 +88,12 @@ def test_a_teacher_writes_rows_that_sft_learns_and_goes_on_where_it_was_stopped(
     assert osler(*command, "--out", cut) == 0 and "Going on after 19 of 48 answers" in capsys.readouterr().err
     assert cut.read_bytes() == whole.read_bytes()
     assert osler(*command, "keep=1", "--out", cut) == 0 and "Going on after 48 of 48 answers" in capsys.readouterr().err
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert osler(*command, "seed=1", "--out", cut) == 2
+    assert "cut.answers.jsonl has 48 answers of another model, to other questions" in capsys.readouterr().err
+    with locked(cut.with_suffix(".answers.jsonl")):
+        assert osler(*command, "--out", cut) == 2 and "Another process is at work on" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
     kept = [json.loads(line)["id"] for line in cut.read_text().splitlines()]
     assert sorted(set(kept)) == sorted(kept) and set(kept) == {row["id"] for row in rows}
     learn = ["sft", f"init_from={runs.sft}", "data.type=turns", f"data.path={whole}", "data.thinking_field=thinking"]
@@ -94,7 +101,7 @@ def test_a_teacher_writes_rows_that_sft_learns_and_goes_on_where_it_was_stopped(
     assert osler(*learn, *fields, "--run", tmp_path / "learned") == 0
 
 
-def test_what_cannot_become_rows_is_refused_in_words(runs, clinic_runs, tmp_path, capsys):
+def test_what_cannot_become_rows_is_refused_in_words(runs, clinic_runs, tmp_path, capsys, fault):
     task, out = ["task.type=clinic", "task.split=train", "task.limit=2"], ["--out", str(tmp_path / "rows.jsonl")]
 
     def refused(*words):
@@ -104,6 +111,12 @@ def test_what_cannot_become_rows_is_refused_in_words(runs, clinic_runs, tmp_path
     assert "trained on text alone and never learned to answer" in refused(clinic_runs / "textbook", *task, *out)
     assert "give a file that ends with .jsonl" in refused(runs.sft, *task, "--out", tmp_path / "rows.txt")
     assert "give a file that ends with .jsonl" in refused(runs.sft, *task, "--out", tmp_path / "gone" / "rows.jsonl")
+    own = tmp_path / "own.jsonl"
+    own.write_text("{}\n")
+    assert "no `osler distill` wrote it: give a file of another name" in refused(runs.sft, *task, "--out", own)
+    fault("write-atomic:enospc")
+    assert "Free some of the disk" in refused(runs.sft, *task, *out) and not (tmp_path / "rows.summary.json").exists()
+    fault("nowhere:crash")
     assert "is no folder" in refused(tmp_path / "gone", *task, *out) and "task" in refused(runs.sft, *out)
     assert "temperature above 0" in refused(runs.sft, *task, "temperature=0", *out)
     told = refused(runs.sft, *task, "max_new_tokens=1", *out)
