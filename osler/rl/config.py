@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import field
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from osler.config.schema import (
     TAGGED,
@@ -137,12 +138,21 @@ class ServerRollout:
     retry_seconds: PositiveFloat = 300.0  # how long a server that cannot be reached is waited for, while it starts anew
 
     def __post_init__(self) -> None:
-        wrong = [url for url in self.urls if not re.fullmatch(r"https?://[^/\s?#]+", url)]
+        wrong = [url for url in self.urls if not _is_address(url)]
         if wrong or not self.urls or len(set(self.urls)) < len(self.urls):
             raise ValueError(
                 f"urls {wrong or list(self.urls)}: give the address of each server once, such as http://localhost:8000, without "
                 "a path"
             )
+
+
+def _is_address(url: str) -> bool:
+    """Return whether a URL names a host, perhaps with a port, and nothing else."""
+    try:
+        parts = urlsplit(url)
+        return re.fullmatch(r"https?://[^/\s?#@]+", url) is not None and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of a port that is no number, or too large
+        return False
 
 
 @config

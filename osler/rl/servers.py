@@ -152,7 +152,7 @@ class RolloutServers:
                 if asked():  # without the server the step cannot be finished
                     raise KeyboardInterrupt from None
                 wait = min(2 * wait, LONGEST_WAIT_SECONDS)
-            except (LookupError, TypeError) as error:
+            except (LookupError, TypeError, AttributeError) as error:
                 raise UserError(f"The rollout server {server.url} answers in another form than vLLM: {error!r}.") from error
 
     def _give_weights(self, server: _Server, prompt: list[int]) -> None:
@@ -217,9 +217,11 @@ class RolloutServers:
         request = Request(server.url + path, data, {"Content-Type": "application/json"})
         try:
             with _OPENER.open(request, timeout=self.config.timeout_seconds) as answer:
-                return dict(json.loads(answer.read() or b"{}"))
+                told = answer.read()
         except HTTPError as error:
-            said = error.read(1000).decode("utf-8", "replace").strip()
+            said = ""
+            with contextlib.suppress(OSError, HTTPException):  # it may break off in the middle of that, too
+                said = error.read(1000).decode("utf-8", "replace").strip()
             if error.code in TRANSIENT and error.code != final:
                 raise Unavailable(f"answered {path} with {error.code} ({said})") from error
             raise UserError(
@@ -228,6 +230,10 @@ class RolloutServers:
             ) from error
         except (OSError, HTTPException, ValueError) as error:
             raise Unavailable(f"cannot be reached at {path} ({getattr(error, 'reason', error)})") from error
+        try:
+            return dict(json.loads(told or b"{}"))
+        except ValueError as error:  # another server, or a proxy in between
+            raise Unavailable(f"answers {path} without JSON ({told.decode('utf-8', 'replace').strip():.80})") from error
 
 
 def _remove(folder: Path, name: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import socket
 import threading
 import time
 from dataclasses import replace
@@ -183,9 +185,37 @@ def test_a_server_that_is_silent_or_gone_ends_the_run_in_time_and_a_request_to_s
     server.start()
 
 
+@pytest.mark.parametrize(
+    ("raw", "told"),
+    [
+        (b"200 OK\r\nContent-Length: 6\r\n\r\n<html>", r"answers /weight_info without JSON \(<html>\)"),
+        (b"500 no\r\nContent-Length: 99\r\n\r\n", r"answered /weight_info with 500 \(\)"),
+        (b"200 OK\r\nContent-Length: 2\r\n\r\n[]"[:-1], "cannot be reached at /weight_info"),
+    ],
+    ids=["page", "error that breaks off", "answer that breaks off"],
+)
+def test_what_is_no_answer_of_vllm_is_told(make_worker, raw, told):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer():
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listening.accept()
+                    connection.recv(65536)
+                    connection.sendall(b"HTTP/1.1 " + raw)
+                    held.append(connection)
+
+        held = []
+        threading.Thread(target=answer, daemon=True).start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        with pytest.raises(UserError, match=told):
+            make_worker(url, timeout_seconds=0.1, retry_seconds=0.1).step(0)
+
+
 def test_configs_that_cannot_be_meant_are_refused():
     start = {"kind": "grpo", "init_from": "run"}
-    for urls in ([], ["localhost:8000"], ["http://a:1/v1"], ["http://a:1", "http://a:1"]):
+    unusable = ["localhost:8000", "http://a:1/v1", "http://a:80O0", "http://a:80000", "http://:80", "http://[::1", "http://me:x@a:1"]
+    for urls in ([], ["http://a:1", "http://a:1"], *([url] for url in unusable)):
         with pytest.raises(UserError, match="urls"):
             decode(GrpoConfig, {**start, "rollout": {"type": "server", "urls": urls}})
     with pytest.raises(UserError, match="top_p"):
