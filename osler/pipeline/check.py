@@ -72,7 +72,8 @@ def _find_outside(text: str, names: list[str]) -> None:
         store.resolve(text)
     except (UserError, OSError) as error:
         guess = nearest(text.partition("@")[0], names)
-        raise UserError(f"{text} is no earlier stage{guess} And no run or checkpoint either: {error}") from error
+        end = "" if guess.endswith("?") else "."
+        raise UserError(f"{text} is no earlier stage{guess}{end} And no run or checkpoint either: {error}") from error
 
 
 def origin_of(pipeline: PipelineConfig, text: str, run: RunFolder) -> Origin:

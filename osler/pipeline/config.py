@@ -171,7 +171,7 @@ def pipeline_class(recipe: Mapping[str, Any], source: str = "") -> type[Pipeline
         if name not in known:
             close = nearest(name, [*OWN_FIELDS, *known])
             raise UserError(f"{source}: {name}: unknown key, and no stage, which has a `kind`{close}")
-        if stage["kind"] not in STAGES:
+        if stage["kind"] not in list(STAGES):  # a list, as a kind of any type may be given
             kinds = ", ".join(STAGES)
             raise UserError(f"{source}: {name}.kind: should be one of {kinds}, given {shown(stage['kind'])}")
         if not re.fullmatch(r"[A-Za-z]\w*(-\w+)*", name) or name in OWN_FOLDERS:

@@ -97,6 +97,7 @@ def test_each_stage_is_explained():
         ("taech.total_tokens=5", "taech: unknown key, and no stage, which has a `kind`; did you mean `teach`?"),
         ("teach.total_token=5", "teach.total_token: unknown key; did you mean `teach.total_tokens`?"),
         ("teach.kind=distil", "teach.kind: should be one of pretrain, sft, grpo, exam"),
+        ("teach.kind=[sft]", "teach.kind: should be one of pretrain, sft, grpo, exam"),
         ("answers={kind: sft}", "answers: a stage has a folder of its name"),
         ("read.init_from=teach", "read refers to teach, which is not an earlier stage"),
         ("exam.of={a: exam}", "exam refers to exam, which is not an earlier stage"),
@@ -118,6 +119,7 @@ def test_a_mistake_in_a_recipe_is_told(fields, told):
     ("fields", "told"),
     [
         ("teach.init_from=raed", "stage teach: raed is no earlier stage; did you mean `read`? And no run or checkpoint either"),
+        ("teach.init_from=gone@best", "gone@best is no earlier stage; known: read. And no run or checkpoint either: gone@best is no"),
         ("teach.seq_len=4096", "stage teach: seq_len 4096 is longer than the 2048 tokens (max_seq_len) of the model"),
         ("teach.model.num_layers=9", "stage teach: model differs from that of the stage read, with which this stage goes on"),
         ("teach.tokenizer.vocab_size=300", "stage teach: tokenizer differs from that of the stage read"),
