@@ -119,7 +119,10 @@ def test_a_mistake_in_a_recipe_is_told(fields, told):
     ("fields", "told"),
     [
         ("teach.init_from=raed", "stage teach: raed is no earlier stage; did you mean `read`? And no run or checkpoint either"),
-        ("teach.init_from=gone@best", "gone@best is no earlier stage; known: read. And no run or checkpoint either: gone@best is no"),
+        (
+            "teach.init_from=gone@best",
+            "gone@best is no earlier stage; known: read. And no run or checkpoint either: gone@best is no",
+        ),
         ("teach.seq_len=4096", "stage teach: seq_len 4096 is longer than the 2048 tokens (max_seq_len) of the model"),
         ("teach.model.num_layers=9", "stage teach: model differs from that of the stage read, with which this stage goes on"),
         ("teach.tokenizer.vocab_size=300", "stage teach: tokenizer differs from that of the stage read"),

@@ -214,7 +214,15 @@ def test_what_is_no_answer_of_vllm_is_told(make_worker, raw, told):
 
 def test_configs_that_cannot_be_meant_are_refused():
     start = {"kind": "grpo", "init_from": "run"}
-    unusable = ["localhost:8000", "http://a:1/v1", "http://a:80O0", "http://a:80000", "http://:80", "http://[::1", "http://me:x@a:1"]
+    unusable = [
+        "localhost:8000",
+        "http://a:1/v1",
+        "http://a:80O0",
+        "http://a:80000",
+        "http://:80",
+        "http://[::1",
+        "http://me:x@a:1",
+    ]
     for urls in ([], ["http://a:1", "http://a:1"], *([url] for url in unusable)):
         with pytest.raises(UserError, match="urls"):
             decode(GrpoConfig, {**start, "rollout": {"type": "server", "urls": urls}})
