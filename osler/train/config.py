@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from osler.config.schema import TAGGED, Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Seed, config
+from osler.config.schema import TAGGED, Fraction, Ge, Le, NonNegativeInt, PositiveFloat, PositiveInt, Seed, config
 from osler.data.config import (
     FIRST_SHARD_TOKENS,
     VALIDATION_TOKENS,
@@ -69,7 +69,7 @@ class TeacherConfig:
 
     path: str  # run folder or checkpoint of the teacher, a model with the same tokenizer
     weight: Fraction = 0.5  # share of the KL in the loss; 0 learns the text alone, 1 the teacher alone
-    temperature: PositiveFloat = 1.0  # divides the logits of both; above 1, unlikely words count for more
+    temperature: Annotated[float, Ge(0.01), Le(100)] = 1.0  # divides the logits of both; above 1, unlikely words count for more
 
 
 @config

@@ -6,12 +6,14 @@ import pytest
 import torch
 from run_folders import STOPPED, assert_same_tensors, logged, untimed
 
+from osler.config.schema import decode
 from osler.inference.load import load_model
 from osler.ops.distillation import Mix, distillation_reference
 from osler.optim.build import build_optimizer
 from osler.parallel.config import DeepSpeedConfig, NoParallelConfig
 from osler.parallel.parallelize import parallelize
 from osler.runs.process import Learner, Machine
+from osler.runtime.errors import UserError
 from osler.runtime.world import World
 from osler.train.batches import make_loader
 from osler.train.config import TeacherConfig, TrainConfig
@@ -113,6 +115,12 @@ def test_the_teacher_of_a_run_that_has_begun_is_refused_when_it_is_another(disti
     assert distil(run, "teacher.weight=0.9") == 2 and "teacher.weight is 0.9 here and 0.5 there" in capsys.readouterr().err
     assert osler("pretrain", "--branch", run, f"teacher.path={other_teacher}", "--run", branch) == 0
     assert json.loads((branch / "checkpoints/step-000000012/state.json").read_text())["fingerprints"].keys() > {"teacher"}
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 0, 1e30])
+def test_temperatures_that_leave_the_range_of_fp32_are_refused(temperature):
+    with pytest.raises(UserError, match=r"teacher\.temperature: must be"):
+        decode(TrainConfig, {"teacher": {"path": "run", "temperature": temperature}})
 
 
 def test_deepspeed_knows_no_teacher():
