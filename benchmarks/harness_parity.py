@@ -95,7 +95,7 @@ def drawn_hellaswag(texts: Sequence[str], count: int) -> list[Row]:
 
 
 def train(data: Path, folder: Path) -> Path:
-    """A model of two million parameters that has read some text, and knows some answers by heart."""
+    """A model of five million parameters that has read some text, and knows some answers by heart."""
     texts, solved = folder / "texts", folder / "solved.jsonl"
     texts.mkdir()
     for file in sorted((data / "text").glob("openstax-*.parquet")):
