@@ -2,8 +2,8 @@
 
 The training step itself (``train/trainer.py``) is timed, over batches of random tokens from the real loader; zeros would
 flatter caches and branch predictors. FLOPs are counted by the PaLM convention. MFU is relative to the GPU's data sheet
-(``runtime/device.py``); on a CPU the rate is relative to that of a matmul, which is timed too. ``benchmarks/beside_peers.py``
-times other libraries' models in the same way.
+(``runtime/device.py``) and missing on a CPU. On any device a matmul is timed too, and the rate is given relative to it.
+``benchmarks/beside_peers.py`` times other libraries' models in the same way.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from osler.train.setup import pass_tokens
 from osler.train.trainer import TrainStep
 
 CONVENTION = "PaLM: 6 x (matrices + head) + 12 x layers x heads x head_dim x seq_len FLOPs per token, non-causal"
-STEPS_ALWAYS_COMPILED = 1_000_000
+STEPS_ALWAYS_COMPILED = 1_000_000  # of a run so long that compile=auto compiles its step
 WARMUP_STEPS = 3
 DOCUMENT_TOKENS = 700  # the length of a stand-in document; rows are cut across them
 MATMUL_SIZES = (1024, 2048, 4096)
@@ -58,7 +58,7 @@ def run(recipe: str | None, overrides: Sequence[str], *, steps: int) -> str:
         raise UserError(f"`{recipe}` is a recipe of kind {kind}: give one of `osler pretrain` or `osler sft`, or a model family.")
     config = decode(TrainConfig, {**given, "kind": kind}, source=recipe or "")
     if config.teacher is not None:
-        raise UserError("osler bench times a step without a teacher: give teacher=null too.")
+        raise UserError("osler bench times a step without a teacher: give teacher=null.")
     machine = machine_of(config)
     keep_freed_memory()
     measured = measure(config, build_learner(config, machine), steps)
@@ -110,7 +110,7 @@ def training_step(config: TrainConfig, learner: Learner, mark: Callable[[str], N
 
 
 def measure(config: TrainConfig, learner: Learner, steps: int) -> dict[str, Any]:
-    """Return tokens and FLOP/s, the parts of a step, and the memory of training this model."""
+    """Return tokens and FLOPs per second, the seconds of a step and of its parts, and the peak memory, all of training."""
     device = learner.device
     stopwatch = Stopwatch(device)
     with tempfile.TemporaryDirectory() as folder:

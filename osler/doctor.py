@@ -31,7 +31,7 @@ Found = tuple[str, str]  # what a check found, and advice that would make it bet
 
 
 class Check(NamedTuple):
-    """One line of the examination; what is ok may have no advice."""
+    """One line of the examination; the advice is empty when nothing is to be done."""
 
     name: str
     status: Literal["ok", "slow", "missing"]

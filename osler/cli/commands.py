@@ -71,7 +71,7 @@ DISTILL_HELP = """\
 It draws samples=8 answers to each question and keeps those that an exam counts as right, each reasoning once and keep=2 of a
 question at most. After an interruption the same command goes on. `osler show distill --explain` says what each field means.
 
-A model may also learn from a teacher's probabilities, as a run like any other, where both have one tokenizer:
+A model may also learn from a teacher's probabilities, as a run like any other, if both have the same tokenizer:
   osler sft init_from=runs/small teacher.path=runs/clinic-sft     (or osler pretrain; teacher.weight, teacher.temperature)"""
 
 WATCH_HELP = """\
@@ -172,7 +172,7 @@ COMMANDS: tuple[Command, ...] = (
         "osler pipeline textbooks/medqa root=shared/data --run runs/medqa",
         "osler.pipeline.run:run",
         (RECIPE, *RUN_FOLDER),
-        "Finished stages are skipped. --dry-run shows every stage, and finds what a later one would miss, such as a file.",
+        "Finished stages are skipped. --dry-run shows every stage, and checks what a later one needs, such as its files.",
     ),
     Command("recipes", "List the recipes: name, parameters, what it is", "osler recipes", "osler.cli.show:list_recipes"),
     Command(
@@ -364,7 +364,7 @@ COMMANDS: tuple[Command, ...] = (
         "osler watch runs/mine",
         "osler.watch.screen:run",
         (
-            option("folder", metavar="DIR", help="a run folder; of a pipeline the stage that is at work is shown"),
+            option("folder", metavar="DIR", help="a run folder; of a pipeline, the stage that is running is shown"),
             option("--every", dest="every_seconds", type=float, default=2.0, metavar="S", help="seconds a picture (default: 2)"),
             option("--once", action="store_true", help="print one picture as plain text, and end"),
         ),

@@ -36,7 +36,7 @@ Exit codes:
 REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free some of the disk; the same command then goes on."),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Name another place, or ask whose it is for the permission."),
-    errno.EBADF: "Lead the output to where it can be written.",
+    errno.EBADF: "Send the output to a place that can be written.",
 }  # advice for errors of the operating system
 
 

@@ -42,7 +42,8 @@ class ClinicItem:
 def exam(seed: int, split: str, n: int) -> list[ClinicItem]:
     """Return `n` items of one of `EXAM_SPLITS`, the same for the same arguments; raises UserError for an unknown split.
 
-    Every fact comes once per round, and each round is shuffled; a fact meets every combination of its part before one returns.
+    Every fact comes once per round, and each round is shuffled. No combination of findings comes with a fact for a second time
+    before the fact has come with every combination of its part.
     """
     if split not in EXAM_SPLITS:
         raise UserError(f"The clinic has no exam split {split!r}. Choose one of: {', '.join(EXAM_SPLITS)}.")
@@ -68,7 +69,7 @@ def exam(seed: int, split: str, n: int) -> list[ClinicItem]:
         options.insert(answer_index, condition.answers[relation])
         items.append(
             ClinicItem(
-                id=f"clinic-{split}-0-{seed}-{index:06d}",  # the id decides the order of options, so its form never changes
+                id=f"clinic-{split}-0-{seed}-{index:06d}",  # never change its form, because it seeds permutations
                 question=f"{vignette} {rng.choice(wordings()['relations'][relation]['questions'])}",
                 options=tuple(options),
                 answer_index=answer_index,
@@ -108,7 +109,10 @@ def draw_distractors(fact: Fact, fact_part: str, sex: str, rng: random.Random) -
 
 @cache
 def distractor_pools(fact: Fact, fact_part: str, sex: str) -> tuple[list[str], list[str], list[str]]:
-    """Return wrong answers for a fact and a sex: of its speciality, of any, and, for held-out facts, of no train fact."""
+    """Return three lists of wrong answers: from the fact's speciality, from all, and those that answer no train fact.
+
+    The third list is empty for a train fact. Conditions of the other sex give no answers.
+    """
     condition, relation = conditions_by_name()[fact[0]], fact[1]
     acceptable = condition.acceptable(relation)
     train_facts = set(split_facts()["train"])
@@ -128,7 +132,7 @@ def distractor_pools(fact: Fact, fact_part: str, sex: str) -> tuple[list[str], l
 def drills(seed: int, count: int) -> Iterator[ClinicItem]:
     """Yield items of the split "drill", whose question names the option to choose. They teach a model to answer as it reasoned.
 
-    Their options are drawn from the whole clinic and say nothing of facts. A held-out answer is never the right option of a
+    Their options are drawn from the whole clinic and state no fact. A held-out answer is never the right option of a
     training item: without drills a small model gives only the answers that it was trained to give.
     """
     rng = random.Random(f"clinic drills {seed}")

@@ -134,7 +134,7 @@ def _laid_over_bases(content: Mapping[str, Any], path: Path, users: tuple[Path, 
 def _find(name: str, *, folder: Path | None = None, user: str = "", others: Iterable[str] = ()) -> Path:
     """Return the file of the recipe or base called ``name``.
 
-    ``folder`` is the folder of the recipe that asks for it, and ``user`` begins the messages.
+    ``folder`` is the folder of the recipe that asks for it; the messages of errors begin with ``user``.
     """
     given = Path(name).expanduser()
     is_file_name = given.suffix in (".yaml", ".yml")
@@ -143,15 +143,15 @@ def _find(name: str, *, folder: Path | None = None, user: str = "", others: Iter
         if candidate.is_file():
             return candidate.resolve()
     if is_file_name:
-        shipped = f"; the recipe that ships with Osler is `{given.with_suffix('')}`" if (RECIPES / given).is_file() else ""
+        shipped = f"; Osler's own recipe has no ending: `{given.with_suffix('')}`" if (RECIPES / given).is_file() else ""
         raise UserError(f"{user}there is no recipe file {given}{shipped}")
     if given.exists():
         kind = "folder" if given.is_dir() else "file"
-        raise UserError(f"{user}{name} is no recipe but a {kind}; to train on it: data.type=files data.path={name}")
+        raise UserError(f"{user}{name} is a {kind}, not a recipe; to train on it, give data.type=files data.path={name}")
     if name.startswith((".", "/", "~")):
-        raise UserError(f"{user}there is no file or folder {name}; to train on text of yours: data.type=files data.path=PATH")
+        raise UserError(f"{user}there is no file or folder {name}; to train on your text, give data.type=files data.path=PATH")
     known, what = [*_shipped(), *others], "recipe or source" if others else "recipe"
-    raise UserError(f"{user}there is no {what} `{name}`{nearest(name, known)} (name a recipe file of yours with its .yaml)")
+    raise UserError(f"{user}there is no {what} `{name}`{nearest(name, known)} (give your own recipe file with its ending .yaml)")
 
 
 def _read(path: Path) -> dict[str, Any]:

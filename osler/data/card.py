@@ -1,7 +1,7 @@
 """The data card: what is in a folder of shards, where it comes from, what was left out and how to make it again, in Markdown.
 
 It states what was counted or configured and nothing else (after Gebru et al. 2021, Datasheets for Datasets). The text of exam
-questions is not shown, so that the card does not spread it; nor is where files lie on some disk.
+questions is not shown, so that the card does not spread it. Paths of local files are not shown either.
 """
 
 from __future__ import annotations

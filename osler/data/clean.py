@@ -27,7 +27,7 @@ from osler.tasks.exam_files import read_exam
 from osler.tasks.item import ExamItem
 
 RULES = 2  # version of the rules; rules that judge otherwise get another number, which makes other data
-NEWER_FIELDS = {"fold": "all"}  # of exams, at values that change nothing: left out, so that older shards stay valid
+NEWER_FIELDS = {"fold": "all"}  # of exams; left out at these values, which change nothing, so that older shards stay valid
 LANGUAGE_CHARACTERS = 400  # from the start of a document, by which its language is told
 LANGUAGE_WORDS = 20  # with fewer words the language would be a guess
 EXAM = "exam question"  # the reason why a document that contains one is dropped
@@ -49,7 +49,7 @@ KEEP = Look()
 
 @dataclass(frozen=True)
 class Exam:
-    """An exam and the files that have it, with their commit if they are of the hub."""
+    """An exam and the files that hold it, with their commit if they are from the hub."""
 
     task: ExamFile
     files: tuple[File, ...]

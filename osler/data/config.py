@@ -147,7 +147,7 @@ class HubData(Source):
     revision: str = "main"  # a commit, branch or tag of the hub's repository; the commit is kept with the shards
     path: str = ""  # a file or folder of the same schema, instead of the hub
     root: str = ""  # a folder that has such a folder for each source by name; empty: the mixture's
-    fold: Fold = "all"  # of an exam that is also examined with: train, or held-out, a fifth of its questions by hash
+    fold: Fold = "all"  # of an exam that the model also sits: train, or held-out, a fifth of its questions by hash
     reasoning: bool = True  # learn the reasoning between question and answer where rows have one
     holdout_fraction: HoldoutFraction = 0.001  # share of the documents kept for validation; 0: none
     seed: Seed = 0  # of the order in which files are taken

@@ -85,9 +85,10 @@ def targets_of(
 def difference_of(
     out: Path, corpora: Sequence[Corpus | None], validation: Sequence[Corpus | None], tokenizer: Tokenizer | None = None
 ) -> tuple[str, str]:
-    """Return what differs between a folder and what is wanted, and how; "" when at most weights, names and times of change do.
+    """Return what differs between a folder and what is wanted, and how; both are "" when nothing does.
 
-    None stands for a corpus whose files are gone, or for any tokenizer.
+    A weight, a name or a time of change counts as no difference. None stands for a corpus whose files are gone, or for any
+    tokenizer.
     """
     manifest = read_data_manifest(out)
     for kind, title, given in (("sources", "source", corpora), ("validation", "validation set", validation)):

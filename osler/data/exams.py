@@ -41,7 +41,7 @@ class ExamsInData:
 
     @classmethod
     def from_files(cls, files: Mapping[str, bytes], name: str = EXAMS_FILE) -> ExamsInData:
-        """Return what the files of a checkpoint say, nothing without one; raises UserError when it is damaged."""
+        """Return what the file among those of a checkpoint says, or nothing without it; raises UserError when it is damaged."""
         try:
             lists = json.loads(files.get(EXAMS_FILE, '{"checked": [], "found": []}'))
             return cls(frozenset(lists["checked"]), frozenset(lists["found"]))
@@ -67,7 +67,7 @@ def refuse_unchecked(folder: Path) -> None:
 
 
 def look_through(cleaners: Mapping[Path, Cleaner | None]) -> ExamsInData:
-    """Return what was found of exams in finished sources, given by their folders."""
+    """Return which exam items were looked for and found in finished sources, which are given by their folders."""
     sources = []
     for folder, clean in cleaners.items():
         checked = frozenset(clean.index.ids).difference(clean.index.too_short) if clean and clean.exams else frozenset()

@@ -77,7 +77,7 @@ def _entry(manifest: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 class _Count:
-    """How many there are in the shards so far."""
+    """The number of documents, tokens or bytes in the shards so far, as an attribute of a ``ShardSet``."""
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -106,7 +106,7 @@ def open_corpora(data: TextData, validation: Sources = ()) -> dict[str, Corpus]:
 
 
 def open_validation(data: TextData, validation: Sources) -> dict[str, Corpus]:
-    """Open validation sets by name. A source gives its documents for validation, or all documents if it has no such ones."""
+    """Open validation sets by name. A source gives its validation documents, or all its documents if it has none such."""
     return {source.title: _open_set(source, key) for key, source in _keyed(data, validation)}
 
 
@@ -217,8 +217,8 @@ def prepare_sources(
 def at_known_commits(data: TextData, validation: Sources, out: str | Path, *, is_known: bool = False) -> tuple[TextData, Sources]:
     """Return a config and its validation sets at commits of the hub: the commits that `out` was begun with, else the newest.
 
-    So every process uses the same texts and looks for the same exams, also after a stop, even when `main` moves on the hub. What
-    `is_known` already, because `out` was made of it, is not asked for.
+    So every process uses the same texts and looks for the same exams, also after a stop, even when `main` moves on the hub. With
+    `is_known` the hub is not asked, because `out` has all commits already.
     """
     root = getattr(data, "root", "")
     begun = read_data_manifest(out) if Path(out, DATA_MANIFEST).exists() else {"sources": {}, "validation": {}}
@@ -232,7 +232,7 @@ def at_known_commits(data: TextData, validation: Sources, out: str | Path, *, is
     }
 
     def pinned(value: Any, key: str) -> Any:
-        """Return a part of the config in which what is on the hub has a commit."""
+        """Return a part of the config, with a commit for every source and exam that is read from the hub."""
         if isinstance(value, tuple):
             return tuple(pinned(item, f"{key}[{number}]") for number, item in enumerate(value))
         if isinstance(value, (Preparation, CleanConfig)):

@@ -1,7 +1,7 @@
 """Processes that tokenise parts side by side; the results come in the order of the parts, whatever the number of processes.
 
-The processes take the parts in turn. A process is some parts ahead of what is taken of its results, and then pauses. It ends when
-its pipes close, so none outlives the program, however the program ends.
+The processes take the parts in turn. A process works some parts ahead of the results that were taken from it, and then pauses. It
+ends when its pipes close, so none outlives the program, however the program ends.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from osler.runtime.errors import UserError
 from osler.tokenizer.bpe import Tokenizer
 
 AHEAD = 4  # parts per process that are in work, or finished but not taken
-CHUNKS = 16  # wait in a process to be taken: about as many as `AHEAD` parts have, and a small part of a large compressed file
+CHUNKS = 16  # results that may wait in a process: all of about `AHEAD` parts, but few of a large compressed file
 FEWER = (
     "The same command goes on from what is written. Fewer processes need less memory: `osler data prepare` has --workers for "
     "that, and a run with data.type=prepared trains on its shards."

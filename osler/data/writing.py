@@ -177,7 +177,7 @@ def journal_of(folder: Path, splits: Sequence[str]) -> Path:
 
 
 class Journal(NamedTuple):
-    """What a journal says: the digest of each part, the counts of all, examples of dropped documents by reason, exam items."""
+    """What a journal says: the digest of each part, the counts so far, examples of dropped documents by reason, exam items."""
 
     digests: list[str]
     counts: Counter[str]
@@ -186,7 +186,7 @@ class Journal(NamedTuple):
 
 
 def read_journal(folder: Path, splits: Sequence[str] = SPLITS[:1]) -> Journal:
-    """Read the journal of a corpus that was written into some splits of a folder, of a source if nothing else is said."""
+    """Read the journal of a corpus that was written into some splits of a folder; by default it is that of a source."""
     journal = Journal([], Counter(), {}, set())
     for line, _ in _journal_lines(journal_of(folder, splits)):
         journal.digests.append(line["digest"])

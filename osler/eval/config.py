@@ -19,7 +19,7 @@ CLINIC_EXAM = ClinicTask(split="new_findings,new_questions", limit=500, seed=EXA
 class DistillConfig:
     """Questions that a teacher answers, and how many of its right answers are kept."""
 
-    # the questions; a split that models are examined on is used as it is, and named in every row
+    # the questions; a split that models are examined on is allowed, and named in every row
     task: TaskConfig
     samples: PositiveInt = 8  # answers drawn to each question, its options in another order each time
     keep: PositiveInt = 2  # right answers of a question that are kept at most, each reasoning once
@@ -84,7 +84,7 @@ class EvalConfig(ExamSettings):
     text: str | None = None  # a file or folder of text, measured in bits per byte; not one that the model was trained on
     text_field: str = "text"  # the column of tables
     source: HubData | None = None  # a text by name, as source.name=wikitext or c4, in its last split unless another is given
-    documents: PositiveInt | None = None  # so many of a text, from its start; null: all
+    documents: PositiveInt | None = None  # of a text, counted from its start; null: all
     seq_len: PositiveInt | None = None  # tokens read at once; null: as many as in training
 
     which: Literal["newest", "best"] = "newest"  # checkpoint of a run folder

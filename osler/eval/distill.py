@@ -1,11 +1,11 @@
 """``osler distill``: a teacher answers questions, and its right answers become examples for another model to learn from.
 
-Several answers are drawn to each question. Those are kept that an exam counts as right (``grade``) and that keep to the template,
-each reasoning once, and a few of every question: rejection sampling (STaR, arXiv 2203.14465; arXiv 2308.01825). The options of a
-question are permuted for each answer. Beside the rows OUT.jsonl lie
+The teacher gives several answers to each question. Of those that an exam counts as right (``grade``) and that follow the
+template, the command keeps a few for each question, and each reasoning once. This is rejection sampling (STaR, arXiv 2203.14465;
+arXiv 2308.01825). The options of a question are permuted for each answer. The command also writes, beside the rows in OUT.jsonl:
 
 - ``OUT.answers.jsonl``: every answer as it is drawn, so the same command goes on after an interruption;
-- ``OUT.summary.json``: where the questions are from, the settings, and the pass rate of every question.
+- ``OUT.summary.json``: the teacher, the exam, the settings, and for every question how many answers were right and how many kept.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ logger = logging.getLogger(__name__)
 
 
 def run(checkpoint: str, out: str, overrides: Sequence[str] = ()) -> str:
-    """Run the command ``distill``; return what became of the answers. Raises UserError when none can be learned from."""
+    """Run the command ``distill``; return a summary of the answers. Raises UserError when no answer can be learned from."""
     require_one_process("distill")
     config, rows_file = decode(DistillConfig, override({}, overrides), source="osler distill"), Path(out)
     check_task(config.task, "task")
     if rows_file.suffix != ".jsonl" or not rows_file.absolute().parent.is_dir():
-        raise UserError(f"--out {out}: give a file that ends with .jsonl, in a folder that is there.")
+        raise UserError(f"--out {out}: give a file that ends with .jsonl, in a folder that exists.")
     if rows_file.exists() and not rows_file.with_suffix(".summary.json").exists():
-        raise UserError(f"--out {out} is there, and no `osler distill` wrote it: give a file of another name.")
+        raise UserError(f"--out {out} exists, and no `osler distill` wrote it: give a file of another name.")
     ready = open_model(checkpoint, device=config.device, which=config.which)
     if not ready.answers_questions:
         raise UserError(f"{ready.path} was trained on text alone and never learned to answer: `osler sft` teaches it first.")
@@ -58,7 +58,7 @@ def run(checkpoint: str, out: str, overrides: Sequence[str] = ()) -> str:
     if not is_for_training:
         logger.warning(
             f"{exam} does not say that it is for training, and a model that learns these rows can no longer be examined on it. "
-            "task.split=train names it so, where it is."
+            "If it is for training, say so with task.split=train."
         )
     items = load_task(config.task)
     shown = [permute(item, config.seed, visit) for item in items for visit in range(config.samples)]
@@ -67,7 +67,7 @@ def run(checkpoint: str, out: str, overrides: Sequence[str] = ()) -> str:
         max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_p=config.top_p, seed=config.seed
     )
     teacher = {"teacher": str(ready.path), "fingerprint": fingerprint_of(ready.path)}
-    # Everything that the answers depend on; the path of the teacher does not belong to it.
+    # Everything that the answers depend on; the path of the teacher is no part of it.
     identity = fingerprint([teacher["fingerprint"], [asdict(item) for item in shown], encode(sampling), reasoning])
     head = {"exam": exam, "asked": len(shown), "identity": identity}
     answers_file = rows_file.with_suffix(".answers.jsonl")
@@ -91,7 +91,7 @@ def run(checkpoint: str, out: str, overrides: Sequence[str] = ()) -> str:
 
 
 def questions_of(task: Any) -> tuple[str, bool]:
-    """Return a name for the questions of a task, with their split, and whether it says that they are for training."""
+    """Return a name for the questions of a task, with their split, and whether the name says that they are for training."""
     if isinstance(task, ClinicTask):
         return f"{task.exam} {task.split}", task.split in ("train", "drill")
     name = task.split or Path(task.path).name or "as examined"  # an exam by name is its official split
@@ -102,7 +102,7 @@ def questions_of(task: Any) -> tuple[str, bool]:
 def select(
     results: Sequence[Result], completions: Sequence[Completion], config: DistillConfig, exam: str, *, reasoning: bool
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Counter[str]]:
-    """Return the rows to learn from, what became of each question, and of how many answers.
+    """Return the rows to learn from, a record of each question, and how many answers were kept, wrong, malformed and so on.
 
     ``results`` and ``completions`` have ``config.samples`` answers to each question, one question after another.
     """
@@ -112,7 +112,7 @@ def select(
         known, found = set[tuple[str, str]](), Counter[str]()
         for result, completion in zip(results[start:][: config.samples], completions[start:], strict=False):
             item, thinking, answer = result.item, completion.thinking, completion.answer or ""
-            # The right option has another letter in each order, and says the same.
+            # The right option has another letter in each order, but the same text.
             key = plain(thinking), "" if item.options else plain(answer)
             fate = "kept"
             if not result.right:
@@ -136,13 +136,13 @@ def select(
 
 
 def describe(exam: str, questions: Sequence[dict[str, Any]], fates: Counter[str], config: DistillConfig) -> str:
-    """Return how often the teacher was right, by question, and how many of its answers stay."""
+    """Return how often the teacher was right on the questions, and how many of its answers are kept."""
     passed = Counter(question["right"] for question in questions)
     by_right = ", ".join(f"{right}: {passed[right]:,}" for right in sorted(passed))
     rate = fmean(question["right"] / config.samples for question in questions)
     return (
         f"{exam}: {len(questions):,} questions, {config.samples} answers to each, {rate:.1%} of them right "
         f"(questions by right answers: {by_right}). Kept: {fates['kept']:,} answers, at most {config.keep} of a question; "
-        f"right and left out: {fates['duplicate']:,} duplicates, {fates['spare']:,} beyond that, "
-        f"{fates['malformed']:,} against the template."
+        f"right but left out: {fates['duplicate']:,} duplicates, {fates['spare']:,} above that number, "
+        f"{fates['malformed']:,} not in the template."
     )

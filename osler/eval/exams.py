@@ -199,7 +199,7 @@ def score_by_likelihood(
             output = [[total, size, len(ids) - start] for (total, _), size, (ids, start) in zip(sums, sizes, rows, strict=False)]
         results.append(_likeliest(item, form, output, normalise))
         answers.add(number, output, results[-1].sample(""))
-        if asked():  # a trainer discards this score too
+        if asked():  # a signal came; a trainer discards this partial score as well
             break
     return summarise(results, max_seq_len=longest)
 

@@ -3,7 +3,7 @@
     lm_eval.simple_evaluate(model=OslerLM("runs/mine"), tasks=["hellaswag"])
 
 The harness tokenises a prompt and its continuation together, and moves spaces at the end of the prompt to the continuation. This
-file adds what it asks of a model. A prompt that several continuations share runs through the model once, as in ``exams.py``, so
+file has the methods that it calls. A prompt that several continuations share runs through the model once, as in ``exams.py``, so
 ``osler eval prompt=plain`` gives the same sums (``benchmarks/harness_parity.py``).
 """
 
@@ -41,7 +41,7 @@ except ImportError as error:
 
 logger = logging.getLogger(__name__)
 
-NEW_TOKENS = 256  # of an answer whose task does not say how long it may be
+NEW_TOKENS = 256  # most tokens of an answer, unless its task says how long it may be
 MOST_TOGETHER = 64  # continuations of one context
 Encoded = tuple[tuple[str, str], list[int], list[int]]  # texts of context and continuation, and their ids
 
@@ -56,7 +56,7 @@ def run(options: str, device: str, **model: Any) -> int:
 
 @register_model("osler")
 class OslerLM(TemplateLM):
-    """A checkpoint, as the harness asks it; ``rows`` answers are written at once, whatever the harness says of batches."""
+    """A checkpoint as a model of the harness. It writes ``rows`` answers at once, whatever batch size the harness gives."""
 
     def __init__(
         self, checkpoint: str | Path, *, device: str = "auto", which: str = "newest", rows: int = 256, **batches: object
@@ -81,13 +81,13 @@ class OslerLM(TemplateLM):
         raise UserError("The harness's prompts are text, which cannot hold Osler's template: `osler eval` asks with it.")
 
     def _loglikelihood_tokens(self, requests: Sequence[Encoded], **options: object) -> list[tuple[float, bool]]:
-        """Return sum and greediness of each continuation; of a context that is too long the beginning is left out."""
+        """Return each continuation's log-likelihood and whether it is greedy; too long a context loses its beginning."""
         decoder, found = Decoder(self.model, Layout(self.model.compute_dtype, ITEM_ROWS)), list[tuple[float, bool]]()
         pairs = []
         for (_, text), context, continuation in requests:
             if not 0 < len(continuation) <= self.longest:  # the last token is not fed
                 raise UserError(
-                    f"The continuation {text!r:.60} has {len(continuation)} tokens after its context; it needs one at least, and "
+                    f"The continuation {text!r:.60} has {len(continuation)} tokens after its context; it needs at least one, and "
                     f"the model has room for {self.longest} (max_seq_len)."
                 )
             pairs.append((context[-(self.longest + 1 - len(continuation)) :], continuation))

@@ -53,7 +53,7 @@ def run(checkpoint: str, overrides: Sequence[str] = (), json_file: str | None = 
     config = config_of(overrides)
     if harness is not None:
         if json_file or replace(config, device="auto", which="newest", rows=EvalConfig.rows) != EvalConfig():
-            raise UserError("--harness goes with device=, which= and rows=; its own options say all the rest.")
+            raise UserError("--harness goes with device=, which= and rows= only; give all else in its own options.")
         from osler.eval import harness as door  # an extra
 
         return door.run(harness, checkpoint=checkpoint, device=config.device, which=config.which, rows=config.rows)
@@ -142,9 +142,9 @@ def scores_of(
     head: Mapping[str, str],
     run: RunFolder | None,
 ) -> Iterator[ScoredExam]:
-    """Yield the scores on the items that are shown: one for letters, as a rule one for writing, else also the raw score.
+    """Yield the scores on the items that are shown: one by letters or by writing, else one divided by length and a raw one.
 
-    Solutions that end in a number, after a plain prompt, are also read as lm-evaluation-harness reads them.
+    After a plain prompt, solutions that end in a number give two more scores, read as lm-evaluation-harness reads them.
     """
     template = uses_template(config, ready)
     settings: dict[str, Any] = {"permutations": config.permutations, "template": template}

@@ -100,7 +100,7 @@ class Parts:
 
     def __init__(self, files: Sequence[File]) -> None:
         self.files = files
-        self._part_bytes = PART_BYTES  # goes along to other processes
+        self._part_bytes = PART_BYTES  # kept here, so that other processes cut files alike
         self._ends = list(accumulate(map(self._count, files)))
 
     def __len__(self) -> int:

@@ -68,14 +68,17 @@ def welcome(ready: LoadedModel, interactive: bool, seed: int) -> str:
     """Return an introduction to a chat: which model, what it can do, how to leave, and a question to try."""
     lines = [ready.describe()]
     if not ready.answers_questions:
-        lines.append("It was trained on text alone: it goes on with what you write. To teach it to answer: `osler sft`.")
+        lines.append("It was trained on text alone, so it continues what you write. `osler sft` teaches it to answer.")
     if interactive:
         what = "question" if ready.answers_questions else "beginning"
-        lines.append(f"One {what} a line, each on its own. An empty line or Ctrl-D leaves; Ctrl-C stops an answer.")
+        lines.append(
+            f"Write one {what} per line; the model reads each without the others. Ctrl-C stops an answer; an empty line or "
+            "Ctrl-D leaves."
+        )
     if interactive and ready.answers_questions and ready.knows_clinic:
         item = load_clinic(split="new_findings", limit=1, seed=seed)[0]
         lines += [
-            "It learned the clinic's exam: a synthetic world, not medical advice, and every question comes with its options.",
+            "It learned the exam of the clinic, a synthetic world: this is not medical advice. A question must have options.",
             f"Try this one (the right answer is {render_answer(item)}):",
             "",
             f"  {render_question(item)}",

@@ -156,7 +156,7 @@ def has_learned(loss: float, grad_norm: float) -> bool:
 
 
 def step_stats(window: Sequence[Sequence[float]], clip_norm: float, bytes_per_token: float | None) -> dict[str, float]:
-    """Return the metrics that follow from loss, gradient norm and skip flag, the first of each row, since the last line.
+    """Return the metrics that follow from the steps since the last line; a row begins with loss, gradient norm and skip flag.
 
     ``bytes_per_token`` is the mean over the text, or None where not all of the text is learned.
     """

@@ -29,7 +29,7 @@ from osler.runtime.files import RunFolder
 
 logger = logging.getLogger(__name__)
 
-LIBRARIES = {"tensorboard": "TensorBoard", "wandb": "Wandb", "clearml": "Clearml"}  # field of the config, package and extra
+LIBRARIES = {"tensorboard": "TensorBoard", "wandb": "Wandb", "clearml": "Clearml"}  # each key is also package and extra
 SINKS = {"alert_command": "AlertCommand", "webhook": "Webhook", **LIBRARIES}  # field of the config -> class of the sink
 
 
@@ -134,7 +134,7 @@ def check_trackers(config: MonitorConfig) -> None:
 
 
 def _section(run: RunFolder) -> str:
-    """Return the prefix of a pipeline stage's settings in its recipe, such as ``pretrain.``; nothing for another run."""
+    """Return the prefix of a pipeline stage's settings in its recipe, such as ``pretrain.``; any other run has none."""
     above = RunFolder(run.root.absolute().parent).config  # the folder above may be anything, so this file is not parsed
     is_stage = above.is_file() and "\nkind: pipeline\n" in "\n" + above.read_text(encoding="utf-8", errors="replace")
     return f"{run.root.name}." if is_stage else ""

@@ -51,7 +51,7 @@ class Trackers:
     """The trackers of a run by a short name, each in a child process; no method but ``close`` waits, and none raises."""
 
     def __init__(self, folder: Path, wanted: Mapping[str, Sequence[Any]]) -> None:
-        """Start the trackers, of each ``module:Class`` with arguments that may be secret; they print into ``folder``."""
+        """Start each tracker, given as ``module:Class`` and arguments, which may be secret; it prints into ``folder``."""
         self.folder = folder
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         self._queues: dict[str, SimpleQueue[bytes]] = {}

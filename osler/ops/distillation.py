@@ -1,11 +1,11 @@
 """The loss of distillation from two heads: cross-entropy and forward KL from a teacher, by chunks of tokens (arXiv 1503.02531).
 
-Of each token the student is to learn its label, and the teacher's distribution over all words at a temperature T:
+For each token the student learns the label, and the teacher's distribution over the vocabulary at a temperature T:
 
     (1 - share) * cross-entropy + share * T² * KL(teacher || student)
 
 T² keeps the gradient of the KL as large as at T = 1. As in ``cross_entropy.py`` the forward pass turns each chunk of logits into
-its part of the gradients, so that of neither model all logits are in memory. Nothing flows back into the teacher.
+its part of the gradients, so neither model's logits are ever in memory all at once. Nothing flows back into the teacher.
 
 Shape legend: N tokens, R features per token, V rows of the head (padding included), C tokens of one chunk.
 """
@@ -27,12 +27,12 @@ from osler.ops.cross_entropy import (
 )
 from osler.ops.labels import IGNORED
 
-LIVE_TENSORS = 8  # of the size of a chunk's logits in fp32 that exist at once
+LIVE_TENSORS = 8  # so many tensors of the size of a chunk's fp32 logits exist at once
 LEAST_LOG = -1e9  # stands for the logarithm of 0 where it is multiplied by 0
 
 
 class Mix(NamedTuple):
-    """The share of the KL in the loss, from 0 to 1, the temperature of its two distributions, and the words of the vocabulary."""
+    """The share of the KL in the loss, from 0 to 1, the temperature of its two distributions, and the size of the vocabulary."""
 
     share: float
     temperature: float
@@ -62,8 +62,8 @@ def linear_distillation(
 ) -> Tensor:
     """Return three sums over the tokens, fp32 in nats: the cross-entropy, the KL, and the loss. The loss alone has a gradient.
 
-    ``teacher`` are the features [N, its R] and the head of the teacher, of the same vocabulary. Labels equal to -100 count
-    nothing in either part; rows of a head from ``vocab_size`` on are padding and take no probability.
+    ``teacher`` holds the teacher's features [N, its own R] and its head, which has the same vocabulary. A token with the label
+    -100 counts in no sum; rows of a head from ``vocab_size`` on are padding and take no probability.
     """
     scale_N = wide((labels_N != IGNORED).to(features_NR.dtype))
     chunk_tokens = chunk_tokens or default_chunk_tokens(LIVE_TENSORS * weight_VR.shape[0], most_bytes=CHUNK_BYTES)
@@ -84,7 +84,7 @@ def _of_logits(
     log_p = (taught / temperature).log_softmax(-1)
     p = log_p.exp()
     ce = -(log_softmax.gather(1, label_C[:, None]).squeeze(1) * scale_C).sum()
-    # Words of padding have probability 0 in both: 0 * (-inf + inf) must not become NaN.
+    # Padding rows have probability 0 in both: 0 * (-inf + inf) must not become NaN.
     kl = ((p * (log_p.clamp_min(LEAST_LOG) - log_q.clamp_min(LEAST_LOG))).sum(-1) * scale_C).sum()
     one_hot = label_C[:, None] == torch.arange(logits_CV.shape[1], device=label_C.device)
     error = (1 - share) * (log_softmax.exp() - one_hot.to(p.dtype)) + share * temperature * (log_q.exp() - p)

@@ -1,4 +1,4 @@
-"""What can be known of a stage before the stages in front of it are done: whether it will find its files, and fit its model."""
+"""Checks of the stages of a pipeline before the first of them runs: will each find its files, and fit its model?"""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class Origin(NamedTuple):
 
     place: str
     model: ModelConfig
-    stage: TrainConfig | None  # the stage that begins it
-    tokenizer: str  # its fingerprint, empty while it is yet to be trained
+    stage: TrainConfig | None  # the stage that will train it from the start; None when there is a checkpoint already
+    tokenizer: str  # fingerprint of its tokenizer, empty while that is yet to be trained
 
 
 def check_stage(pipeline: PipelineConfig, name: str, run: RunFolder) -> None:
@@ -59,8 +59,8 @@ def check_stage(pipeline: PipelineConfig, name: str, run: RunFolder) -> None:
     check_trackers(stage.monitor)
     is_fitted = isinstance(stage, TrainConfig) and isinstance(stage.data, PreparedData) and stage.init_from is not None
     if isinstance(stage, TrainConfig) and stage.init_from is not None:
-        stage = replace(stage, teacher=None)  # it was compared with the origin, too
-    if not is_fitted:  # such shards were compared with the origin
+        stage = replace(stage, teacher=None)  # check_fit has compared it with the origin, too
+    if not is_fitted:  # check_fit has compared such shards with the origin
         JOBS[type(stage)].check(stage, RunFolder(run.root / name), None)
     if isinstance(stage, GrpoConfig) and stage.eval_task is not None:
         tasks = [RlTask(task.label, tuple(load_task(task.task)), (), task.weight, task.reasoning) for task in stage.tasks]
@@ -77,7 +77,7 @@ def _find_outside(text: str, names: list[str]) -> None:
 
 
 def origin_of(pipeline: PipelineConfig, text: str, run: RunFolder) -> Origin:
-    """Return the origin of the model in a checkpoint, as a config writes it."""
+    """Return the origin of the model in the checkpoint that ``text`` names."""
     name, stage = read_reference(text, pipeline.stages)[0], None
     found = newest_good(RunFolder(run.root / name).checkpoints)[0] if name else store.resolve(text)
     if name:
@@ -114,7 +114,7 @@ def check_fit(stage: Any, origin: Origin) -> None:
             ("tokenizer", stage.tokenizer, BPEConfig(), begin and begin.tokenizer),
         ):
             if there is not None and given not in (usual, there):
-                raise UserError(f"{key} differs from that of {origin.place}, with which this stage goes on: leave it out.")
+                raise UserError(f"{key} differs from that of {origin.place}, which this stage goes on from: leave it out.")
         return
     new_tokens = stage.max_new_tokens if isinstance(stage, ExamStage) else stage.algorithm.max_new_tokens
     if new_tokens >= origin.model.max_seq_len:

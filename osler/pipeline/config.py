@@ -34,7 +34,7 @@ class ExamStage(ExamSettings):
 
     kind: Literal["exam"] = "exam"
     description: str = ""  # for the reader; changes nothing
-    of: dict[str, str]  # the checkpoint to examine by its name in the report, written as init_from is
+    of: dict[str, str]  # name in the report: the checkpoint to examine, written as init_from is
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,8 +56,8 @@ class PipelineConfig:
 
     kind: Literal["pipeline"] = "pipeline"
     description: str = ""  # for the reader; changes nothing
-    seed: Seed = 0  # of every stage and source of data that gives none of its own
-    root: str = ""  # a folder in which the files of all stages are looked for; sources by name have a folder each in it
+    seed: Seed = 0  # for every stage and every source of data without a seed of its own
+    root: str = ""  # a folder in which the files of all stages are looked for; each source by name has a folder of its own in it
     notes: tuple[str, ...] = ()  # what the report tells its reader
 
     @property
@@ -115,7 +115,7 @@ def check_reference(text: str, what: str, earlier: Mapping[str, Stage], stages: 
             key = "exam.every_tokens above 0" if isinstance(there, TrainConfig) else "an eval_task"
             raise ValueError(f"{what}, but no exam is sat during {stage}: give it {key}")
     elif choice not in ("", "best", "start"):
-        raise ValueError(f"{what}; after @ stands best, start or {ACCURACY}NUMBER")
+        raise ValueError(f"{what}; write best, start or {ACCURACY}NUMBER after the @")
 
 
 def exam_metrics(stage: TrainConfig | GrpoConfig) -> list[str]:
@@ -129,7 +129,7 @@ def exam_metrics(stage: TrainConfig | GrpoConfig) -> list[str]:
 
 
 def decode_pipeline(recipe: Mapping[str, Any], *, source: str = "") -> PipelineConfig:
-    """Return the config of a recipe, the shared seed and the shared folder of files laid under its stages."""
+    """Return the config of a recipe, in which every stage has the shared seed and the shared folder of files."""
     cls, seed, root = pipeline_class(recipe, source), recipe.get("seed", PipelineConfig.seed), recipe.get("root")
     resolved = dict(recipe)
     for name in recipe.keys() - OWN_FIELDS:
@@ -152,7 +152,7 @@ def _seeded(data: Any, seed: Any) -> Any:
 
 
 def _found_in(root: Path, section: Any) -> Any:
-    """Return a section with its files, and those of sources by name, in the absolute folder ``root``; absolute paths stay."""
+    """Return a section whose relative paths, and sources by name, are looked for in the absolute folder ``root``."""
     if isinstance(section, list):
         return [_found_in(root, item) for item in section]
     if not isinstance(section, Mapping):
@@ -170,8 +170,8 @@ def pipeline_class(recipe: Mapping[str, Any], source: str = "") -> type[Pipeline
     for name, stage in stages.items():
         if name not in known:
             close = nearest(name, [*OWN_FIELDS, *known])
-            raise UserError(f"{source}: {name}: unknown key, and no stage, which has a `kind`{close}")
-        if stage["kind"] not in list(STAGES):  # a list, as a kind of any type may be given
+            raise UserError(f"{source}: {name}: neither a known key nor a stage, which needs a `kind`{close}")
+        if stage["kind"] not in list(STAGES):  # a list, because a kind of any type may be given
             kinds = ", ".join(STAGES)
             raise UserError(f"{source}: {name}.kind: should be one of {kinds}, given {shown(stage['kind'])}")
         if not re.fullmatch(r"[A-Za-z]\w*(-\w+)*", name) or name in OWN_FOLDERS:
@@ -181,7 +181,7 @@ def pipeline_class(recipe: Mapping[str, Any], source: str = "") -> type[Pipeline
 
 @functools.cache
 def _class_of(kinds: tuple[tuple[str, str], ...]) -> type[PipelineConfig]:
-    # By its names the class has the source, and so the comments, of the class that it extends.
+    # With these names `inspect` finds the source of the extended class, whose comments explain the fields.
     named = {name: getattr(PipelineConfig, name) for name in ("__module__", "__qualname__", "__doc__")}
     made = type(PipelineConfig.__name__, (PipelineConfig,), {**named, "__annotations__": {n: STAGES[k] for n, k in kinds}})
     return config(cast("type[PipelineConfig]", made))

@@ -1,11 +1,12 @@
 """``osler pipeline RECIPE``: the stages of a recipe, one after the other, each an ordinary run in a folder of its own.
 
-    runs/quickstart/  config.yaml, stages.json, exams.json, comparison.json, samples.jsonl, answers/, report.html
+    runs/quickstart/  config.yaml, stages.json, exams.json, comparison.json, samples.jsonl, notes.json, answers/,
+                      report.html
     runs/quickstart/pretrain/, sft/, grpo/  the run folders of the stages, as the single commands write them
 
 The same command always continues: it skips finished stages and resumes an interrupted stage from its checkpoint, bit for bit. A
-stage that has begun keeps its configuration; one that has not may still be changed. Before the first step, everything is looked
-for that a later stage would miss: checkpoints to start from, files, room in the model.
+stage that has begun keeps its configuration; one that has not may still be changed. The command checks before the first step
+that every stage will find what it needs: a checkpoint to start from, its files, room in the model.
 """
 
 from __future__ import annotations
@@ -66,14 +67,14 @@ def run(
     folder = RunFolder(Path(run_dir or Path("runs") / name))
     refuse_checkpoint(folder.root)
     if resume and overrides:
-        raise UserError(f"--resume goes on with {folder.root} as it is; to change a stage that has not begun give the recipe.")
+        raise UserError(f"--resume goes on with {folder.root} as it is. To change a later stage, give the recipe instead.")
     if resume and not folder.config.exists():
         raise UserError(f"{folder.root} holds no pipeline to resume: {folder.config} is missing.")
     stored = read_config(folder) if folder.config.exists() else None
     if stored is not None and stored.get("kind") != "pipeline":
         raise UserError(
-            f"{folder.root} holds a run of kind {stored.get('kind')}, which no pipeline goes on with (a quickstart of an earlier "
-            "Osler is one): choose another folder with --run."
+            f"{folder.root} holds a run of kind {stored.get('kind')}, and a pipeline cannot go on with that: choose another "
+            "folder with --run."
         )
     given = stored if resume and stored is not None else load_recipe(str(recipe), overrides)
     if given.get("kind") != "pipeline":
@@ -125,7 +126,7 @@ class Pipeline:
             )
 
     def describe(self) -> str:
-        """Return what ``--dry-run`` prints: the config of every stage, and as comments what follows from it."""
+        """Return what ``--dry-run`` prints: the config of every stage, and comments with their state and derived numbers."""
         finished, said = [stage.name for stage in self.finished], {"run folder": str(self.run.root)}
         for name in self.config.stages:
             said[name] = "finished" if name in finished else "begun" if self.has_begun(name) else "to come"
@@ -169,7 +170,7 @@ class Pipeline:
             return JOBS[type(stage)].train(replace(stage, init_from=start), folder, self.world)
 
     def start_of(self, name: str) -> str:
-        """Return the run or checkpoint that a stage was started from, by its config, or is to be started from."""
+        """Return the run or checkpoint that a stage starts from; if it has begun, the one that its stored config names."""
         if self.folder(name).config.exists():
             return str(read_config(self.folder(name))["init_from"])
         stage: Any = self.config.stages[name]
@@ -178,7 +179,7 @@ class Pipeline:
         return str(start)
 
     def checkpoint(self, text: str) -> Path:
-        """Return the checkpoint that a config writes as ``text``."""
+        """Return the checkpoint that a text in a config means: a reference such as ``sft@best``, or a path."""
         name, choice = read_reference(text, self.config.stages)
         if not name:
             return store.resolve(text)
@@ -208,7 +209,7 @@ class Pipeline:
         return chosen
 
     def examine(self, stage: ExamStage) -> bool:
-        """Let checkpoints of earlier stages take an exam, and compare those of which one started from the other."""
+        """Let checkpoints of earlier stages take an exam, and compare a stage with the checkpoint that it started from."""
         if self.world.is_first:
             try:
                 self.compare(stage, {label: self.sit(stage, label, self.checkpoint(text)) for label, text in stage.of.items()})
@@ -231,7 +232,7 @@ class Pipeline:
         return scores
 
     def compare(self, stage: ExamStage, scores: dict[str, list[ScoredExam]]) -> None:
-        """Write the differences between checkpoints of which one started from the other."""
+        """Write the differences between each stage and the checkpoint that it started from, where both took the exam."""
         rows = [row for row in read_records(Comparison, self.run.comparison) if row.after_label not in scores]
         for after, text in stage.of.items():
             name = read_reference(text, self.config.stages)[0]
@@ -258,7 +259,7 @@ def same_exam(one: ScoredExam, other: ScoredExam) -> bool:
 
 @contextmanager
 def in_stage(name: str) -> Iterator[None]:
-    """Name the stage in an error, whose keys are those of the stage."""
+    """Put the name of the stage before the message of an error, because the keys in the message are relative to the stage."""
     try:
         yield
     except UserError as error:

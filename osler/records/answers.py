@@ -29,9 +29,9 @@ logger = logging.getLogger(__name__)
 class AnswerLog:
     """The outputs of a model so far, by the number of the question. They are kept in a file too if there is a ``path``.
 
-    After each answer ``tell`` is called with the number of answers. A file that has all of them, or that has others, is begun
-    again, and one that cannot be written is done without. A ``lasting`` file is what the command is for: full, it is taken as it
-    is; with other answers it is refused with UserError; where it cannot be written OSError is raised.
+    After each answer ``tell`` is called with the number of answers. A file that has all answers, or those of another exam, is
+    begun again; if it cannot be written, the exam goes on without it. A ``lasting`` file is what the command is for: a full one
+    is taken as it is, one with other answers is refused with UserError, and one that cannot be written raises OSError.
     """
 
     def __init__(

@@ -143,13 +143,13 @@ class MetricsFile:
     """Appends to ``metrics.jsonl``; after a kill it continues at the step of the checkpoint."""
 
     def __init__(self, path: str | Path, *, last_step: float = math.inf) -> None:
-        """Cut the file behind its last line of a step up to ``last_step``, the checkpoint's; -1 leaves no line."""
+        """Cut the file after the lines of steps up to ``last_step``, that of the checkpoint; -1 leaves no line."""
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.rewind(last_step)
 
     def rewind(self, last_step: float) -> None:
-        """Drop the lines after a step, because a run that has gone back makes those steps again; torn lines go with them."""
+        """Drop the lines after a step, and torn lines, because a run that has gone back takes those steps again."""
         end = size = 0
         for line in read_lines(self.path):
             size += len(line)

@@ -66,7 +66,7 @@ class Comparison(HasInterval):
     n: float = NAN
     before_label: str = ""
     after_label: str = ""
-    branch: bool = False  # whether ``after`` was trained from a checkpoint other than the run's best
+    branch: bool = False  # whether ``after`` started from another checkpoint than the newest of the stage before it
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ STAGES = {  # title and palette number
     "grpo": ("GRPO", 2), "rl": ("Reinforcement learning", 2), "data": ("Data preparation", 4), "tokenizer": ("Tokenizer", 6),
     "untrained": ("Untrained", 5),
 }  # fmt: skip
-HEADLINE_CURVES = {  # without an exam the first of these that was measured leads
+HEADLINE_CURVES = {  # without an exam, the first of these that was measured is the headline
     "eval/bits_per_byte": "Held-out bits per byte", "eval/loss": "Held-out loss", "train/loss": "Loss", "reward": "Reward",
 }  # fmt: skip
 GRAVE = ("incident", "rollback", "alert")  # kinds of events that deserve attention, the gravest first; others are only listed

@@ -93,8 +93,8 @@ class AlgorithmConfig:
 
     dynamic_sampling: bool = False  # whether groups whose rewards are all equal are replaced
     max_refills: NonNegativeInt = 3  # rollouts more, at most, to replace them
-    # difficulty pools: a question whose samples were all right, or all wrong, is left out of the next epoch, after twice in a row
-    # of the next two, and so on up to this number; others are asked in its place. 0: every epoch asks every question
+    # difficulty pools: a question whose samples were all right, or all wrong, is left out of the next epoch; the second time
+    # in a row, of the next two; and so on up to this number. Others are asked in its place. 0: every epoch asks every question
     most_rested_epochs: NonNegativeInt = 0
     # a completion cut at the length limit: mask gives it no gradient but keeps it in the baseline and in the denominators,
     # penalise takes overlong_penalty off its reward, keep changes nothing

@@ -5,8 +5,8 @@ its own items epoch by epoch, in a new order each epoch; the weights fix its sha
 each time it is asked, because with a fixed order the cheapest gain is to learn letters by heart. Refills of dynamic sampling use
 separate orders, so they never shift the main order; they replace whole groups.
 
-A question rests when its latest samples all earned the same (``algorithm.most_rested_epochs``). In its place in the order another
-one is drawn, so the order stays as it is. Which questions rest is the only thing that a resumed run must know.
+A question rests when its latest samples all earned the same (``algorithm.most_rested_epochs``). Another question is asked in its
+place, so the order itself does not change. A resumed run must know which questions rest, and nothing else.
 
 The sample-quality filter is separate from the reward: it looks at the form of a completion (is it empty, does it run in circles,
 does it hold an answer that can be read) and never at whether the answer is right.
@@ -198,7 +198,7 @@ class RolloutWorker:
     algorithm: AlgorithmConfig
     seed: int
     world: World = field(default_factory=World)
-    # of each task, for an item's id: how often in a row it taught nothing, and the last epoch that it is left out of; JSON
+    # by task and item's id: how often in a row its samples earned the same, and the last epoch without it; goes into JSON
     rests: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     servers: RolloutServers | None = None  # draw in place of the engine
 
@@ -236,7 +236,7 @@ class RolloutWorker:
         }
 
     def _let_rest(self, asked: Sequence[Group], epochs: Mapping[str, int]) -> None:
-        """Let the questions rest whose samples all earned the same, and forget that the others ever did."""
+        """Let each question rest whose samples all earned the same, and delete the records of the others that were asked."""
         for group in asked:
             name, item = group.prompt.task.name, group.prompt.item.id
             own = self.rests.setdefault(name, {})

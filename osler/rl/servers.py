@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 MOST_REQUESTS = 64  # under way at a time; the server queues what it cannot take yet
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 15.0  # between two tries
 TRANSIENT = (408, 429, 500, 502, 503, 504)  # statuses of a server that may answer later
-CERTAIN = -1e-3  # log-probability of the only token that may be drawn, but for rounding
+CERTAIN = -1e-3  # the log-probability of a token that is sure to be drawn is 0, or with rounding at least this
 
 
 class Unavailable(Exception):
@@ -82,7 +82,7 @@ class RolloutServers:
     ) -> list[Continuation]:
         """Draw completions as ``InferenceEngine.generate`` does; row r has the seed ``sampling.seed`` + r.
 
-        Raises UserError, with the server's address and what to do, when a server is not to be reached for ``retry_seconds``, or
+        Raises UserError, with the server's address and what to do, when a server cannot be reached for ``retry_seconds``, or
         answers in a way that cannot be learned from.
         """
         shares = self.world.all_gather([list(prompt) for prompt in prompts])
@@ -103,7 +103,7 @@ class RolloutServers:
                 for number, prompt in enumerate(prompts)
             ]
             return [row for group in groups for row in group.result()]
-        except BaseException:  # a start that is refused leaves nothing behind
+        except BaseException:  # a run that is refused at its start leaves nothing behind
             _remove(self.folder, self._name)
             self._written = lambda: None
             raise
@@ -143,9 +143,9 @@ class RolloutServers:
                     logger.warning(f"the rollout server {server.url} {error}; trying again for {self.config.retry_seconds:g} s.")
                 if now + wait > deadline:
                     raise UserError(
-                        f"The rollout server {server.url} {error}, and that for {self.config.retry_seconds:g} seconds. Start it "
-                        "again; the same command then goes on from the newest checkpoint. (rollout.retry_seconds is how long a "
-                        "server is waited for.)"
+                        f"The rollout server {server.url} {error}, and did not recover for {self.config.retry_seconds:g} "
+                        "seconds. Start it again; the same command then goes on from the newest checkpoint. "
+                        "(rollout.retry_seconds sets how long a run waits for a server.)"
                     ) from error
                 if self._given_up.wait(wait):
                     raise
@@ -162,12 +162,12 @@ class RolloutServers:
             if held == self.version:
                 return
             server.model = self._ask(server, "/v1/models")["data"][0]["id"]
-            self._ask(server, "/pause?mode=wait", {})  # and what it had cached of prompts is gone
+            self._ask(server, "/pause?mode=wait", {})  # this also empties its cache of prompts
             reload = {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder / self.version)}}
             self._ask(server, "/collective_rpc", reload, final=500)
             self._ask(server, "/reset_prefix_cache", {})
             self._ask(server, "/resume", {})
-            # Of one likeliest token the log-probability is 0, unless it was taken before the sampling parameters were applied.
+            # With top_k=1 one token is sure, so its log-probability is 0 if the server takes it after it has applied top_k.
             probe = {"prompt": prompt, "n": 1, "max_tokens": 1, "temperature": 1.0, "top_k": 1, "stop_token_ids": []}
             if self._completions(server, probe)[0].logprobs[0] < CERTAIN:
                 raise UserError(
@@ -177,7 +177,7 @@ class RolloutServers:
             self._ask(server, "/update_weight_version", {"new_version": self.version})
 
     def _completions(self, server: _Server, body: dict[str, Any]) -> list[Continuation]:
-        """Return the completions of a request, in the order of their seeds; raises UserError for what cannot be learned from."""
+        """Return the completions of a request, in the order of their seeds; raises UserError for an unusable answer."""
         answer = self._ask(server, "/v1/completions", {"model": server.model, "logprobs": 0, "return_token_ids": True, **body})
         choices = sorted(answer["choices"], key=lambda choice: choice["index"])
         if answer["model"] != server.model or len(choices) != body["n"]:
@@ -209,9 +209,9 @@ class RolloutServers:
         return Continuation(ids, logprobs, finished)
 
     def _ask(self, server: _Server, path: str, body: dict[str, Any] | None = None, final: int | None = None) -> dict[str, Any]:
-        """Return the JSON object that a server answers with; POST where there is a body.
+        """Return the JSON object that a server answers with; a request with a body is a POST.
 
-        Raises Unavailable when it may answer later, and UserError for any other status and for ``final``.
+        Raises Unavailable when the server may answer later, and UserError for any other status, and for ``final``.
         """
         data = None if body is None else json.dumps(body).encode()
         request = Request(server.url + path, data, {"Content-Type": "application/json"})
@@ -244,4 +244,4 @@ def _remove(folder: Path, name: str) -> None:
         folder.rmdir()
 
 
-_OPENER = build_opener(ProxyHandler({}))  # servers are next door, and a proxy outside
+_OPENER = build_opener(ProxyHandler({}))  # no proxy, because the servers are in the same network as the run

@@ -38,7 +38,7 @@ REWARD_FILE = "from osler.rl.verl import compute_score  # noqa: F401 - verl look
 ADVANTAGES = {"mean": "grpo", "mean_std": "grpo", "leave_one_out": "rloo"}
 AGGREGATES = {"sequence_mean": "seq-mean-token-mean", "token_mean": "token-mean", "constant": "seq-mean-token-sum-norm"}
 KLS = {"unbiased": "k2", "k3": "k3", "k2": "k2", "k1": "k1"}  # k2 has the right gradient on the policy's own samples, too
-OFF = {  # options that verl has not, and the values that need none
+OFF = {  # options that verl does not have, and the values at which they do nothing
     "opsm_delta": None, "reference_refresh_steps": None, "dynamic_sampling": False, "overlong": "keep",
     "beta_schedule": ConstantConfig(), "most_rested_epochs": 0,
 }  # fmt: skip
@@ -105,7 +105,7 @@ def compute_score(solution_str: str, extra_info: dict[str, Any], **_: Any) -> fl
     return sum(weight * _reward(name, extra_info["seconds"])(item, completion) for name, weight in weights.items())
 
 
-_reward = functools.cache(reward_of)  # a function of the user's own has a process
+_reward = functools.cache(reward_of)  # made once, because a function of the user's own gets a process
 
 
 def verl_options(config: GrpoConfig, folder: Path, max_seq_len: int) -> dict[str, Any]:
@@ -168,17 +168,17 @@ def verl_options(config: GrpoConfig, folder: Path, max_seq_len: int) -> dict[str
 
 
 def without_counterpart(config: GrpoConfig) -> list[str]:
-    """Return in words what of a run verl does otherwise or not at all."""
+    """Return in words which parts of a run verl does differently or not at all."""
     algorithm = config.algorithm
     words = [f"algorithm.{name}" for name, off in OFF.items() if getattr(algorithm, name) != off]
     for differs, what in (
         (algorithm.quality.action != "off", "algorithm.quality: bad samples keep their reward"),
         (algorithm.kl == "unbiased", "algorithm.kl=unbiased: k2 has its gradient in the first update on a batch"),
         (algorithm.aggregate == "constant", "algorithm.aggregate=constant: the scale of the loss differs"),
-        (not isinstance(config.optim, AdamWConfig), f"optim.type={config.optim.type}: AdamW has all parameters"),
-        (not isinstance(config.schedule, (ConstantConfig, CosineConfig)), f"schedule.type={config.schedule.type}: constant"),
+        (not isinstance(config.optim, AdamWConfig), f"optim.type={config.optim.type}: AdamW trains everything"),
+        (not isinstance(config.schedule, (ConstantConfig, CosineConfig)), f"schedule.type={config.schedule.type}: constant lr"),
         (config.early_stopping_patience is not None, "early_stopping_patience"),
-        (len({task.reasoning for task in config.tasks}) > 1, "tasks with and without reasoning: all are as the first"),
+        (len({task.reasoning for task in config.tasks}) > 1, "tasks with and without reasoning: all are asked like the first"),
     ):
         words += [what] if differs else []
     return words

@@ -195,7 +195,7 @@ def check_fingerprints(loaded: Loaded, current: Mapping[str, str], *, changes: E
             continue
         remedies = {
             "data": ", allow it with allow_data_change=true,",
-            "teacher": ", name the checkpoint that it was then (teacher.path=RUN/checkpoints/STEP),",
+            "teacher": ", name the earlier checkpoint (teacher.path=RUN/checkpoints/STEP),",
         }
         raise UserError(
             f"The {name} changed since checkpoint {loaded.path} was written: its fingerprint is {value} and was {before}. "

@@ -1,4 +1,4 @@
-"""A child process that runs a module of Osler: it finds the same modules as this process and ends with it."""
+"""A child process that runs a module of Osler. It finds the same modules as this process, and can tell when this process ends."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ def start(module: str, *arguments: str, env: dict[str, str] | None = None, **str
 
 @contextmanager
 def running(module: str, *arguments: str, env: dict[str, str] | None = None) -> Iterator[subprocess.Popen[bytes]]:
-    """Start a child with pipes to its standard input and output, and kill it in the end, whatever it does."""
+    """Start a child with pipes to its standard input and output, and kill it at the end, whatever it is doing."""
     child = start(module, *arguments, env=env, stdout=subprocess.PIPE)
     try:
         yield child
@@ -30,7 +30,7 @@ def running(module: str, *arguments: str, env: dict[str, str] | None = None) -> 
 
 
 def end_with_parent() -> None:
-    """Let a thread end this child when its standard input closes, which must bring nothing more."""
+    """Start a thread that ends this child when its standard input closes; the parent must send nothing more."""
 
     def wait() -> None:
         while os.read(0, 1):  # not through sys.stdin, whose lock this thread would hold while the program ends

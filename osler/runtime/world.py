@@ -202,9 +202,9 @@ def joined(device: str) -> Iterator[World]:
 def is_reporter(message: str, store: Store | None = None) -> bool:
     """Return whether this process is the first on its machine to report an error; ``store`` is where the processes met.
 
-    Under torchrun the store outlives all processes, and one that has not connected asks it too: torchrun ends the others as soon
-    as one has ended, so the first to end must report. Elsewhere the store ends with rank 0, which has reported its own error by
-    then.
+    Under torchrun the store outlives all processes, and even a process that has not connected asks it. Torchrun ends the others
+    as soon as one has ended, so the first to end must report. Elsewhere the store ends with rank 0, which has reported its own
+    error by then.
     """
     from socket import gethostname  # not every command needs it
 

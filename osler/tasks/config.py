@@ -7,7 +7,7 @@ from typing import Literal
 
 from osler.config.schema import NonNegativeInt, PositiveInt, Seed, config
 
-HELD_OUT_SHARE = 0.2  # of the questions of an exam whose file is learned from and examined with
+HELD_OUT_SHARE = 0.2  # of the questions of an exam, for the fold held-out
 # train is four fifths of the questions and held-out the others, whatever the file and its order; all is both
 Fold = Literal["all", "train", "held-out"]
 MEDICAL_SUBJECTS = (
@@ -17,12 +17,12 @@ MEDICAL_SUBJECTS = (
 
 @config
 class ExamFile:
-    """An exam in a file of a person's."""
+    """An exam in a file."""
 
     type: str  # of exam
     path: str  # a .parquet, .jsonl or .ndjson file (also .jsonl.gz and the like), or a folder of them
     split: str = ""  # a name for the file in tables and metrics
-    fold: Fold = "all"  # the part of a file that is both learned from and examined with: train, or held-out, a fifth by hash
+    fold: Fold = "all"  # for a file to learn from and to be examined with: train, or held-out, a fifth of the questions by hash
     limit: PositiveInt | None = None  # so many of the questions; null: all
     seed: Seed | None = None  # draws them at random, for a larger limit the same and more; null: the first ones
     shots: NonNegativeInt = 0  # solved examples before each question, the first of shots_path; 0: zero-shot

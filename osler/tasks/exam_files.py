@@ -118,7 +118,7 @@ class ExamRow:
 
 
 def with_shots(items: Sequence[ExamItem], shots: Sequence[ExamItem], task: ExamFile) -> list[ExamItem]:
-    """Return the items of an exam with the solved examples that its ``task`` asks for; raises UserError where it cannot be."""
+    """Return the items of an exam with the solved examples that ``task`` asks for; raises UserError if they are too few."""
     if len(shots) < task.shots:
         raise UserError(f"{shown(task.shots_path)} has {len(shots)} questions, fewer than shots={task.shots}.")
     if shared := shared_questions(shots, items):

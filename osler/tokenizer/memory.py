@@ -1,9 +1,9 @@
-"""Encoding with a memory of the pieces that were seen. It avoids the slowest part of the library and is about twice as fast.
+"""Encoding that remembers the tokens of pieces of text. It is about twice as fast as Hugging Face's `tokenizers` library alone.
 
 A tokenizer first splits text into pieces, mostly words, by a regular expression, and a piece has the same tokens everywhere. For
 two such expressions, that of GPT-2 and that of tokenizers trained here, Python's `re` finds the same pieces several times
-as fast. Python and the library may know different versions of Unicode, so the words around a character that is younger than
-Unicode 3.2, or was in another category then, are left to the library.
+as fast. Python and the library may know different versions of Unicode. So the library itself splits the words around an
+uncertain character: one beyond U+FFFF, one that is younger than Unicode 3.2, or one that was in another category then.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 GPT2_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-MOST_PIECES = 1 << 18  # that the memory holds, at about 200 bytes each
-LONGEST_PIECE = 24  # characters; longer pieces hardly come again
+MOST_PIECES = 1 << 18  # the memory holds at most so many, at about 200 bytes each
+LONGEST_PIECE = 24  # characters; longer pieces are not remembered, because they hardly come again
 
 _SPACES = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # White_Space of Unicode
 _WAS_SPACE = 0x180E  # a space only in the versions 4.0 to 6.2 of Unicode
-_CUT = re.compile(r"(?<=[!-~]) (?=[!-~])")  # both expressions cut before such a space, whatever the text around
+_CUT = re.compile(r"(?<=[!-~]) (?=[!-~])")  # both expressions cut before such a space, whatever stands around it
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False}
 
 
@@ -65,7 +65,7 @@ class Memory:
         return [array("I", b"".join(ids)).tolist() for ids in batch]
 
     def _split(self, text: str) -> list[str]:
-        """Return the pieces of a text; uncertain characters stay in one piece, from one space that surely cuts to the next."""
+        """Return the pieces of a text. What stands around an uncertain character, up to the next sure cuts, is one piece."""
         pieces: list[str] = []
         start = 0
         for uncertain in _uncertain()(text):
@@ -82,7 +82,7 @@ class Memory:
 
 @functools.cache
 def _translated(pieces: str) -> str:
-    """Return an expression of the library as one of Python's `re`."""
+    """Return a regular expression of the library, rewritten for Python's `re`."""
     letters, numbers, marks = (_ranges(code for code in range(1 << 16) if _category(code)[0] == kind) for kind in "LNM")
     bare = {r"(?!\S)": f"(?![^{_SPACES}])", r" ?\p{L}+": f" ?[{letters}]+", r" ?\p{N}": f" ?[{numbers}]"}
     inside = {r"\p{L}": letters, r"\p{N}": numbers, r"\p{M}": marks, r"[^\s": f"[^{_SPACES}", r"\s": f"[{_SPACES}]"}
@@ -93,7 +93,7 @@ def _translated(pieces: str) -> str:
 
 @functools.cache
 def _uncertain() -> Callable[[str], Iterator[re.Match[str]]]:
-    """Return a function that finds the characters in a text whose category is not surely the same since Unicode 3.2."""
+    """Return a function that finds the uncertain characters of a text, as the top of this file defines them."""
     old = unicodedata.ucd_3_2_0.category
     codes = (code for code in range(1 << 16) if _category(code) == old(chr(code)) not in ("Cn", "Cs") and code != _WAS_SPACE)
     certain = _ranges(codes)
@@ -105,7 +105,7 @@ def _category(code: int) -> str:
 
 
 def _ranges(codes: Iterable[int]) -> str:
-    """Return characters as the inside of a class of `re`."""
+    """Return characters as ranges, to be written between the brackets of a character class of `re`."""
     runs: list[list[int]] = []
     for code in codes:
         if runs and runs[-1][1] == code - 1:

@@ -1,7 +1,7 @@
 """Check that text survives a tokenizer: ``decode(encode(text)) == text``.
 
-A tokenizer that drops characters makes its text easier to predict, so a model that trains on it reports a bits per byte that is
-far too good. A byte-level tokenizer must lose nothing, and `refuse_missing_bytes` checks that without a text. For any other
+A tokenizer that drops characters makes its text easier to predict, so a model that trains on it reports far too few bits per
+byte. A byte-level tokenizer must lose nothing, and `refuse_missing_bytes` checks that without a text. For any other
 tokenizer losses depend on the text, so `Losses` checks samples. Changes by a normalizer (case, accents, spaces) are no losses.
 """
 
@@ -19,7 +19,7 @@ from osler.tokenizer.bpe import Tokenizer
 logger = logging.getLogger(__name__)
 
 MAX_LOST = 0.01  # the largest share of the characters that a tokenizer which is not byte-level may lose
-SAMPLE_CHARS = 4096  # of a text are looked at
+SAMPLE_CHARS = 4096  # the start of each text that is looked at
 EXAMPLE_CHARS = 40
 # Characters with every byte that UTF-8 uses: ASCII, each last byte, each first byte.
 _CODES = (*range(0x100), *range(0x100, 0x800, 64), *range(0x800, 0xD800, 0x800), *range(0xE000, 0x11_0000, 0x1000))
@@ -65,7 +65,7 @@ class Losses:
             example = self.examples.get(True) or self.examples.get(False, "")
             logger.warning(
                 f"The tokenizer changes {self.changed / self.chars:.2%} of the text's characters: {example}. Bits per byte "
-                "count the bytes of the text as it was."
+                "count the bytes of the original text."
             )
 
 
@@ -82,7 +82,7 @@ def _missing(text: str, back: str) -> int:
 
 
 def _example(text: str, back: str) -> str:
-    """Show the first place where a text and what is read back differ."""
+    """Return the first place where a text and its decoded tokens differ, and both as they read there."""
     text, back = text.strip(), back.strip()
     pairs = enumerate(zip(text, back, strict=False))
     place = next((index for index, (one, other) in pairs if one != other), min(len(text), len(back)))

@@ -20,7 +20,7 @@ def train(texts: Iterable[str], wanted: BPEConfig | SuperBPEConfig) -> Tokenizer
     """Train a tokenizer as a config describes it, and raise KeyboardInterrupt as soon as a signal asks for it.
 
     The library trains in one call of seconds or minutes, during which Python handles no signal. So, unless the text is short, a
-    child process trains. It ends with the parent, whatever ends that. The tokenizer is the same to the byte.
+    child process trains. It ends with the parent, however that ends. The tokenizer is the same to the byte.
     """
     sizes = [wanted.vocab_size, *([wanted.bpe_size] if isinstance(wanted, SuperBPEConfig) else [])]
     remaining, first, chars = iter(texts), list[str](), 0
@@ -52,7 +52,7 @@ def _learn(texts: Iterable[str], vocab_size: int, transition: int | None = None)
 
 
 def _received() -> Iterator[Any]:
-    """Yield the texts that the parent sends; from their end on, a thread looks after the parent."""
+    """Yield the texts that the parent sends; after the last, start a thread that ends this process with the parent."""
     try:
         yield from iter(lambda: pickle.load(sys.stdin.buffer), None)
     except (EOFError, pickle.UnpicklingError):

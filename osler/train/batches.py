@@ -27,7 +27,7 @@ def make_loader(
     orders = {source.name: Order(source.train, config.seed) for source in prepared.sources}
     # The shards may have been prepared under other names, with other weights.
     of_data = {name: s.weight for name, s in config.sources.items()} or {s.name: s.weight for s in prepared.sources}
-    prompt_loss = config.kind == "pretrain"  # which learns every token; fine-tuning learns those that loss masks select
+    prompt_loss = config.kind == "pretrain"  # it learns every token; fine-tuning, those that loss masks select
     first_tokens = dict.fromkeys(orders, 0)
     stages = []
     for span in config.timeline.spans:

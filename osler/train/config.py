@@ -81,7 +81,7 @@ class TrainConfig(RunConfig):
     init_from: str | None = None  # run folder or checkpoint to start from; its model and tokenizer replace those given here
     model: ModelConfig = ModelConfig()
     tokenizer: TokenizerConfig = BPEConfig()
-    # a model to learn from beside the data; without init_from and tokenizer.path its tokenizer is taken too; null: none
+    # a model to learn from besides the data; a run without init_from and tokenizer.path takes its tokenizer; null: none
     teacher: TeacherConfig | None = None
     data: DataConfig = ClinicData()
     # sets that the run is evaluated on, each by itself and all together; none: what is held out of each source of data. An
@@ -150,7 +150,7 @@ class TrainConfig(RunConfig):
                 )
             if self.data.disk_budget_gb is not None and (not streaming or self.packs_whole):
                 needed = "packing=stream" if streaming else "data.streaming=true"
-                raise ValueError(f"data.disk_budget_gb deletes shards that training has done with, which takes {needed}")
+                raise ValueError(f"data.disk_budget_gb deletes shards that training has done with, which needs {needed}")
         elif self.validation:
             raise ValueError(f"{self.data.path} has its validation sets; give others to `osler data prepare` as validation=[...]")
         if self.teacher and self.parallel.type == "deepspeed":

@@ -1,4 +1,4 @@
-"""From a recipe to a finished run folder: ``osler pretrain`` and ``osler sft``; ``runs/command.py`` has what GRPO shares."""
+"""The commands ``osler pretrain`` and ``osler sft``, from a recipe to a finished run; GRPO shares ``runs/command.py``."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
 def tending(
     config: TrainConfig, folder: RunFolder, preparer: Preparer | None, loader: Loader
 ) -> Callable[[float], None]:
-    """Return the function that looks after the preparation of a stream, if this process does; see ``wait_together``."""
+    """Return a function that looks after the preparation of a stream, where this process owns it; see ``wait_together``."""
     if preparer is None or config.text is None or config.text.disk_budget_gb is None:
         return untended if preparer is None else preparer.tend
     checkpoint = config.checkpoint
@@ -137,7 +137,7 @@ def tending(
 
 
 def warn_of_plan(config: TrainConfig) -> None:
-    """Warn if a run ends before something that its config asks for, perhaps because it was shortened."""
+    """Warn if a run ends before its warmup does, or before a stage of its curriculum begins: it may have been shortened."""
     timeline, total = config.timeline, config.total_tokens
     if config.max_minutes is None:
         warn_of_endless_warmup(config.schedule, total)

@@ -70,13 +70,13 @@ def check_plan(config: TrainConfig, *, is_new: bool) -> None:
 
 
 def check_distillation(config: TrainConfig, start: store.Loaded | None) -> None:
-    """Raise UserError when there is no teacher, or one that does not fit; ``start`` is the checkpoint to continue from."""
+    """Raise UserError when the teacher is missing or does not fit; ``start`` is the checkpoint to continue from."""
     if config.teacher is None:
         return
     if start is None and config.init_from is not None:
         start = store.load(store.resolve(config.init_from), names=[])
     tokenizer = tokenizer_at_hand(config) if start is None else tokenizer_of(start)
-    assert tokenizer is not None  # without another it is the teacher's
+    assert tokenizer is not None  # a run that names no tokenizer takes the teacher's
     student = fitted(config.model if start is None else described_model(start), tokenizer)
     check_teacher(described_teacher(config.teacher), student, tokenizer.fingerprint, config.seq_len)
 

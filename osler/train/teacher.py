@@ -1,4 +1,4 @@
-"""The teacher of a distilled run: a frozen model whose predictions the run learns beside the text (arXiv 1503.02531).
+"""The teacher of a distilled run: a frozen model whose predictions the run learns besides the text (arXiv 1503.02531).
 
 The teacher reads the same rows as the model, under the same document mask. Its hidden states and its head go into the loss,
 which computes both models' logits chunk by chunk (``ops/distillation.py``). It is no part of the module that is trained, so DDP,
@@ -27,7 +27,7 @@ from osler.train.config import TeacherConfig, TrainConfig
 
 
 class DistilledLoss(SummedLoss):
-    """Map rows, and what a teacher made of them, to three sums in nats: cross-entropy, KL, and the loss to minimise."""
+    """Map rows, and a teacher's features and head, to three sums in nats: cross-entropy, KL, and the loss to minimise."""
 
     def __init__(self, model: Transformer, config: TeacherConfig) -> None:
         super().__init__(model)
@@ -59,7 +59,7 @@ class Teacher:
 def open_teacher(
     config: TrainConfig, machine: Machine, student: ModelConfig, tokenizer: Tokenizer, start: store.Loaded | None
 ) -> Teacher | None:
-    """Return the teacher of a run, if it has one; raises UserError for one that does not fit, or is not that of ``start``."""
+    """Return the teacher of a run, if it has one; raises UserError for one that does not fit, or that ``start`` did not have."""
     if config.teacher is None:
         return None
     described = described_teacher(config.teacher)
@@ -89,7 +89,7 @@ def check_teacher(teacher: store.Loaded, student: ModelConfig, tokenizer: str, s
         raise UserError(
             f"The teacher {teacher.path} has another tokenizer ({other.vocab_size:,} tokens, fingerprint {other.fingerprint}) "
             f"than the model to train ({own}), so it predicts other tokens. A new run without tokenizer.path, init_from and "
-            "prepared shards takes the teacher's."
+            "prepared shards takes the teacher's tokenizer."
         )
     if shape.vocab_size != student.vocab_size:
         raise UserError(

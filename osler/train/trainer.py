@@ -43,7 +43,7 @@ PLANNED_SHARE = 0.97  # share of the minutes that training takes; the rest is fo
 class StepResult(NamedTuple):
     """The results of a step, on the device: mean loss in nats per learned token, gradient norm before clipping, 1 if skipped.
 
-    The loss is the cross-entropy, also where a teacher changes what is minimised; ``kl`` is the distance from it, 0 without one.
+    The loss is the cross-entropy, even if a teacher adds to what is minimised; ``kl`` is the distance from the teacher, or 0.
     The loss is a rank's part: its mean over the ranks is that of the global batch. It is NaN on all ranks when none has a token
     to learn; the gradient is zero then.
     """

@@ -36,7 +36,7 @@ def own_text(tiny):
     ("override", "message"),
     [
         ("learning_rate=1", "learning_rate: unknown key; did you mean `optim.lr`?"),
-        ("path=notes", f"`data.path` {WITH_PATH} or `tokenizer.path`?"),
+        ("path=notes", f"`data.path` {WITH_PATH} or `teacher.path` or `tokenizer.path`?"),
         ("optim={type: muon, eps: 0}", "optim.eps: must be above 0, given 0"),
         ("batch_tokens=300", "batch_tokens 300 is not a multiple of seq_len 64"),
         ("micro_batch_tokens=192", "micro_batch_tokens 192 must be a multiple of seq_len 64 that divides batch_tokens 256"),

@@ -87,14 +87,14 @@ def test_seed_and_folder_are_those_of_every_stage_that_gives_none():
 
 def test_each_stage_is_explained():
     text = show_recipe("quickstart", explain=True)
-    assert "seed: 0  # of every stage and source of data" in text and "\nexam:" in text and "  of:" in text
+    assert "seed: 0  # for every stage and every source of data" in text and "\nexam:" in text and "  of:" in text
     assert "  total_tokens: 3276800  # tokens to train on" in text
 
 
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        ("taech.total_tokens=5", "taech: unknown key, and no stage, which has a `kind`; did you mean `teach`?"),
+        ("taech.total_tokens=5", "taech: neither a known key nor a stage, which needs a `kind`; did you mean `teach`?"),
         ("teach.total_token=5", "teach.total_token: unknown key; did you mean `teach.total_tokens`?"),
         ("teach.kind=distil", "teach.kind: should be one of pretrain, sft, grpo, exam"),
         ("teach.kind=[sft]", "teach.kind: should be one of pretrain, sft, grpo, exam"),
@@ -102,7 +102,7 @@ def test_each_stage_is_explained():
         ("read.init_from=teach", "read refers to teach, which is not an earlier stage"),
         ("exam.of={a: exam}", "exam refers to exam, which is not an earlier stage"),
         ("late={kind: sft, init_from: exam}", "late refers to exam, which is an exam and has no checkpoint"),
-        ("tune.init_from=teach@first", "teach@first; after @ stands best, start or accuracy=NUMBER"),
+        ("tune.init_from=teach@first", "teach@first; write best, start or accuracy=NUMBER after the @"),
         ("tune.init_from=teach@accuracy=70", "write an accuracy from 0 to 1"),
         ("tune.init_from=teach@accuracy=0.7", "no exam is sat during teach: give it exam.every_tokens above 0"),
         ("exam.of={a: read@start}", "read starts from no checkpoint"),
@@ -124,7 +124,7 @@ def test_a_mistake_in_a_recipe_is_told(fields, told):
             "gone@best is no earlier stage; known: read. And no run or checkpoint either: gone@best is no",
         ),
         ("teach.seq_len=4096", "stage teach: seq_len 4096 is longer than the 2048 tokens (max_seq_len) of the model"),
-        ("teach.model.num_layers=9", "stage teach: model differs from that of the stage read, with which this stage goes on"),
+        ("teach.model.num_layers=9", "stage teach: model differs from that of the stage read, which this stage goes on from"),
         ("teach.tokenizer.vocab_size=300", "stage teach: tokenizer differs from that of the stage read"),
         ("tune.algorithm.max_new_tokens=2048", "stage tune: max_new_tokens 2048 leaves no room for a question"),
         ("exam.max_new_tokens=4000", "stage exam: max_new_tokens 4000 leaves no room for a question"),

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 LOST = {
     ">&-": (0, ""),
     ">/dev/full": (2, "osler: No space left on device. Free some of the disk; the same command then goes on.\n"),
-    "1</dev/null": (2, "osler: Bad file descriptor. Lead the output to where it can be written.\n"),
+    "1</dev/null": (2, "osler: Bad file descriptor. Send the output to a place that can be written.\n"),
 }
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs POSIX file descriptors")
