@@ -29,7 +29,16 @@ from osler.eval.run import save_scores, sit
 from osler.eval.score import ScoredExam, compare
 from osler.inference.load import open_model
 from osler.pipeline.check import JOBS, check_stage
-from osler.pipeline.config import ACCURACY, ExamStage, PipelineConfig, Stage, decode_pipeline, exam_metrics, read_reference
+from osler.pipeline.config import (
+    ACCURACY,
+    ExamStage,
+    PipelineConfig,
+    Stage,
+    decode_pipeline,
+    exam_metrics,
+    read_reference,
+    references_of,
+)
 from osler.records import jsonl
 from osler.records.jsonl import read_metrics
 from osler.records.results import Comparison, FinishedStage
@@ -95,7 +104,10 @@ class Pipeline:
 
     def __init__(self, config: PipelineConfig, run: RunFolder, world: World) -> None:
         self.config, self.run, self.world = config, run, world
-        self.finished = read_records(FinishedStage, run.stages)
+        try:
+            self.finished = read_records(FinishedStage, run.stages)
+        except UserError as error:
+            raise UserError(f"{error} Delete it: the same command finds by their checkpoints what is finished.") from error
 
     def has_begun(self, name: str) -> bool:
         return name in [stage.name for stage in self.finished] or self.folder(name).config.exists()
@@ -115,6 +127,7 @@ class Pipeline:
                 if not isinstance(stage, ExamStage):
                     JOBS[type(stage)].check_processes(stage, self.world.size)
                 if name not in [done.name for done in self.finished]:
+                    self.refuse_gone(name, stage)
                     check_stage(self.config, name, self.run)
 
     def refuse_change(self, name: str, stage: Stage, stored: dict[str, Any]) -> None:
@@ -124,6 +137,16 @@ class Pipeline:
                 f"it has begun in {self.run.root}, and cannot be changed any more: {named(words)}. To go on with the pipeline as "
                 f"it is: `osler pipeline --run {self.run.root} --resume`. For a new one choose another folder with --run."
             )
+
+    def refuse_gone(self, name: str, stage: Stage) -> None:
+        """Raise UserError when a stage is to go on from one that is finished and whose folder is no longer there."""
+        for text in [] if self.has_begun(name) else references_of(stage):
+            above = self.folder(read_reference(text, self.config.stages)[0])
+            if above.root.name in [done.name for done in self.finished] and not above.config.exists():
+                raise UserError(
+                    f"it goes on from {text}, which is finished, and {above.root} is gone: put it back; or delete "
+                    f"{self.run.stages}, and the same command carries out again what is gone."
+                )
 
     def describe(self) -> str:
         """Return what ``--dry-run`` prints: the config of every stage, and comments with their state and derived numbers."""

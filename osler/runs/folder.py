@@ -165,11 +165,11 @@ def read_config(folder: RunFolder) -> dict[str, Any]:
         stored, problem = None, f"is torn or damaged ({error})"
     if not isinstance(stored, dict):
         good, _ = newest_good(folder.checkpoints)
-        remedy = (
-            f"The run's newest good checkpoint has a copy: `cp {good / folder.config.name} {folder.config}` restores it"
-            if good
-            else f"Without a checkpoint to take it from, delete {folder.root} to start over"
-        )
+        remedy = f"Without a checkpoint to take it from, delete {folder.root} to start over"
+        if good:
+            remedy = f"The run's newest good checkpoint has a copy: `cp {good / folder.config.name} {folder.config}` restores it"
+        elif any(folder.root.glob(f"*/{folder.config.name}")):  # a pipeline, whose stages are worth keeping
+            remedy = "Its stages have their own: delete this file alone, and `osler pipeline` with the recipe goes on"
         raise UserError(f"{folder.config} {problem}. {remedy}.")
     return stored
 

@@ -94,6 +94,19 @@ def test_the_same_command_again_does_what_is_not_finished_and_no_more(
     assert run(None, run_dir=str(moved), resume=True) == 0
 
 
+def test_a_finished_stage_that_is_gone_is_told_before_the_one_that_needs_it(finished: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(finished, moved)
+    stages = json.loads((moved / "stages.json").read_text())
+    shutil.rmtree(moved / "sft")
+    assert run(None, run_dir=str(moved), resume=True, dry_run=True) == 0, "nothing needs it any more"
+    (moved / "stages.json").write_text(json.dumps(stages[:-1]))
+    with pytest.raises(
+        UserError, match=r"stage exam: it goes on from sft.*, which is finished, and .*sft is gone: put it back; or"
+    ):
+        run(None, run_dir=str(moved), resume=True, dry_run=True)
+
+
 def test_a_folder_of_something_else_is_refused(finished: Path, tmp_path: Path) -> None:
     with locked(tmp_path), pytest.raises(UserError, match="Another process is at work"):
         tiny(tmp_path)
