@@ -47,10 +47,19 @@ Encoded = tuple[tuple[str, str], list[int], list[int]]  # texts of context and c
 
 
 def run(options: str, device: str, **model: Any) -> int:
-    """Run the harness's own command line with ``options``; ``device`` and ``model`` are arguments of ``OslerLM``."""
-    given = ["--model", "osler", "--model_args", json.dumps(model), "--device", device, *shlex.split(options)]
-    sys.argv = ["lm_eval", "run", *given]
-    cli_evaluate()
+    """Run the harness's own command line with ``options``; ``device`` and ``model`` are arguments of ``OslerLM``.
+
+    Raises UserError for what the harness tells by ValueError and ConnectionError: options, tasks and data that it does not find.
+    """
+    try:
+        given = ["--model", "osler", "--model_args", json.dumps(model), "--device", device, *shlex.split(options)]
+        sys.argv = ["lm_eval", "run", *given]
+        cli_evaluate()
+    except (ValueError, ConnectionError) as error:
+        raise UserError(
+            f"lm-evaluation-harness, with --harness {options!r}: {error}. `lm_eval ls tasks` lists its tasks and `lm_eval run "
+            "--help` its options; without a network a task file reads local files (--include_path)."
+        ) from error
     return 0
 
 

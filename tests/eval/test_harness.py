@@ -53,6 +53,16 @@ def rows(kind: str) -> list[dict[str, object]]:
     return made
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [("--tasks no-such-task", "no-such-task"), ("--tasks 'hella", "No closing quotation"), ("--limit 1", "No tasks specified")],
+)
+def test_what_the_harness_does_not_find_is_told_in_words(run, options, told, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", [])
+    assert cli.main(["eval", str(run), "device=cpu", "--harness", options]) == 2
+    assert told in (said := capsys.readouterr().err) and "`lm_eval ls tasks` lists its tasks" in said
+
+
 @pytest.mark.parametrize(("kind", "shots"), [("medqa", 1), ("medmcqa", 0), ("pubmedqa", 0), ("hellaswag", 0), ("gsm8k", 0)])
 def test_every_item_has_the_score_of_the_harness(run, tmp_path, monkeypatch, kind, shots):
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
