@@ -37,7 +37,7 @@ def test_bench_times_a_recipe(capsys):
     rate = result["tokens_per_second"] * flops / result["matmul_flops_per_second"]
     assert result["of_matmul_rate"] == pytest.approx(rate) and result["mfu"] is None and "PaLM" in result["flops_convention"]
     assert main(["bench", "quickstart"]) == 2
-    assert "recipe of kind quickstart" in capsys.readouterr().err
+    assert "recipe of kind pipeline" in capsys.readouterr().err
 
 
 def test_peers_take_turns_and_are_compared_round_by_round(benchmark_module):

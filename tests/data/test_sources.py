@@ -115,7 +115,7 @@ def test_a_tokenizer_has_not_seen_what_is_held_out(tmp_path: Path) -> None:
 
 def test_a_mixture_is_known_by_its_sources() -> None:
     files = [{"type": "files", "path": "books/a.txt", "weight": 3}, {"type": "turns", "path": "b c.jsonl", "name": "asked"}]
-    data = decode(Sections, {"data": {"sources": files}}).data
+    data = decode(Sections, {"data": {"type": "mixture", "sources": files}}).data
     assert isinstance(data, MixtureData) and [source.title for source in data.sources] == ["a", "asked"]
     for wrong, message in (
         ([], "sources is empty"),
@@ -124,7 +124,7 @@ def test_a_mixture_is_known_by_its_sources() -> None:
         ([{**files[0], "weight": 0}], "weight: must be above 0"),
     ):
         with pytest.raises(UserError, match=message):
-            decode(Sections, {"data": {"sources": wrong}})
+            decode(Sections, {"data": {"type": "mixture", "sources": wrong}})
 
 
 def test_no_source_has_what_another_holds_out(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_a_name_stays_in_its_folder(name: str, title: str) -> None:
 )
 def test_validation_sets_are_checked(sets: list[dict[str, Any]], said: str) -> None:
     sources = [{"type": "files", "path": "a/x.txt", "name": "a"}, {"type": "hub", "name": "medqa"}]
-    given = {"data": {"sources": sources, "root": "r"}, "tokenizer": {"vocab_size": 300}}
+    given = {"data": {"type": "mixture", "sources": sources, "root": "r"}, "tokenizer": {"vocab_size": 300}}
     for cls in (Sections, TrainConfig):
         with pytest.raises(UserError, match=said):
             decode(cls, {**given, "validation": [{"type": "files", **one} for one in sets]})
@@ -191,7 +191,7 @@ def test_sources_take_over_what_their_mixture_says() -> None:
 def test_cleaning_that_cannot_be_done_is_told_before_anything_is_read(tmp_path: Path, clean: dict[str, Any], said: str) -> None:
     sources = [{"type": "files", "path": str(tmp_path / "a.txt")}]
     with pytest.raises(UserError, match=said):
-        check_sources(decode(Sections, {"data": {"sources": sources, "clean": clean}}).data)
+        check_sources(decode(Sections, {"data": {"type": "mixture", "sources": sources, "clean": clean}}).data)
 
 
 @pytest.mark.parametrize(("package", "clean"), [("rensa", {"duplicates": "near"}), ("py3langid", {"languages": ["en"]})])

@@ -114,7 +114,8 @@ def given(name: str, stand_in: SimpleNamespace) -> list[str]:
     named = [f"data.root={stand_in.hub}", "data.streaming=false"]
     data = {"files": [f"data.path={stand_in.text}"], "clinic": SMALL_CLINIC, "hub": named, "mixture": named}
     start = [f"init_from={stand_in.start}"] if "init_from" in recipe else []
-    return [*data[recipe["data"]["type"]], *start]
+    tokenizer = [f"tokenizer.path={stand_in.tokenizer}"] if "path" in recipe.get("tokenizer", {}) else []
+    return [*data[recipe["data"]["type"]], *start, *tokenizer]
 
 
 def scaled_down(config: TrainConfig) -> list[str]:
