@@ -28,6 +28,7 @@ MOST_NAMED = 5  # differences between two configs that an error spells out
 GIVEN_ANEW = (
     "parallel", "loader_workers", "micro_batch_tokens", "recompute", "checkpoint.in_background", "monitor",
     "allow_data_change", "preflight",  # permissions for one start
+    "description",  # for the reader
     "data.streaming", "data.disk_budget_gb",  # the batches are the same
     "rollout.urls", "rollout.weights_dir", "rollout.timeout_seconds", "rollout.retry_seconds",  # servers come and go
 )  # fmt: skip

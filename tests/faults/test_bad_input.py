@@ -173,7 +173,8 @@ def test_a_folder_holds_one_run(stopped, tiny, mistake):
         assert f"init_from={stopped}" in text
     text = mistake("sft", tiny.sft, f"init_from={stopped}", "--run", stopped)
     assert "holds another run" in text and "kind" in text
-    assert main(["pretrain", tiny.pretrain, "--run", str(stopped), "--dry-run"]) == 0
+    words = "description=the same run in other words"
+    assert main(["pretrain", tiny.pretrain, words, "--run", str(stopped), "--dry-run"]) == 0
 
 
 def test_a_folder_of_an_earlier_version_is_the_same_run(stopped, launch):
