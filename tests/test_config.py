@@ -244,7 +244,7 @@ class TestOverrides:
             (["a.b="], "has no value"),
             *(([text], "write key.path=value") for text in ("a", "=1", "a..b=1", ".a=1", "[0]=1", "l[x]=1", "l[0]a=1")),
             (["a=[1"], "not valid YAML"),
-            (["a=1", "a.b=2"], "a is not a mapping"),
+            (["a=1", "a.b=2"], r"a is not a mapping; give a=... as a whole, such as a='{type: NAME, b: VALUE}'"),
             (["l.0=1"], r"l is a list: name an element, as in l\[0\]"),
             (["l[2].x=1"], r"l has no element \[2\]; it has 2, counted from \[0\]"),
             (["a[0]=1"], r"a is not given here; give a=\[...\] as a whole"),

@@ -314,7 +314,7 @@ COMMANDS: tuple[Command, ...] = (
     Command(
         "distill",
         "Write a teacher's right answers to questions as examples for a smaller model",
-        "osler distill runs/clinic-sft task.type=clinic task.split=train --out rows.jsonl",
+        "osler distill runs/clinic-sft task=clinic:train --out rows.jsonl",
         "osler.eval.distill:run",
         (CHECKPOINT, OVERRIDES, option("--out", required=True, metavar="FILE", help="the rows to write, a .jsonl file")),
         DISTILL_HELP,

@@ -96,7 +96,8 @@ def _set(node: Any, keys: Sequence[str], value: Any) -> None:
         if isinstance(key, str) and isinstance(node, list):
             raise ValueError(f"{place} is a list: name an element, as in {place}[0], or give {place}=[...] as a whole")
         if isinstance(key, str) and not isinstance(node, dict):
-            raise ValueError(f"{place} is not a mapping; give {place}=... as a whole")
+            example = f"{place}='{{type: NAME, {name}: VALUE}}'"
+            raise ValueError(f"{place} is not a mapping; give {place}=... as a whole, such as {example}")
         old = node[key] if isinstance(key, int) else node.get(key)
         if number == len(keys):
             if key == "type" and old != value:

@@ -93,7 +93,7 @@ class EvalConfig(ExamSettings):
 def config_of(overrides: Sequence[str]) -> EvalConfig:
     """Return the config that the overrides describe; a task without type and path is the clinic's exam with changed fields.
 
-    Exams may also be given as text: ``medqa:test.jsonl,clinic``, or ``pubmedqa`` for the exam of this name.
+    Exams may also be given as text (``named_task``), several with commas between them.
     """
     given = override({}, overrides)
     if {"task", "tasks"} <= given.keys():
@@ -109,11 +109,25 @@ def config_of(overrides: Sequence[str]) -> EvalConfig:
 
 
 def _written_out(task: Any) -> Any:
-    if isinstance(task, str):
-        kind, colon, place = task.strip().partition(":")
-        if not colon and kind != CLINIC_EXAM.type:
-            return {"type": HubExam.type, "name": kind}
-        task = {"type": kind, **({"split" if kind == CLINIC_EXAM.type else "path": place} if colon else {})}
+    task = named_task(task)
     if isinstance(task, dict) and "path" not in task and task.get("type", CLINIC_EXAM.type) == CLINIC_EXAM.type:
         return {**encode(CLINIC_EXAM), **task}
     return task
+
+
+def distill_config_of(overrides: Sequence[str]) -> DistillConfig:
+    """Return the config of ``osler distill`` that the overrides describe; its task may also be given as text."""
+    given = override({}, overrides)
+    if "task" in given:
+        given["task"] = named_task(given["task"])
+    return decode(DistillConfig, given, source="osler distill")
+
+
+def named_task(task: Any) -> Any:
+    """Return the section of a task given as text: TYPE:FILE, ``clinic``, ``clinic:SPLIT``, or the NAME of an exam."""
+    if not isinstance(task, str):
+        return task
+    kind, colon, place = task.strip().partition(":")
+    if not colon and kind != CLINIC_EXAM.type:
+        return {"type": HubExam.type, "name": kind}
+    return {"type": kind, **({"split" if kind == CLINIC_EXAM.type else "path": place} if colon else {})}

@@ -19,10 +19,9 @@ from statistics import fmean
 from typing import Any
 
 from osler.checkpoint.folders import fingerprint_of
-from osler.config.recipe import override
-from osler.config.schema import decode, encode
+from osler.config.schema import encode
 from osler.data.named import check_task, load_task
-from osler.eval.config import DistillConfig
+from osler.eval.config import DistillConfig, distill_config_of
 from osler.eval.exams import score_by_generation
 from osler.eval.score import Result
 from osler.inference.engine import InferenceEngine
@@ -44,7 +43,7 @@ logger = logging.getLogger(__name__)
 def run(checkpoint: str, out: str, overrides: Sequence[str] = ()) -> str:
     """Run the command ``distill``; return a summary of the answers. Raises UserError when no answer can be learned from."""
     require_one_process("distill")
-    config, rows_file = decode(DistillConfig, override({}, overrides), source="osler distill"), Path(out)
+    config, rows_file = distill_config_of(overrides), Path(out)
     check_task(config.task, "task")
     if rows_file.suffix != ".jsonl" or not rows_file.absolute().parent.is_dir():
         raise UserError(f"--out {out}: give a file that ends with .jsonl, in a folder that exists.")
@@ -71,11 +70,15 @@ def run(checkpoint: str, out: str, overrides: Sequence[str] = ()) -> str:
     identity = fingerprint([teacher["fingerprint"], [asdict(item) for item in shown], encode(sampling), reasoning])
     head = {"exam": exam, "asked": len(shown), "identity": identity}
     answers_file = rows_file.with_suffix(".answers.jsonl")
-    with Progress(len(shown), "answers", label="distill") as progress:
-        answers = AnswerLog(answers_file, head, progress.update, lasting=True)
-        engine = InferenceEngine(ready.model, max_rows=config.rows)
-        with locked(answers_file, "--out"):
-            score = score_by_generation(engine, ready.tokenizer, shown, sampling, reasoning=reasoning, answers=answers)
+    try:
+        with Progress(len(shown), "answers", label="distill") as progress:
+            answers = AnswerLog(answers_file, head, progress.update, lasting=True)
+            engine = InferenceEngine(ready.model, max_rows=config.rows)
+            with locked(answers_file, "--out"):
+                score = score_by_generation(engine, ready.tokenizer, shown, sampling, reasoning=reasoning, answers=answers)
+    except KeyboardInterrupt:
+        logger.info(f"The answers so far stay in {answers_file}; the same command goes on from there.")
+        raise
     completions = [parse_completion(ready.tokenizer, answers.outputs[n], reasoning=reasoning) for n in range(len(shown))]
     rows, questions, fates = select(score.results, completions, config, exam, reasoning=reasoning)
     write_json(

@@ -1,7 +1,9 @@
 """`osler distill`: which answers become rows, what is told of them, that it goes on where it stopped, and what it refuses."""
 
 import json
+import logging
 import shutil
+import signal
 
 import pytest
 
@@ -89,8 +91,9 @@ def test_a_teacher_writes_rows_that_sft_learns_and_goes_on_where_it_was_stopped(
     assert cut.read_bytes() == whole.read_bytes()
     assert osler(*command, "keep=1", "--out", cut) == 0 and "Going on after 48 of 48 answers" in capsys.readouterr().err
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    assert osler(*command, "seed=1", "--out", cut) == 2
-    assert "cut.answers.jsonl has 48 answers of another model, to other questions" in capsys.readouterr().err
+    for other in ("seed=1", "task.limit=3"):
+        assert osler(*command, other, "--out", cut) == 2
+        assert "cut.answers.jsonl has 48 answers of another model, to other questions" in capsys.readouterr().err
     with locked(cut.with_suffix(".answers.jsonl")):
         assert osler(*command, "--out", cut) == 2 and "Another process is at work on" in capsys.readouterr().err
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
@@ -99,6 +102,24 @@ def test_a_teacher_writes_rows_that_sft_learns_and_goes_on_where_it_was_stopped(
     learn = ["sft", f"init_from={runs.sft}", "data.type=turns", f"data.path={whole}", "data.thinking_field=thinking"]
     fields = ["seq_len=256", "batch_tokens=512", "total_tokens=512", "device=cpu", "compile=never", "data.holdout_fraction=0"]
     assert osler(*learn, *fields, "--run", tmp_path / "learned") == 0
+
+
+def test_an_interruption_says_how_to_go_on_and_a_task_in_the_short_form_is_the_same(runs, osler, tmp_path, capsys):
+    """Ctrl-C comes where the command says that it goes on; the short form asks the same questions, or it could not go on."""
+    short, out = ["distill", runs.sft, "samples=1", "max_new_tokens=12"], tmp_path / "rows.jsonl"
+    assert osler(*short, "task.type=clinic", "task.split=train", "--out", out) == 0
+    answers = out.with_suffix(".answers.jsonl")
+    answers.write_text("".join(answers.read_text().splitlines(keepends=True)[:-1]))
+
+    class Interrupt(logging.Handler):
+        def emit(self, record):
+            if record.getMessage().startswith("Going on after 399 of 400 answers"):
+                signal.raise_signal(signal.SIGINT)
+
+    logging.getLogger().addHandler(handler := Interrupt())
+    assert osler(*short, "task=clinic:train", "--out", out) == 130
+    logging.getLogger().removeHandler(handler)
+    assert f"The answers so far stay in {answers}; the same command goes on from there" in capsys.readouterr().err
 
 
 def test_what_cannot_become_rows_is_refused_in_words(runs, clinic_runs, tmp_path, capsys, fault):
