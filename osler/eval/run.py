@@ -113,10 +113,13 @@ def complete(config: EvalConfig, ready: LoadedModel) -> tuple[EvalConfig, Mappin
     )
 
 
-def sit(config: ExamSettings, ready: LoadedModel, name: str, run: RunFolder | None) -> list[ScoredExam]:
+def sit(
+    config: ExamSettings, ready: LoadedModel, name: str, run: RunFolder | None, *, takes_full: bool = False
+) -> list[ScoredExam]:
     """Let the model take every part of the exams with every requested method; ``name`` is its name in the ``run``.
 
-    The folder of the run keeps the answers, so that an interrupted exam goes on; without one they are kept in memory.
+    The folder of the run keeps the answers, so that an interrupted exam goes on; without one they are kept in memory. With
+    ``takes_full`` a part that was finished is not asked again.
     """
     exams = {split: load_task(task, split, config.root) for split, task in parts(config).items()}
     if empty := [split for split, items in exams.items() if not items]:
@@ -129,7 +132,8 @@ def sit(config: ExamSettings, ready: LoadedModel, name: str, run: RunFolder | No
         tell_checked(split, {item.id for item in items}, known)
         shown = list(presentations(items, config.permutations, config.seed))
         for method in ways[kinds[split]]:
-            for score in scores_of(method, config, ready, shown, {"label": name, "exam": split, "method": method}, run):
+            head = {"label": name, "exam": split, "method": method}
+            for score in scores_of(method, config, ready, shown, head, run, takes_full=takes_full):
                 scores += [score, *clean_subset(score, known)]
     return scores
 
@@ -141,6 +145,8 @@ def scores_of(
     shown: Sequence[ExamItem],
     head: Mapping[str, str],
     run: RunFolder | None,
+    *,
+    takes_full: bool = False,
 ) -> Iterator[ScoredExam]:
     """Yield the scores on the items that are shown: one by letters or by writing, else one divided by length and a raw one.
 
@@ -162,21 +168,22 @@ def scores_of(
             first = {**head, "checkpoint": ready.path.name, "settings": settings, "asked": len(shown)}
             first["identity"] = identity_of(ready, shown, settings)
             file = re.sub(r"[^\w.]+", "-", " ".join(head.values()))
-            answers = AnswerLog(run.answers / f"{file}.jsonl", first, progress.update)
+            answers = AnswerLog(run.answers / f"{file}.jsonl", first, progress.update, takes_full=takes_full)
         if method == "generation":
             engine = InferenceEngine(ready.model, max_rows=config.rows)
             asked: dict[str, Any] = {"reasoning": reasoning, "template": template, "answers": answers}
             written = partial(score_by_generation, engine, ready.tokenizer, shown, sampling, **asked)
-            yield replace(written(), split=head["exam"], method=method)
+            yield replace(written(), split=head["exam"], method=method, settings=settings)
             is_worked = all(item.thinking and not item.options for item in shown)
             for rule in PUBLISHED if is_worked and not template else ():
                 score = written(read=partial(published_reading, rule))
-                yield replace(score, split=head["exam"], method=f"{method}, {rule}")
+                yield replace(score, split=head["exam"], method=f"{method}, {rule}", settings=settings)
             return
         likely = partial(score_by_likelihood, ready.model, ready.tokenizer, shown, form=FORMS[method], template=template)
         for divisor in divisors:
             name = method if divisor == divisors[0] else f"{method}, raw"
-            yield replace(likely(normalise=divisor, answers=answers), split=head["exam"], method=name)
+            score = likely(normalise=divisor, answers=answers)
+            yield replace(score, split=head["exam"], method=name, settings=settings)
 
 
 def identity_of(ready: LoadedModel, shown: Sequence[ExamItem], settings: Mapping[str, Any]) -> str:
@@ -201,7 +208,7 @@ def clean_subset(score: ScoredExam, known: ExamsInData) -> Iterator[ScoredExam]:
     clean = [result for result in score.results if result.item.id in known.clean]
     if clean and any(result.item.id in known.found for result in score.results):
         subset = summarise(clean, max_seq_len=int(score.max_seq_len))
-        yield replace(subset, split=f"{score.split}{CLEAN}", method=score.method)
+        yield replace(subset, split=f"{score.split}{CLEAN}", method=score.method, settings=score.settings)
 
 
 def parts(config: ExamSettings) -> dict[str, Any]:

@@ -10,8 +10,8 @@ Agresti and Min 2005 (adjusted interval for matched pairs); Cameron and Miller 2
 """
 
 from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import ceil, comb, sqrt
 from statistics import NormalDist
 from typing import Any
@@ -58,9 +58,10 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredExam(ExamScore):
-    """A score and the answers that it was computed from."""
+    """A score and the answers that it was computed from; ``settings`` are what decided how the questions were asked."""
 
     results: tuple[Result, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

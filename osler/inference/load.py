@@ -26,6 +26,14 @@ TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "config.yaml"
 
 
+def teaches_reasoning(training: Mapping[str, Any]) -> bool:
+    """Return whether a run with this config, as plain values, teaches a model to think before it answers."""
+    data, tasks = training.get("data") or {}, training.get("tasks") or []
+    if data.get("type") == "turns":
+        return data.get("thinking_field") is not None
+    return bool(tasks[0]["reasoning"] if tasks else data.get("reasoning", True))
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A model with the tokenizer it was trained with; ``state`` is what the trainer recorded (step, tokens, kind ...).
@@ -58,10 +66,7 @@ class LoadedModel:
     @property
     def reasons(self) -> bool:
         """Whether the model learned to think before it answers; a model that did not would write nonsense."""
-        if self._data.get("type") == "turns":
-            return self._data.get("thinking_field") is not None
-        tasks = self.training.get("tasks") or []
-        return bool(tasks[0]["reasoning"] if tasks else self._data.get("reasoning", True))
+        return teaches_reasoning(self.training)
 
     @property
     def knows_clinic(self) -> bool:

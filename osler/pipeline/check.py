@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 from osler.checkpoint import store
 from osler.checkpoint.folders import newest_good
-from osler.config.schema import nearest
+from osler.config.schema import encode, nearest
 from osler.data.config import PreparedData
 from osler.data.named import check_task, load_task
 from osler.data.prepared import tokenizer_of_shards
 from osler.eval.run import parts
-from osler.inference.load import described_model, tokenizer_of
+from osler.inference.load import described_model, teaches_reasoning, tokenizer_of
 from osler.model.config import ModelConfig
 from osler.monitor.logger import check_trackers
 from osler.pipeline.config import ExamStage, PipelineConfig, read_reference, references_of
@@ -57,6 +57,8 @@ def check_stage(pipeline: PipelineConfig, name: str, run: RunFolder) -> None:
         check_exam(pipeline, stage)
         return
     check_trackers(stage.monitor)
+    if isinstance(stage, GrpoConfig):
+        tell_of_reasoning(pipeline, name, stage)
     is_fitted = isinstance(stage, TrainConfig) and isinstance(stage.data, PreparedData) and stage.init_from is not None
     if isinstance(stage, TrainConfig) and stage.init_from is not None:
         stage = replace(stage, teacher=None)  # check_fit has compared it with the origin, too
@@ -119,6 +121,21 @@ def check_fit(stage: Any, origin: Origin) -> None:
     new_tokens = stage.max_new_tokens if isinstance(stage, ExamStage) else stage.algorithm.max_new_tokens
     if new_tokens >= origin.model.max_seq_len:
         raise UserError(f"max_new_tokens {new_tokens} leaves no room for a question in {room}.")
+
+
+def tell_of_reasoning(pipeline: PipelineConfig, name: str, stage: GrpoConfig) -> None:
+    """Warn when GRPO asks for reasoning that the stage it starts from does not teach, or for none where that teaches it."""
+    above = read_reference(stage.init_from or "", pipeline.stages)[0]
+    if not above or pipeline.stages[above].kind not in ("sft", "grpo"):
+        return
+    taught = teaches_reasoning(encode(pipeline.stages[above]))
+    for number, task in enumerate(stage.tasks):
+        if task.reasoning != taught:
+            asks, teaches, right = ("with", "without", "false") if task.reasoning else ("without", "with", "true")
+            logger.warning(
+                f"{name} asks for answers {asks} reasoning and {above} teaches them {teaches} it, so an exam before and after "
+                f"{name} asks in different ways and cannot compare them: give {name}.tasks[{number}].reasoning={right}."
+            )
 
 
 def check_exam(pipeline: PipelineConfig, stage: ExamStage) -> None:

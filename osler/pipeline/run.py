@@ -23,7 +23,7 @@ from typing import Any
 
 from osler.checkpoint import store
 from osler.checkpoint.folders import folder_name, refuse_checkpoint, verify
-from osler.config.recipe import as_comments, dump_yaml, load_recipe
+from osler.config.recipe import as_comments, dump_yaml, load_recipe, override
 from osler.config.schema import encode
 from osler.eval.run import save_scores, sit
 from osler.eval.score import ScoredExam, compare
@@ -31,6 +31,7 @@ from osler.inference.load import open_model
 from osler.pipeline.check import JOBS, check_stage
 from osler.pipeline.config import (
     ACCURACY,
+    OWN_FIELDS,
     ExamStage,
     PipelineConfig,
     Stage,
@@ -40,6 +41,7 @@ from osler.pipeline.config import (
     references_of,
 )
 from osler.records import jsonl
+from osler.records.answers import asked_differently
 from osler.records.jsonl import read_metrics
 from osler.records.results import Comparison, FinishedStage
 from osler.records.values import read_records
@@ -75,8 +77,6 @@ def run(
     name = Path(str(recipe)).stem if str(recipe).endswith((".yaml", ".yml")) else str(recipe).replace("/", "-")
     folder = RunFolder(Path(run_dir or Path("runs") / name))
     refuse_checkpoint(folder.root)
-    if resume and overrides:
-        raise UserError(f"--resume goes on with {folder.root} as it is. To change a later stage, give the recipe instead.")
     if resume and not folder.config.exists():
         raise UserError(f"{folder.root} holds no pipeline to resume: {folder.config} is missing.")
     stored = read_config(folder) if folder.config.exists() else None
@@ -85,7 +85,7 @@ def run(
             f"{folder.root} holds a run of kind {stored.get('kind')}, and a pipeline cannot go on with that: choose another "
             "folder with --run."
         )
-    given = stored if resume and stored is not None else load_recipe(str(recipe), overrides)
+    given = resumed(stored, overrides, folder) if resume and stored is not None else load_recipe(str(recipe), overrides)
     if given.get("kind") != "pipeline":
         raise UserError(f"{recipe} is for `osler {given.get('kind', 'pretrain')}`, not for `osler pipeline`.")
     config = decode_pipeline(given, source=str(folder.config if resume else recipe))
@@ -97,6 +97,20 @@ def run(
     trained = [stage.device for stage in config.stages.values() if not isinstance(stage, ExamStage)]
     with joined(trained[0] if trained else "auto") as world, taken(folder, world):
         return Pipeline(config, folder, world).run_stages(stored)
+
+
+def resumed(stored: dict[str, Any], overrides: Sequence[str], folder: RunFolder) -> dict[str, Any]:
+    """Return the stored recipe with changed fields of stages; the check of all stages refuses those of one that has begun.
+
+    Raises UserError for a key of the pipeline itself: the stored stages have taken over its seed and its folder.
+    """
+    stages = [name for name in stored if name not in OWN_FIELDS]
+    if other := [given for given in overrides if given.partition("=")[0].partition(".")[0] not in stages]:
+        raise UserError(
+            f"--resume goes on with {folder.root} as it is, except for fields of stages that have not begun, such as "
+            f"{stages[-1]}.FIELD=VALUE: leave out {' '.join(other)}."
+        )
+    return override(stored, overrides)
 
 
 class Pipeline:
@@ -243,7 +257,7 @@ class Pipeline:
         return True
 
     def sit(self, stage: ExamStage, label: str, checkpoint: Path) -> list[ScoredExam]:
-        scores = sit(stage, open_model(checkpoint, device=stage.device), label, self.run)
+        scores = sit(stage, open_model(checkpoint, device=stage.device), label, self.run, takes_full=True)
         save_scores(self.run, label, scores)
         samples: list[dict[str, Any]] = []
         for score in scores:
@@ -268,22 +282,28 @@ class Pipeline:
             for before in [label for label, other in stage.of.items() if label != after and self.checkpoint(other) == start][:1]:
                 pairs = [(early, late) for early in scores[before] for late in scores[after] if same_exam(early, late)]
                 for early, late in pairs:
-                    gain = compare(early, late)
                     title = late.split if late.method == "generation" else f"{late.split}, {late.method}"
+                    if told := asked_differently(early.settings, late.settings):
+                        logger.warning(f"{title}: {before} and {after} are not compared, as they were asked differently: {told}.")
+                        continue
+                    gain = compare(early, late)
                     pair = early.accuracy, late.accuracy, gain.mean, gain.interval, gain.n
                     rows.append(Comparison(title, *pair, before, after, branch=is_branch))
         write_json(self.run.comparison, [asdict(row) for row in rows])
 
 
 def same_exam(one: ScoredExam, other: ScoredExam) -> bool:
-    """Return whether two scores are of the same questions, asked in the same way."""
+    """Return whether two scores are of the same questions by the same method."""
     return (one.split, one.method, one.n) == (other.split, other.method, other.n)
 
 
 @contextmanager
 def in_stage(name: str) -> Iterator[None]:
-    """Put the name of the stage before the message of an error, because the keys in the message are relative to the stage."""
+    """Put the name of the stage before the message of an error, and say how the fields in the message are given to a pipeline."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"stage {name}: {error}") from error
+        raise UserError(
+            f"stage {name}: {error}\nFields in this message are those of the stage: give them to `osler pipeline` as "
+            f"{name}.FIELD=VALUE, or in the section {name} of the recipe."
+        ) from error

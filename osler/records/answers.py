@@ -30,8 +30,9 @@ class AnswerLog:
     """The outputs of a model so far, by the number of the question. They are kept in a file too if there is a ``path``.
 
     After each answer ``tell`` is called with the number of answers. A file that has all answers, or those of another exam, is
-    begun again; if it cannot be written, the exam goes on without it. A ``lasting`` file is what the command is for: a full one
-    is taken as it is, one with other answers is refused with UserError, and one that cannot be written raises OSError.
+    begun again; if it cannot be written, the exam goes on without it. With ``takes_full`` a file that has all answers is taken as
+    it is. So is a ``lasting`` file, which is what the command is for: one with other answers is refused with UserError, and one
+    that cannot be written raises OSError.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class AnswerLog:
         tell: Callable[[int], None] | None = None,
         *,
         lasting: bool = False,
+        takes_full: bool = False,
     ) -> None:
         self.outputs: dict[int, list[Any]] = {}
         self._path, self._tell, self._lasting = path, tell, lasting
@@ -53,7 +55,7 @@ class AnswerLog:
                 f"{path} has {len(rows):,} answers of another model, to other questions or with other settings, which would be "
                 "lost: name another file to write, or delete this one."
             )
-        if 0 < len(known) < head["asked"] + lasting:
+        if 0 < len(known) < head["asked"] + (lasting or takes_full):
             self.outputs = known
             logger.info(f"Going on after {len(known):,} of {head['asked']:,} answers, which {path} has.")
         elif first != head or not lasting:  # another process may have just begun a lasting one
@@ -78,6 +80,15 @@ class AnswerLog:
                 raise
             logger.warning(f"{self._path} cannot be written ({error.strerror}); an interrupted exam would begin anew.")
             self._path = None
+
+
+def asked_differently(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """Return in words the settings in which two exams differ, empty if none: then answers to the same question can be compared.
+
+    A setting that an older version did not write is not compared.
+    """
+    differing = sorted(name for name in before.keys() & after if before[name] != after[name])
+    return ", ".join(f"{name}={before[name]} and {name}={after[name]}" for name in differing)
 
 
 class AnswerSheet(NamedTuple):

@@ -21,7 +21,7 @@ import numpy as np
 from osler.checkpoint.folders import is_checkpoint
 from osler.eval.score import mcnemar, paired_difference
 from osler.monitor.metrics import declared_name
-from osler.records.answers import read_sheets
+from osler.records.answers import asked_differently, read_sheets
 from osler.records.results import ExamScore, SampledAnswer
 from osler.records.values import as_text
 from osler.report import charts
@@ -104,8 +104,7 @@ def paired(folders: Sequence[str]) -> list[list[str]]:
     for folder, later in zip(folders[1:], sheets[1:], strict=True):
         for exam in [name for name in sheets[0] if name in later]:
             (before, settings), (after, others) = sheets[0][exam], later[exam]
-            if differing := sorted(name for name in settings.keys() & others if settings[name] != others[name]):
-                told = ", ".join(f"{name}={settings[name]} and {name}={others[name]}" for name in differing)
+            if told := asked_differently(settings, others):
                 logger.warning(f"{exam} is not compared question by question, because it was asked differently: {told}.")
                 continue
             shared = [question for question in before if question in after]

@@ -148,3 +148,16 @@ def test_questions_that_are_both_learned_and_examined_are_told(tmp_path, capsys)
     both = ["exam.task.split=train", "exam.task.limit=20", "tune.tasks=[{task: {type: clinic, split: train, limit: 20}}]"]
     assert main(["pipeline", str(recipe), *both, "--run", str(tmp_path / "run"), "--dry-run"]) == 0
     assert "20 of the 20 questions of this exam are also those that tune learns from" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_grpo_that_asks_otherwise_than_was_taught_is_told(asked, tmp_path, capsys):
+    recipe, questions = tmp_path / "mine.yaml", tmp_path / "questions.jsonl"
+    rows(questions, {"question": "Which metal?", "answer": "Tin"})
+    recipe.write_text(json.dumps(SMALL | {"teach": SMALL["teach"] | {"data": {"type": "turns", "path": str(questions)}}}))
+    task = {"task": {"type": "clinic", "split": "train", "limit": 20}, "reasoning": asked}
+    given = [f"tune.tasks={json.dumps([task])}", "--run", str(tmp_path / "run"), "--dry-run"]
+    assert main(["pipeline", str(recipe), *given]) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert ("tune asks for answers with reasoning and teach teaches them without it" in told) == asked
+    assert ("give tune.tasks[0].reasoning=false" in told) == asked

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,36 @@ def test_an_interrupted_stage_goes_on_to_the_same_bits(finished: Path, tmp_path:
         assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
     step = Path("grpo", "checkpoints", "step-000000001", "model.safetensors")
     assert (tmp_path / step).read_bytes() == (finished / step).read_bytes()
+
+
+def test_an_exam_does_not_ask_a_checkpoint_again_and_compares_only_what_was_asked_alike(finished: Path, tmp_path, caplog) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(finished, moved)
+    pipeline = Pipeline(decode_pipeline(read_config(RunFolder(moved))), RunFolder(moved), World())
+    stage = pipeline.config.exam
+    with caplog.at_level("INFO"):
+        scores = {label: pipeline.sit(stage, label, pipeline.checkpoint(text)) for label, text in stage.of.items()}
+    assert caplog.text.count("Going on after 8 of 8 answers") == 6
+    for name in ("exams.json", "samples.jsonl"):
+        assert (moved / name).read_bytes() == (finished / name).read_bytes()
+    scores["grpo"] = [replace(score, settings={**score.settings, "reasoning": False}) for score in scores["grpo"]]
+    pipeline.compare(stage, scores)
+    assert json.loads((moved / "comparison.json").read_text()) == []
+    assert "grpo are not compared, as they were asked differently: reasoning=True and reasoning=False" in caplog.text
+
+
+def test_a_resumed_pipeline_takes_fields_of_stages_that_have_not_begun(finished: Path, tmp_path: Path, capsys) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(finished, moved)
+    stages = json.loads((moved / "stages.json").read_text())
+    (moved / "stages.json").write_text(json.dumps(stages[:-2]))
+    shutil.rmtree(moved / "grpo")
+    assert run(None, ["grpo.steps=3"], run_dir=str(moved), resume=True, dry_run=True) == 0
+    assert "steps: 3\n" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"stage sft: it has begun .* optim.lr is 0.5 here[\s\S]*as sft.FIELD=VALUE"):
+        run(None, ["sft.optim.lr=0.5"], run_dir=str(moved), resume=True, dry_run=True)
+    with pytest.raises(UserError, match=r"except for fields of stages that have not begun.*leave out root=elsewhere"):
+        run(None, ["grpo.steps=3", "root=elsewhere"], run_dir=str(moved), resume=True, dry_run=True)
 
 
 def test_a_stage_that_starts_from_another_may_have_a_teacher_with_its_tokenizer(finished: Path, tmp_path: Path, capsys) -> None:
