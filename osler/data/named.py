@@ -16,7 +16,7 @@ from typing import Any
 
 from osler.config.schema import nearest
 from osler.data.clean import Exam
-from osler.data.config import HUB, HubData
+from osler.data.config import HUB, HubData, Source
 from osler.data.documents import Corpus, Document
 from osler.data.readers import read_text_file, text_of, value_of
 from osler.files.find import NAMED_ONLY_ENDING, ROW_ENDINGS, TEXT_ENDINGS, ending, find_files, shown
@@ -121,19 +121,31 @@ def conversations(rows: Iterable[Row], data: HubData) -> Iterator[Document]:
 
 def exam(rows: Iterable[Row], data: HubData) -> Iterator[Document]:
     """Yield the items of an exam as models are shown them; MedMCQA's without a known answer are left out."""
-    kind = examined(data.name)[0]
-    config, read_item = kind(type=data.name, path=data.path or data.name), SCHEMAS[kind].read
     if data.subset == "pqa_unlabeled":
         yield from questions(rows, data, answer="long_answer")
         return
+    for row, item in _learned(rows, data):
+        turn = Turn(render_question(item), item.thinking if data.reasoning else None, render_answer(item))
+        yield Document(turn=turn, where=row.where)
+
+
+def _learned(rows: Iterable[Row], data: HubData) -> Iterator[tuple[Row, ExamItem]]:
+    kind = examined(data.name)[0]
+    config, read_item = kind(type=data.name, path=data.path or data.name), SCHEMAS[kind].read
     for row in rows:
         if data.name == "medmcqa" and row.values.get("cop", "") in (None, -1):
             continue
         item = read_item(ExamRow(row, config))
-        if not is_in_fold(item, data.fold):
-            continue
-        turn = Turn(render_question(item), item.thinking if data.reasoning else None, render_answer(item))
-        yield Document(turn=turn, where=row.where)
+        if is_in_fold(item, data.fold):
+            yield row, item
+
+
+def learned_items(source: Source, key: str) -> list[ExamItem]:
+    """Return the items of an exam by name that a source teaches from local files; of other sources nothing is known."""
+    if not isinstance(source, HubData) or source.name not in EXAMS or source.place == HUB or source.subset == "pqa_unlabeled":
+        return []
+    rows = (row for file in named_files(source, key)[1] for row in read_rows(Part(file)))
+    return [item for _, item in _learned(rows, source)]
 
 
 def programs(rows: Iterable[Row], data: HubData) -> Iterator[Document]:

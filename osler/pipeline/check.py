@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 from osler.checkpoint import store
 from osler.checkpoint.folders import newest_good
 from osler.config.schema import encode, nearest
-from osler.data.config import PreparedData
-from osler.data.named import check_task, load_task
+from osler.data.config import HubData, PreparedData, sources_of
+from osler.data.named import check_task, learned_items, load_task
 from osler.data.prepared import tokenizer_of_shards
 from osler.eval.run import parts
 from osler.inference.load import described_model, teaches_reasoning, tokenizer_of
 from osler.model.config import ModelConfig
 from osler.monitor.logger import check_trackers
-from osler.pipeline.config import ExamStage, PipelineConfig, read_reference, references_of
+from osler.pipeline.config import ExamStage, PipelineConfig, Stage, read_reference, references_of
 from osler.rl.config import GrpoConfig
 from osler.rl.rollout import RlTask
 from osler.rl.run import JOB as TUNING
@@ -24,7 +24,7 @@ from osler.rl.run import check_held_out
 from osler.runs.command import Job
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder
-from osler.tasks.item import shared_questions
+from osler.tasks.item import ExamItem, shared_questions
 from osler.tokenizer.config import BPEConfig
 from osler.train.config import TrainConfig
 from osler.train.run import JOB as SUPERVISED
@@ -139,15 +139,31 @@ def tell_of_reasoning(pipeline: PipelineConfig, name: str, stage: GrpoConfig) ->
 
 
 def check_exam(pipeline: PipelineConfig, stage: ExamStage) -> None:
-    """Raise UserError when an exam cannot be read, and warn when a stage is rewarded on its questions."""
+    """Raise UserError when an exam cannot be read, and warn when a stage learns from its questions."""
     for number, task in enumerate(stage.exams):
         check_task(task, "task" if stage.task else f"tasks[{number}]", stage.root)
     for title, part in parts(stage).items():
         items = load_task(part, title, stage.root)
         for name, other in pipeline.stages.items():
-            trained = [load_task(entry.task) for entry in other.tasks] if isinstance(other, GrpoConfig) else []
-            if shared := shared_questions(items, (item for of_task in trained for item in of_task)):
+            if shared := shared_questions(items, learned_by(other)):
                 logger.warning(
                     f"{len(shared):,} of the {len(items):,} questions of this exam are also those that {name} learns from "
                     f"(the first is {shared[0][0].id}), so its score says less."
                 )
+
+
+def learned_by(stage: Stage) -> list[ExamItem]:
+    """Return the exam questions that a stage learns from, as far as its config tells: those of rewards, and exams by name."""
+    if isinstance(stage, GrpoConfig):
+        return [item for entry in stage.tasks for item in load_task(entry.task)]
+    if isinstance(stage, ExamStage) or isinstance(stage.data, PreparedData):
+        return []
+    learned = []
+    for source in sources_of(stage.data).values():
+        items, clean = learned_items(source, "data"), source.clean
+        if items and isinstance(source, HubData) and clean is not None and clean.exam_questions == "drop":
+            exams = [item for exam in clean.exams for item in load_task(exam, "clean.exams", source.root)]
+            dropped = {item.id for item, _ in shared_questions(items, exams)}
+            items = [item for item in items if item.id not in dropped]
+        learned += items
+    return learned

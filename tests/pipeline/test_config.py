@@ -1,6 +1,7 @@
 """Recipes of pipelines: what is laid under their stages, and every mistake that is told before anything is trained."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,19 @@ def test_questions_that_are_both_learned_and_examined_are_told(tmp_path, capsys)
     both = ["exam.task.split=train", "exam.task.limit=20", "tune.tasks=[{task: {type: clinic, split: train, limit: 20}}]"]
     assert main(["pipeline", str(recipe), *both, "--run", str(tmp_path / "run"), "--dry-run"]) == 0
     assert "20 of the 20 questions of this exam are also those that tune learns from" in " ".join(capsys.readouterr().err.split())
+
+
+def test_questions_of_an_exam_that_fine_tuning_learns_from_are_told(files, tmp_path, capsys):
+    given = ["pipeline", "textbooks/medqa", f"root={files}", "--run", str(tmp_path / "run"), "--dry-run"]
+    assert main(given) == 0
+    assert "learns from" not in capsys.readouterr().err
+    assert main([*given, "sft.data.fold=all"]) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    held_out = re.search(r"(\d+) of the (\d+) questions of this exam are also those that sft learns from", told)
+    assert held_out and held_out[1] == held_out[2]
+    dropped = "sft.data.clean={exams: [{type: medqa, path: exams/medqa-dev.jsonl}]}"
+    assert main([*given, "sft.data.fold=all", dropped]) == 0
+    assert "learns from" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("asked", [True, False])
