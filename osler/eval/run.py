@@ -26,7 +26,7 @@ from osler.data.shard_set import ShardSet
 from osler.eval.config import CLINIC_EXAM, EvalConfig, ExamSettings, config_of
 from osler.eval.exams import Form, Normalise, presentations, score_by_generation, score_by_likelihood
 from osler.eval.likelihood import TextScore, batches, measure, windows
-from osler.eval.score import TOO_LONG, ScoredExam, describe_too_long, summarise
+from osler.eval.score import TOO_LONG, ScoredExam, describe_cut, describe_too_long, summarise
 from osler.inference.engine import InferenceEngine
 from osler.inference.load import LoadedModel, open_model
 from osler.ops.sampling_params import SamplingParams
@@ -296,8 +296,8 @@ def remarks(score: ScoredExam) -> Iterator[str]:
         yield f"{name}: below guessing and always answering {score.constant_letter}."
     elif score.constant_letter and score.low <= baseline:
         yield f"{name}: not told apart from guessing or always answering {score.constant_letter}."
-    if score.cut * 20 > score.presentations:
-        yield f"{name}: {score.cut:,} of {score.presentations:,} answers were cut; max_new_tokens=N gives more room."
+    if cut := describe_cut(score):
+        yield f"{name}: {cut}"
     if unfit := describe_too_long(score):
         hint = " A smaller max_new_tokens=N leaves the question more room." if score.method == "generation" else ""
         first = next(result.item.id for result in score.results if result.status == TOO_LONG)

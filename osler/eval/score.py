@@ -195,6 +195,13 @@ def describe_too_long(score: ExamScore) -> str:
     return f"{counts} did not fit into the model's context{room} and count as wrong."
 
 
+def describe_cut(score: ExamScore) -> str:
+    """Return a sentence on the answers that the length limit cut; "" when it cut at most one of twenty or nothing is known."""
+    if not score.cut * 20 > score.presentations:
+        return ""
+    return f"{score.cut:,.0f} of {score.presentations:,.0f} answers were cut; max_new_tokens=N gives more room."
+
+
 def compare(before: ScoredExam, after: ScoredExam) -> Difference:
     """Return the gain from ``before`` to ``after``, paired item by item; an item's presentations are averaged first.
 

@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from osler.eval.score import describe_too_long
+from osler.eval.score import describe_cut, describe_too_long
 from osler.model.config import ModelConfig
 from osler.records.jsonl import END, FAILED, FINISHED, START, Event, newest_of_life
 from osler.records.results import Comparison, ExamScore
@@ -117,17 +117,22 @@ def baseline(score: ExamScore) -> float:
 
 
 def verdict(score: ExamScore) -> str:
-    """Say whether the interval clears guessing and the best constant letter, and how many questions did not fit."""
+    """Say whether the interval clears guessing and the best constant letter, and why questions have no answer."""
     ways = (("guessing", score.chance), ("always giving the same letter", score.constant_letter_baseline))
     known = [f"{what} ({fmt.percent(rate)})" for what, rate in ways if math.isfinite(rate)]
-    said, unfit = "", describe_too_long(score)
+    said, missing = "", no_answer(score)
     if score.low > baseline(score):
         said = f"That is clearly above {' and above '.join(known)}."
     elif score.high < baseline(score):
-        said = f"That is below {' or '.join(known)}{'' if unfit else ': something is systematically wrong'}."
+        said = f"That is below {' or '.join(known)}{'' if missing else ': something is systematically wrong'}."
     elif known and math.isfinite(score.low):
         said = f"That cannot be told apart from {' or '.join(known)}."
-    return f"{said} {unfit}".strip()
+    return f"{said} {missing}".strip()
+
+
+def no_answer(score: ExamScore) -> str:
+    """Say how many questions did not fit, and how many answers were cut; empty when that explains nothing."""
+    return " ".join(filter(None, (describe_too_long(score), describe_cut(score))))
 
 
 def letter_shares(score: ExamScore) -> dict[str, float]:
@@ -226,8 +231,8 @@ def _about_exams(run: RunRecord) -> Iterator[str]:
         if score.presentations > 0 and score.unparsed / score.presentations > UNPARSED_SHARE:
             share = fmt.percent(score.unparsed / score.presentations)
             yield f"{where}: {share} of the answers had no readable letter and count as wrong."
-        if unfit := describe_too_long(score):
-            yield f"{where}: {unfit}"
+        if missing := no_answer(score):
+            yield f"{where}: {missing}"
         shares = letter_shares(score)
         letter = max(shares, key=shares.__getitem__, default="")
         if len(shares) > 2 and score.presentations >= HABIT_ANSWERS and shares[letter] > HABIT_SHARE:
