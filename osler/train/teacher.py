@@ -7,6 +7,7 @@ FSDP and checkpoints do not know it; every process holds all of it. Nothing abou
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -24,6 +25,8 @@ from osler.runs.process import Machine
 from osler.runtime.errors import UserError
 from osler.tokenizer.bpe import Tokenizer
 from osler.train.config import TeacherConfig, TrainConfig
+
+logger = logging.getLogger(__name__)
 
 
 class DistilledLoss(SummedLoss):
@@ -67,11 +70,18 @@ def open_teacher(
     fingerprint = fingerprint_of(described.path)
     if start is not None:
         check_fingerprints(start, {"teacher": fingerprint})
-    return Teacher(described.path, fingerprint, machine)
+    teacher = Teacher(described.path, fingerprint, machine)
+    logger.info(
+        f"The teacher is {described.path}, {teacher.model.config.num_parameters:,} parameters; teacher.weight is "
+        f"{config.teacher.weight:g} and teacher.temperature {config.teacher.temperature:g}."
+    )
+    return teacher
 
 
 def described_teacher(config: TeacherConfig) -> store.Loaded:
     """Return the teacher's checkpoint without its tensors; raises UserError where there is no good one."""
+    if not config.path:
+        raise UserError("No teacher is named: give teacher.path=RUN, a run folder or one of its checkpoints.")
     try:
         return store.load(store.resolve(config.path), names=[])
     except UserError as error:
@@ -89,7 +99,8 @@ def check_teacher(teacher: store.Loaded, student: ModelConfig, tokenizer: str, s
         raise UserError(
             f"The teacher {teacher.path} has another tokenizer ({other.vocab_size:,} tokens, fingerprint {other.fingerprint}) "
             f"than the model to train ({own}), so it predicts other tokens. A new run without tokenizer.path, init_from and "
-            "prepared shards takes the teacher's tokenizer."
+            "prepared shards takes the teacher's tokenizer. Where the tokenizers must differ, `osler distill` writes the "
+            "teacher's right answers as examples that any model can learn."
         )
     if shape.vocab_size != student.vocab_size:
         raise UserError(

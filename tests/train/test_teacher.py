@@ -57,6 +57,7 @@ def make_step(config, runs, teacher, mix, compile=False, **fields):
 def test_micro_batches_and_document_masks_change_nothing_but_what_they_should(kind, config, prepared, runs, other_teacher):
     """The step minimises what the definition says of both models' own logits, over learned tokens, however the batch is cut."""
     batch = make_loader(config, prepared).batch(0)
+    batch.document_ids[:] = torch.arange(config.seq_len) // 5  # short ones, so that masks change many logits
     if kind == "sft":
         batch.labels[:, ::3] = -100
         batch.labels[0, 5:] = -100
@@ -95,6 +96,7 @@ def test_a_distilled_run_is_an_ordinary_run(distil, osler, runs, tmp_path, capsy
     """It logs cross-entropy and KL, comes near its teacher, and after an interruption ends bit for bit as without one."""
     whole, cut, moved = tmp_path / "whole", tmp_path / "cut", tmp_path / "moved"
     assert distil(whole, "optim.lr=1e-2") == 0
+    assert f"The teacher is {runs.sft}/checkpoints/step-" in capsys.readouterr().err
     lines = [line for line in logged(whole) if "train/loss" in line]
     assert lines[-1]["distill/kl"] < lines[0]["distill/kl"] and lines[-1]["train/loss"] < lines[0]["train/loss"]
     assert (whole / "tokenizer.json").read_bytes() == (runs.sft / "tokenizer.json").read_bytes()
@@ -132,10 +134,12 @@ def test_deepspeed_knows_no_teacher():
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
+        (["teacher.path=''"], "No teacher is named: give teacher.path=RUN"),
         (["teacher.path=runs/gone"], "teacher.path=runs/gone: runs/gone is no folder"),
         (["model.vocab_size=600"], "a vocabulary of 512 tokens and the model to train one of 600: set model.vocab_size=512"),
         (["seq_len=128", "teacher.path=SHORT"], "reads 64 tokens (max_seq_len), and a row has seq_len 128"),
         (["init_from=CLINIC"], "has another tokenizer (512 tokens, fingerprint "),
+        (["init_from=CLINIC"], "`osler distill` writes the teacher's right answers as examples"),
         (["teacher.path=TORN"], "teacher.path=TORN: No checkpoint in TORN"),
     ],
 )
