@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from osler.checkpoint import store
@@ -16,12 +18,13 @@ from osler.eval.run import parts
 from osler.inference.load import described_model, teaches_reasoning, tokenizer_of
 from osler.model.config import ModelConfig
 from osler.monitor.logger import check_trackers
-from osler.pipeline.config import ExamStage, PipelineConfig, Stage, read_reference, references_of
+from osler.pipeline.config import FILES, ExamStage, PipelineConfig, Stage, read_reference, references_of
 from osler.rl.config import GrpoConfig
 from osler.rl.rollout import RlTask
 from osler.rl.run import JOB as TUNING
 from osler.rl.run import check_held_out
 from osler.runs.command import Job
+from osler.runs.folder import flat
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder
 from osler.tasks.item import ExamItem, shared_questions
@@ -43,6 +46,23 @@ class Origin(NamedTuple):
     model: ModelConfig
     stage: TrainConfig | None  # the stage that will train it from the start; None when there is a checkpoint already
     tokenizer: str  # fingerprint of its tokenizer, empty while that is yet to be trained
+
+
+def refuse_missing(pipeline: PipelineConfig, names: Sequence[str]) -> None:
+    """Raise UserError that names all files at once when several of those that the stages ``names`` read do not exist."""
+    missing: dict[str, str] = {}
+    for name in names:
+        for key, path in flat(encode(pipeline.stages[name])).items():
+            is_file = key.rpartition(".")[2] in FILES and key != "teacher.path"  # which may name a checkpoint of a run
+            if is_file and isinstance(path, str) and path and not Path(path).exists():
+                missing.setdefault(path, f"{name}.{key}")
+    if len(missing) < 2:  # the check of its stage tells a single one
+        return
+    folders = sorted({Path(path).parts[0] for path in missing if not Path(path).is_absolute()})
+    is_without_root = folders and not pipeline.root
+    remedy = f"Give root=DIR with {' and '.join(f'DIR/{folder}' for folder in folders)}" if is_without_root else "Put them there"
+    told = "".join(f"\n  {path}   ({key})" for path, key in missing.items())
+    raise UserError(f"{len(missing)} files or folders that the stages read do not exist. {remedy}, or give them otherwise:{told}")
 
 
 def check_stage(pipeline: PipelineConfig, name: str, run: RunFolder) -> None:

@@ -28,7 +28,7 @@ from osler.config.schema import encode
 from osler.eval.run import save_scores, sit
 from osler.eval.score import ScoredExam, compare
 from osler.inference.load import open_model
-from osler.pipeline.check import JOBS, check_stage
+from osler.pipeline.check import JOBS, check_stage, refuse_missing
 from osler.pipeline.config import (
     ACCURACY,
     OWN_FIELDS,
@@ -134,6 +134,7 @@ class Pipeline:
         stages = self.config.stages
         if gone := [stage.name for stage in self.finished if stage.name not in stages]:
             raise UserError(f"{self.run.root} holds another pipeline, with a stage {gone[0]}: choose another folder with --run.")
+        refuse_missing(self.config, [name for name in stages if not self.has_begun(name)])
         for name, stage in stages.items():
             with in_stage(name):
                 if self.has_begun(name) and stored is not None and name in stored:

@@ -246,8 +246,9 @@ def refusal(samples: Sequence[Sample], config: GrpoConfig) -> str:
     return (
         f"GRPO would learn nothing from {start}: of {count} completions before training none earned a reward or kept to the "
         f"template with an answer that can be read; {cut} were cut at {limit} tokens, {answered} have an {ANSWER}. {cause} Teach "
-        f"it the format first, with `osler sft usmle-2day/format init_from={start} --run NEW_FOLDER` (a smaller model: without "
-        "the recipe's name), and start from there with init_from=NEW_FOLDER. To start all the same: preflight=warn."
+        f"it the format first, with `osler sft usmle-2day/format init_from={start} --run NEW_FOLDER` (or, for a model that reads "
+        f"fewer than 1,024 tokens, `osler sft init_from={start} --run NEW_FOLDER`), and start from there with "
+        "init_from=NEW_FOLDER. To start all the same: preflight=warn."
     )
 
 

@@ -72,6 +72,19 @@ def test_a_missing_file_is_told_with_stage_and_key_before_anything_begins(files,
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
+def test_all_missing_files_are_told_at_once_and_that_a_root_is(files, tmp_path, capsys):
+    run = ["--run", str(tmp_path / "run"), "--dry-run"]
+    assert main(["pipeline", "textbooks/medqa", "pretrain.data.sources[0].path=/no/file", *run]) == 2
+    told = capsys.readouterr().err
+    assert "7 files or folders that the stages read do not exist. Give root=DIR with DIR/exams and DIR/text, or" in told
+    assert "\n  /no/file   (pretrain.data.sources[0].path)" in told
+    gone = ["pretrain.data.sources[0].path=gone", "exam.task.path=gone", "sft.data.path=lost"]
+    assert main(["pipeline", "textbooks/medqa", f"root={files}", *gone, *run]) == 2
+    told = capsys.readouterr().err
+    assert "2 files or folders that the stages read do not exist. Put them there, or" in told
+    assert f"\n  {files}/lost   (sft.data.path)" in told
+
+
 def test_seed_and_folder_are_those_of_every_stage_that_gives_none():
     mixture = {"type": "mixture", "sources": [{"type": "clinic", "seed": 3}, {"type": "hub", "name": "medqa"}]}
     config = decode_pipeline(override(SMALL | {"seed": 5, "root": "/r"}, [f"teach.data={json.dumps(mixture)}", "tune.seed=8"]))
