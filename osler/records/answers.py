@@ -7,8 +7,8 @@
 
 The first line names the model, the exam, the method and what else decides how questions are asked. ``identity`` is a hash of the
 checkpoint, the questions as they are shown, and the settings. If the first line is the same and answers are missing, an exam
-continues with the file. Otherwise it begins again. ``output`` is what the model gave. The report and `osler compare` read the
-fields after it.
+continues with the file. Otherwise it begins again, but a pipeline takes a full file as it is. ``output`` is what the model gave.
+The report and `osler compare` read the fields after it.
 """
 
 import logging
