@@ -132,7 +132,7 @@ class ServerRollout:
 
     type: Literal["server"] = "server"
     urls: tuple[str, ...]  # of the servers, such as http://localhost:8000; each gets its share of a step's questions
-    # folder for the weights, which the servers read under the same path; null: rollout-weights in the run folder
+    # folder in which the run makes one for its weights, which the servers read under the same path; null: the run folder
     weights_dir: str | None = None
     timeout_seconds: PositiveFloat = 600.0  # of one request; a server that takes longer is asked again
     retry_seconds: PositiveFloat = 300.0  # how long a server that cannot be reached is waited for, while it starts anew

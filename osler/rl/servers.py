@@ -38,6 +38,7 @@ from osler.inference.rows import Continuation
 from osler.ops.sampling_params import SamplingParams
 from osler.rl.config import ServerRollout
 from osler.runtime.errors import UserError
+from osler.runtime.files import fingerprint
 from osler.runtime.stop import asked
 from osler.runtime.world import World
 
@@ -58,6 +59,7 @@ class _Server:
     url: str
     lock: threading.Lock = field(default_factory=threading.Lock)  # one thread at a time gives it weights
     model: str = ""  # the name under which it serves
+    is_lost: bool = False  # since it last answered: an outage is told once, not for every group that waits
 
 
 class RolloutServers:
@@ -66,10 +68,12 @@ class RolloutServers:
     def __init__(self, config: ServerRollout, engine: InferenceEngine, folder: Path, world: World) -> None:
         self.config, self.engine, self.world = config, engine, world
         self.servers = [_Server(url) for url in config.urls]
-        self.folder = Path(config.weights_dir or folder / "rollout-weights").absolute()
+        self.folder = folder.absolute() / "rollout-weights"
+        if config.weights_dir is not None:  # which several runs may share
+            self.folder = Path(config.weights_dir).absolute() / fingerprint(str(folder.absolute()))
         self._name, self._count = uuid.uuid4().hex[:8], 0  # another run on the same servers has another name
         self._written: Callable[[], object] = lambda: None  # the model whose weights are in the folder, while it lives
-        self._given_up = threading.Event()
+        self._given_up, self._telling = threading.Event(), threading.Lock()
         weakref.finalize(self, _remove, self.folder, self._name)  # at the end of the process, too
 
     @property
@@ -114,7 +118,7 @@ class RolloutServers:
     def _write(self) -> None:
         """Write the model's weights into a new folder, and delete the folder of the weights before."""
         before, model = self.folder / self.version, self.engine.model
-        if not self._count and self.config.weights_dir is None:
+        if not self._count:
             shutil.rmtree(self.folder, ignore_errors=True)  # of a process of this run that was killed
         self._count += 1
         (self.folder / self.version).mkdir(parents=True)
@@ -135,12 +139,17 @@ class RolloutServers:
         while True:
             try:
                 self._give_weights(server, prompt)
-                return self._completions(server, body)
+                completions = self._completions(server, body)
+                server.is_lost = False
+                return completions
             except Unavailable as error:
                 now = time.monotonic()
-                if not deadline:
-                    deadline = now + self.config.retry_seconds
-                    logger.warning(f"the rollout server {server.url} {error}; trying again for {self.config.retry_seconds:g} s.")
+                deadline = deadline or now + self.config.retry_seconds
+                with self._telling:
+                    if not server.is_lost:
+                        patience = f"trying again for {self.config.retry_seconds:g} s"
+                        logger.warning(f"The rollout server {server.url} {error}; {patience}.")
+                    server.is_lost = True
                 if now + wait > deadline:
                     raise UserError(
                         f"The rollout server {server.url} {error}, and did not recover for {self.config.retry_seconds:g} "

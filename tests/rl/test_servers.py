@@ -93,6 +93,18 @@ def test_servers_draw_what_the_engine_draws_with_the_newest_weights(make_worker,
     assert list(tmp_path.iterdir()) == [], "weights stay behind"
 
 
+def test_a_folder_for_weights_keeps_those_of_other_runs_and_none_of_a_killed_process_of_this_one(make_worker, serve, tmp_path):
+    (tmp_path / "shared" / "of-another-run").mkdir(parents=True)
+    worker = make_worker(serve().url, weights_dir=str(tmp_path / "shared"))
+    killed = worker.servers.folder / "of-a-killed-process"
+    killed.mkdir(parents=True)
+    worker.step(0)
+    assert worker.servers.folder.parent == tmp_path / "shared" and not killed.exists()
+    del worker
+    gc.collect()
+    assert [path.name for path in (tmp_path / "shared").iterdir()] == ["of-another-run"]
+
+
 def test_a_server_that_dies_and_comes_back_with_old_weights_changes_nothing(make_worker, serve):
     """It dies with a request under way, and the next one finds nobody; its first weights would draw other tokens."""
 
@@ -171,13 +183,14 @@ def test_what_cannot_be_learned_from_is_refused_and_leaves_nothing(make_worker, 
     assert server.url in str(refusal.value) and list(tmp_path.iterdir()) == []
 
 
-def test_a_server_that_is_silent_or_gone_ends_the_run_in_time_and_a_request_to_stop_at_once(make_worker, serve):
+def test_a_server_that_is_silent_or_gone_ends_the_run_in_time_and_a_request_to_stop_at_once(make_worker, serve, caplog):
     worker = make_worker((server := serve()).url, timeout_seconds=0.1, retry_seconds=0.3)
     with server.lock, pytest.raises(UserError, match="timed out"):
         worker.step(0)
     server.stop()
     with pytest.raises(UserError, match="Connection refused"):
         make_worker(server.url, retry_seconds=0.3).step(0)
+    assert caplog.text.count("Connection refused") == 1, "five groups wait for one server"
     patient = make_worker(server.url, retry_seconds=600.0)
     with StopFlag() as flag, pytest.raises(KeyboardInterrupt):
         flag.requested = True
