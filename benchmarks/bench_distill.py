@@ -30,7 +30,8 @@ from osler.tasks.registry import load_clinic
 
 SPLITS = ("new_findings", "new_questions")
 ARMS = {"plain": ["teacher=null"], "distilled": []}
-T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # of Student's t, by degrees of freedom
+# Student's t, two-sided 95 %, by degrees of freedom from 1 on
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def examine(run: Path, items: int) -> dict[str, ScoredExam]:
@@ -92,7 +93,7 @@ def with_interval(values: list[float]) -> dict[str, Any]:
     mean, freedom = statistics.mean(values), len(values) - 1
     if not freedom:
         return {"mean": mean}
-    half = T_95[freedom] * statistics.stdev(values) / len(values) ** 0.5
+    half = T_95[freedom - 1] * statistics.stdev(values) / len(values) ** 0.5
     return {"mean": mean, "interval_over_seeds": [mean - half, mean + half]}
 
 
@@ -105,6 +106,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the JSON to write")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="fields of all runs; teacher.* of the distilled")
     args = parser.parse_args()
+    if len(set(args.seeds)) < len(args.seeds) or len(args.seeds) > len(T_95) + 1:
+        parser.error(f"--seeds: give each seed once, and at most {len(T_95) + 1}")
     taught = {split: score.accuracy for split, score in examine(args.teacher, args.items).items()}
     rows: list[dict[str, Any]] = []
     args.runs.mkdir(parents=True, exist_ok=True)

@@ -194,12 +194,19 @@ class Best(NamedTuple):
 
 
 def root_of(path: str | Path) -> Path:
-    """Return the checkpoints folder, given its path or that of its run folder; raises UserError when it is not a folder."""
+    """Return the checkpoints folder, given its path or that of its run folder.
+
+    Raises UserError when it is no folder, or that of several runs, such as a pipeline's.
+    """
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path} is no folder: give a run folder or one of its checkpoints.")
     inner = RunFolder(path).checkpoints
-    return inner if inner.is_dir() else path
+    if inner.is_dir():
+        return inner
+    if runs := [sub for sub in sorted(path.iterdir()) if RunFolder(sub).checkpoints.is_dir()]:
+        raise UserError(f"{path} holds {len(runs)} runs; give the one that you mean: {', '.join(map(str, runs))}.")
+    return path
 
 
 def refuse_checkpoint(path: str | Path) -> None:

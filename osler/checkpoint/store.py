@@ -32,7 +32,7 @@ from osler.checkpoint import folders
 from osler.checkpoint.folders import STATE, TENSORS_SUFFIX, FileRecord, Manifest
 from osler.runtime.errors import UserError
 from osler.runtime.faults import fault
-from osler.runtime.files import RunFolder, fsync_dir, no_pause, open_durable, read_json
+from osler.runtime.files import fsync_dir, no_pause, open_durable, read_json
 
 DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
@@ -219,9 +219,6 @@ def resolve(path: str | Path, which: str = "newest") -> Path:
     root = folders.root_of(path)
     if folders.is_checkpoint(path):
         return path
-    inside = [] if RunFolder(path).checkpoints.is_dir() else sorted(path.iterdir())
-    if runs := [sub for sub in inside if RunFolder(sub).checkpoints.is_dir()]:
-        raise UserError(f"{path} holds {len(runs)} runs; give the one that you mean: {', '.join(map(str, runs))}.")
     if which == "best":
         marked = folders.best_checkpoint(root)
         if marked is None:

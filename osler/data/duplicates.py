@@ -42,8 +42,8 @@ def signatures(shingles: Sequence[Hashes]) -> Rows:
     try:
         from rensa import RMinHash
     except ImportError:
-        what = "Near copies need the package rensa: pip install 'osler[clean]', or set clean.duplicates=exact."
-        raise UserError(what) from None
+        remedy = "pip install -e '.[clean]' in Osler's source tree, or set clean.duplicates=exact."
+        raise UserError(f"Near copies need the package rensa: {remedy}") from None
     ends = np.cumsum([0, *map(len, shingles)], dtype=np.uint64)
     matrix = RMinHash.digest_matrix_from_flat_token_hashes(
         np.concatenate([np.zeros(0, np.uint64), *shingles]), ends, num_perm=SIGNATURE_BYTES, seed=MINHASH_SEED

@@ -40,7 +40,8 @@ def _langid() -> Any:
     try:
         from py3langid import langid
     except ImportError:
-        raise UserError("Languages are told by py3langid: pip install 'osler[clean]', or leave clean.languages out.") from None
+        remedy = "pip install -e '.[clean]' in Osler's source tree, or leave clean.languages out."
+        raise UserError(f"Languages are told by py3langid: {remedy}") from None
     return langid
 
 

@@ -37,7 +37,7 @@ try:
     from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
-    raise UserError("lm-evaluation-harness is not installed: pip install 'osler[harness]'") from error
+    raise UserError("lm-evaluation-harness is not installed: pip install -e '.[harness]' in Osler's source tree") from error
 
 logger = logging.getLogger(__name__)
 

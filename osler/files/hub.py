@@ -132,7 +132,8 @@ def _api(repo: str) -> Any:
     try:
         from huggingface_hub import HfApi
     except ImportError:
-        raise UserError(f"Reading {repo} from the hub needs huggingface_hub: pip install 'osler[hub]'.") from None
+        remedy = "pip install -e '.[hub]' in Osler's source tree."
+        raise UserError(f"Reading {repo} from the hub needs huggingface_hub: {remedy}") from None
     return HfApi()
 
 

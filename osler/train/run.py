@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from osler.checkpoint import store
-from osler.data.config import ClinicData
+from osler.data.config import ClinicData, TurnsData
 from osler.data.loader import Loader
 from osler.data.named import check_task, load_task
 from osler.data.prepared import open_prepared
@@ -201,7 +201,8 @@ def next_steps(config: TrainConfig, folder: RunFolder) -> str:
             f"  osler grpo init_from={folder.root}   improve it by its own tries",
         ]
     else:
-        lines.append(f"  osler eval {folder.root} task.type=medqa task.path=FILE   sit an exam")
+        exam = "questions" if isinstance(config.data, TurnsData) else "medqa"
+        lines.append(f"  osler eval {folder.root} task={exam}:FILE   sit an exam")
     return "\n".join([*lines, f"  osler chat {folder.root}   talk to it"])
 
 

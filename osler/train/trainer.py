@@ -236,7 +236,10 @@ class SupervisedTrainer(Trainer):
         (self.total,) = self.world.all_reduce_min(fitting)
         if not self.has_replanned:
             self.has_replanned = True
-            warn_of_endless_warmup(self.config.schedule, self.total, "what max_minutes has time for:")
+            is_timed = self.total < self.config.total_tokens
+            warn_of_endless_warmup(
+                self.config.schedule, self.total, "what max_minutes has time for:" if is_timed else "total_tokens"
+            )
 
     def exclude_time(self, seconds: float) -> None:
         tokens, began = self.since

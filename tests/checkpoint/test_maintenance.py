@@ -71,5 +71,7 @@ def test_wrong_paths_are_told(verb, root, tmp_path, osler):
     (tmp_path / "empty").mkdir()
     assert "is no folder" in osler(2, verb, tmp_path / "nowhere")
     assert "There is no checkpoint in" in osler(2, verb, tmp_path / "empty")
+    (tmp_path / "pipeline" / "sft" / "checkpoints").mkdir(parents=True)
+    assert f"give the one that you mean: {tmp_path / 'pipeline' / 'sft'}." in osler(2, verb, tmp_path / "pipeline")
     if verb == "list":
         assert "is one checkpoint: give the run folder" in osler(2, verb, folder(root, 1))

@@ -199,7 +199,7 @@ def test_a_missing_package_is_told_before_anything_is_read(
     package: str, clean: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=rf"{package}: pip install 'osler\[clean\]'"):
+    with pytest.raises(UserError, match=rf"{package}: pip install -e '\.\[clean\]'"):
         check_sources(decode(Sections, {"data": {"type": "files", "path": "nowhere", "clean": clean}}).data)
 
 

@@ -102,6 +102,7 @@ def test_a_teacher_writes_rows_that_sft_learns_and_goes_on_where_it_was_stopped(
     learn = ["sft", f"init_from={runs.sft}", "data.type=turns", f"data.path={whole}", "data.thinking_field=thinking"]
     fields = ["seq_len=256", "batch_tokens=512", "total_tokens=512", "device=cpu", "compile=never", "data.holdout_fraction=0"]
     assert osler(*learn, *fields, "--run", tmp_path / "learned") == 0
+    assert "learned task=questions:FILE   sit an exam" in capsys.readouterr().err
 
 
 def test_an_interruption_says_how_to_go_on_and_a_task_in_the_short_form_is_the_same(runs, osler, tmp_path, capsys):

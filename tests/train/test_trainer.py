@@ -172,10 +172,16 @@ def test_minutes_are_kept_and_shared_between_processes(tiny, launch, tmp_path, c
     assert min(line["train/lr"] for line in logged(tmp_path) if "train/lr" in line) < 0.2 * 2.5e-3  # planned to the end
 
 
-def test_minutes_that_end_inside_the_warm_up_are_pointed_out(tiny, tmp_path, counted_clock, capsys):
-    more = ["max_minutes=0.02", "total_tokens=100_000_000", "schedule.warmup_tokens=10_000_000"]
-    assert main(["pretrain", tiny.pretrain, *more, "--run", str(tmp_path)]) == 0
-    assert capsys.readouterr().err.count("schedule.warmup_tokens 10,000,000 is not below") == 1
+@pytest.mark.parametrize(
+    ("more", "limit"),
+    [
+        (["max_minutes=0.02", "total_tokens=100_000_000"], "what max_minutes has time for: "),
+        (["max_minutes=60"], "total_tokens 3,072, so"),
+    ],
+)
+def test_minutes_that_end_inside_the_warm_up_are_pointed_out(more, limit, tiny, tmp_path, counted_clock, capsys):
+    assert main(["pretrain", tiny.pretrain, *more, "schedule.warmup_tokens=10_000_000", "--run", str(tmp_path)]) == 0
+    assert capsys.readouterr().err.count(f"schedule.warmup_tokens 10,000,000 is not below {limit}") == 1
 
 
 def test_a_run_keeps_the_precision_it_resolved(tiny, launch, tmp_path):
