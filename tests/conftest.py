@@ -17,6 +17,9 @@ ROOT = Path(__file__).parents[1]
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores: what each of them starts, torch first, takes one
     os.environ["OMP_NUM_THREADS"] = "1"
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background job of a shell; the commands under test inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 MODEL = {
     "num_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16,
     "vocab_size": 512, "max_seq_len": 256, "residual_init": "scaled", "attention_init": "mirrored",
