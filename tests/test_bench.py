@@ -40,6 +40,7 @@ def test_bench_times_a_recipe(capsys):
     assert "recipe of kind pipeline" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_peers_take_turns_and_are_compared_round_by_round(benchmark_module):
     config = decode(TrainConfig, override({}, TINY))
     result = benchmark_module("beside_peers").compare(config, "tiny", peers=["hf"], rounds=1, steps=2)

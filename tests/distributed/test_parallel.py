@@ -18,10 +18,12 @@ def test_every_number_of_ranks_and_strategy_is_the_same_run(run_cases, tiny, tmp
     assert cases == 29 + (4 if importlib.util.find_spec("deepspeed") else 0)
 
 
+@pytest.mark.slow
 def test_grpo_draws_and_learns_the_same_on_every_number_of_ranks(run_cases, tiny, runs, tmp_path):
     assert run_cases("distributed/grpo_runs.py", tiny.grpo, runs.sft, tmp_path) == 14
 
 
+@pytest.mark.slow
 def test_validation_sets_are_measured_alike_on_two_ranks(run_cases, tiny, tmp_path):
     assert run_cases("distributed/validation_runs.py", tiny.pretrain, tmp_path) == 2
 

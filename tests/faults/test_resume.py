@@ -108,6 +108,7 @@ def test_a_moved_run_needs_neither_recipe_nor_start(kind, launch, runs, tmp_path
     assert load_model(tmp_path / "second").state["step"] == 12
 
 
+@pytest.mark.slow
 def test_sigkill_at_named_and_random_moments_and_ctrl_c(run_cases, tiny, runs, tmp_path):
     given = (tiny.pretrain, tiny.sft, tiny.grpo, runs.pretrain, runs.sft, tmp_path)
     assert run_cases("faults/interrupted_runs.py", *given) == 13

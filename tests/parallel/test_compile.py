@@ -2,6 +2,7 @@
 
 import functools
 
+import pytest
 import torch
 
 from osler.model.transformer import SummedLoss
@@ -14,6 +15,7 @@ from tests.models import tiny_model
 LENGTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10)
 
 
+@pytest.mark.slow
 def test_more_lengths_than_torch_allows_are_compiled_once_each(no_compiled_code, monkeypatch):
     """The loss that training compiles, at the row lengths of a curriculum of ten stages, and at the first of them again."""
     from torch._dynamo.testing import CompileCounter

@@ -81,6 +81,7 @@ def fp8_gradients(recompute: str, *, num_layers: int = 2, compiled: bool = False
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
+@pytest.mark.slow
 def test_compiles_with_recomputation():
     found = fp8_gradients("selective", num_layers=1, compiled=True)
     for name, grad in fp8_gradients("off", num_layers=1).items():
