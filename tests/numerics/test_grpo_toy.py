@@ -7,6 +7,7 @@ reference keeps it exploring until it has found the rule (0.04: above 0.98 for e
 import random
 from copy import deepcopy
 
+import pytest
 import torch
 
 from osler.inference.engine import InferenceEngine
@@ -70,6 +71,7 @@ def train(*, steps, reward=right_frac):
     return before, true_score()
 
 
+@pytest.mark.slow
 def test_learns_to_copy_from_rewards():
     before, after = train(steps=150)
     assert before < 0.3

@@ -167,6 +167,7 @@ def test_a_pretraining_recipe_passes_the_dry_run_and_runs_scaled_down(name, stan
         assert [line["train/seq_len"] for line in steps[::2]] == [stage.seq_len // 8 for stage in config.curriculum]
 
 
+@pytest.mark.slow
 def test_a_stream_from_the_hub_trains_as_prepared_local_files_do(stand_in, tmp_path, monkeypatch, capsys):
     """With every source of synth-8xh100 on a server that has the hub's layout, and cuts a connection."""
     monkeypatch.chdir(tmp_path)
