@@ -2,7 +2,7 @@
 
 A folder's manifest names its files with sizes and hashes, and has a hash of itself. It is written last, so a folder with a valid
 manifest was complete once; ``verify`` tells whether it still is. ``sequence`` counts the saves: the newest checkpoint is the one
-saved last. After going back to an earlier step, another may have a higher step. Torch-free.
+saved last. After a rollback an older checkpoint may have a higher step. Torch-free.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ STATE = "state.json"
 TENSORS_SUFFIX = ".safetensors"
 BEST = "best.json"  # in the root, beside the checkpoints
 HIDDEN = ".tmp-"  # the names of folders that are being written or deleted begin with it
-# A checkpoint has the second name while another of its step takes its place; it is a full checkpoint until then.
+# A checkpoint's name ends with this while another of its step takes its place; it is a full checkpoint until then.
 REPLACED_SUFFIX = ".replaced"
 FOLDER_NAME = re.compile(r"step-(\d{9,})(\.replaced)?")
 
@@ -105,8 +105,8 @@ def fingerprint_of(checkpoint: Path) -> str:
 def verify(path: str | Path, names: Collection[str] | None = None, *, pause: Callable[[], None] = no_pause) -> list[str]:
     """Return what is wrong with a checkpoint folder, one line per file; an empty list means that it is good.
 
-    ``names`` restricts the hashing to the tensors of those names; every file is checked for presence and size all the same. A
-    file that the manifest does not list is a problem, because nothing would read it. Hidden files are no problem, because file
+    ``names`` restricts the hashing of tensor files to those of these names; all files are checked for presence and size. A file
+    that the manifest does not list is a problem, because nothing would read it. Hidden files are no problem, because file
     managers and network disks leave them. ``pause`` is called after each block that was hashed.
     """
     folder = Path(path)
@@ -130,7 +130,7 @@ def verify(path: str | Path, names: Collection[str] | None = None, *, pause: Cal
 
 
 def known_problems(folder: Path) -> list[str] | None:
-    """Return what ``verify`` found in this process; None if it was not called, could not read a file, or the folder changed."""
+    """Return what ``verify`` found in this process; None if it has not read every file, or the folder changed since."""
     return _verified.get(_signature(folder))
 
 

@@ -40,8 +40,8 @@ CPU_SHARE = 0.03  # share of one core that the writer may use while the CPU trai
 class Saver:
     """Owns the checkpoints folder of a run; leaving its context waits for the save in flight.
 
-    ``logs`` are files of the run that a resume needs. Their lines reach the disk before a checkpoint does. ``on_damage`` is
-    called in the thread that saves and waits, for older checkpoints that the writer found to be damaged.
+    ``logs`` are files of the run that a resume needs. Their lines reach the disk before a checkpoint does. After each save
+    ``on_damage`` is given the older checkpoints that were found to be damaged, in the thread that called ``save`` or ``wait``.
     """
 
     def __init__(

@@ -6,8 +6,8 @@ and flushes the root; then it reads everything back. There is no pickle anywhere
 process saves into a root at a time.
 
 A file of tensors (https://huggingface.co/docs/safetensors) is eight bytes with the length of the header, a JSON header, then the
-raw bytes. The library reads it. Its ``save_file`` cannot write it. A checkpoint needs a hash of the tensors and not of the bytes
-read back, only one tensor at a time off the device, and an ordinary OSError when the disk is full.
+raw bytes. The library reads it, but its ``save_file`` would not do: a checkpoint needs a hash of the tensors and not of the bytes
+read back, takes only one tensor at a time off the device, and must end in an ordinary OSError when the disk is full.
 """
 
 from __future__ import annotations
@@ -179,9 +179,9 @@ def _tidy(root: Path) -> None:
 
 
 def load(path: str | Path, names: Collection[str] | None = None) -> Loaded:
-    """Verify a checkpoint folder and read it; ``names`` restricts both to the tensor dictionaries it names.
+    """Verify a checkpoint folder and read it; ``names`` restricts both to the tensor dictionaries of these names.
 
-    Raises UserError with the name of the damaged file.
+    Raises UserError with the names of damaged files.
     """
     folder = Path(path)
     problems = folders.verify(folder, names)

@@ -18,7 +18,7 @@ from osler.model.decoder import Decoder
 from osler.model.transformer import Transformer
 from osler.ops.cross_entropy import linear_logprobs
 from osler.ops.labels import IGNORED
-from osler.runtime.device import sent
+from osler.runtime.device import to_device
 from osler.runtime.errors import UserError
 from osler.runtime.stop import AskedToStop, asked
 from osler.runtime.world import World
@@ -51,12 +51,12 @@ def label_logprobs(
     """
     device = model.embed_tokens.weight.device
     row_N, place_N = (labels_BT != IGNORED).nonzero(as_tuple=True)
-    hidden_BTD = model(sent(ids_BT, device), document_BT=None if document_BT is None else sent(document_BT, device))
-    features_NR, weight_VR = model.head(hidden_BTD[sent(row_N, device), sent(place_N, device)])
+    hidden_BTD = model(to_device(ids_BT, device), document_BT=None if document_BT is None else to_device(document_BT, device))
+    features_NR, weight_VR = model.head(hidden_BTD[to_device(row_N, device), to_device(place_N, device)])
     logp_N, entropy_N, is_top_N = linear_logprobs(
         features_NR,
         weight_VR,
-        sent(labels_BT[row_N, place_N], device),
+        to_device(labels_BT[row_N, place_N], device),
         vocab_size=model.config.vocab_size,
         temperature=temperature,
         mask_NV=mask_NV,

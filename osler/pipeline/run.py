@@ -47,7 +47,7 @@ from osler.records.results import Comparison, FinishedStage
 from osler.records.values import read_records
 from osler.report.page import build_report
 from osler.report.words import summary_text
-from osler.runs.folder import GIVEN_ANEW, PLACES, differences, named, read_config, taken
+from osler.runs.folder import GIVEN_ANEW, PLACES, differences, first_of, read_config, taken
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, write_atomic, write_json
 from osler.runtime.stop import EXIT_STOPPED
@@ -149,8 +149,8 @@ class Pipeline:
         changed = differences(stage, stored, str(self.run.config), leave_out=GIVEN_ANEW)
         if words := [said for key, said in changed.items() if not PLACES.fullmatch(key)]:
             raise UserError(
-                f"it has begun in {self.run.root}, and cannot be changed any more: {named(words)}. To go on with the pipeline as "
-                f"it is: `osler pipeline --run {self.run.root} --resume`. For a new one choose another folder with --run."
+                f"it has begun in {self.run.root}, and cannot be changed any more: {first_of(words)}. To go on with the pipeline "
+                f"as it is: `osler pipeline --run {self.run.root} --resume`. For a new one choose another folder with --run."
             )
 
     def refuse_gone(self, name: str, stage: Stage) -> None:

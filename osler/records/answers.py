@@ -31,8 +31,8 @@ class AnswerLog:
 
     After each answer ``tell`` is called with the number of answers. A file that has all answers, or those of another exam, is
     begun again; if it cannot be written, the exam goes on without it. With ``takes_full`` a file that has all answers is taken as
-    it is. So is a ``lasting`` file, which is what the command is for: one with other answers is refused with UserError, and one
-    that cannot be written raises OSError.
+    it is. So is a ``lasting`` file, which is what its command makes. A lasting file with other answers is refused with UserError,
+    and one that cannot be written raises OSError.
     """
 
     def __init__(
@@ -58,14 +58,14 @@ class AnswerLog:
         if 0 < len(known) < head["asked"] + (lasting or takes_full):
             self.outputs = known
             logger.info(f"Going on after {len(known):,} of {head['asked']:,} answers, which {path} has.")
-        elif first != head or not lasting:  # another process may have just begun a lasting one
+        elif first != head or not lasting:  # a lasting file without answers may be one that another process has just begun
             self._write(lambda to: write_atomic(to, jsonl.to_line(head)))
 
-    def add(self, number: int, output: list[Any], read: SampledAnswer) -> None:
-        """Keep the output of the model for the question of this number, and how it was read."""
+    def add(self, number: int, output: list[Any], answer: SampledAnswer) -> None:
+        """Keep the output of the model for the question of this number, and the answer that was read from it."""
         if number not in self.outputs:
             self.outputs[number] = output
-            self._write(lambda to: jsonl.append(to, {"number": number, "output": output, **asdict(read)}))
+            self._write(lambda to: jsonl.append(to, {"number": number, "output": output, **asdict(answer)}))
             if self._tell:
                 self._tell(len(self.outputs))
 
@@ -83,9 +83,9 @@ class AnswerLog:
 
 
 def asked_differently(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """Return in words the settings in which two exams differ, empty if none: then answers to the same question can be compared.
+    """Return in words the settings in which two exams differ. If it is empty, answers to the same question can be compared.
 
-    A setting that an older version did not write is not compared.
+    A setting that one of the two lacks, because an older version did not write it, is left out.
     """
     differing = sorted(name for name in before.keys() & after if before[name] != after[name])
     return ", ".join(f"{name}={before[name]} and {name}={after[name]}" for name in differing)
@@ -113,7 +113,7 @@ class AnswerSheet(NamedTuple):
 
 
 def read_sheets(folder: Path) -> list[AnswerSheet]:
-    """Return the answers to all exams that were finished, by file name; raises UserError when a file cannot be read."""
+    """Return the answers to all finished exams in the order of file names; raises UserError when a file cannot be read."""
     sheets = []
     for path in sorted(folder.glob("*.jsonl")):
         head, *rows = jsonl.read(path)[0] or [{}]

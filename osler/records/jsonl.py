@@ -8,8 +8,8 @@ so on. Details follow the message.
 
 A kill can tear the last line only. A reader skips lines that are not JSON objects, and a writer ends a torn line before it
 appends. If the disk refuses a line, that line is lost and the run continues. Resume is exact: metrics are cut to the
-step of the checkpoint, so each step occurs once. Events are never cut: a step made twice, after a kill or a rollback, may occur
-twice.
+step of the checkpoint, so each step occurs once. Events are cut by ``--from-step`` alone, so those of a step that was made twice,
+after a kill or a rollback, may occur twice.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def parse(line: bytes) -> dict[str, Any] | None:
 
 
 def step_of(fields: Mapping[str, Any] | None) -> int | None:
-    """Return the step that an object names, None when it names none."""
+    """Return the step that an object names, None when it names none that can be one."""
     step = fields.get("step") if fields else None
     return step if type(step) is int and abs(step) < 2**53 else None
 
@@ -149,7 +149,7 @@ class MetricsFile:
         self.rewind(last_step)
 
     def rewind(self, last_step: float) -> None:
-        """Drop the lines after a step, and torn lines, because a run that has gone back takes those steps again."""
+        """Drop all lines behind the last one of a step up to ``last_step``: a run that has gone back makes those steps again."""
         end = size = 0
         for line in read_lines(self.path):
             size += len(line)
@@ -196,7 +196,7 @@ class EventLog:
         self.path, self._tell = Path(path), tell
 
     def write(self, step: int, kind: str, name: str, message: str, *, tell: bool = True, **details: Any) -> None:
-        """Append one event; ``details`` may give a ``severity`` other than warning."""
+        """Append one event, and tell people of it unless ``tell`` is False; ``details`` may have a ``severity`` but warning."""
         event = {"step": step, "time": round(clock.time(), 3), "kind": kind, "name": name, "message": message, **details}
         try:
             append(self.path, event)
@@ -219,6 +219,6 @@ def read_events(path: str | Path) -> list[Event]:
     return events
 
 
-def newest_of_life(events: Sequence[Event]) -> Event | None:
+def newest_lifetime_event(events: Sequence[Event]) -> Event | None:
     """Return the newest start or end of a process of the run."""
     return next((event for event in reversed(events) if event.kind in LIFETIME), None)

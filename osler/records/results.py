@@ -1,4 +1,4 @@
-"""The results of a run, in the files that the report reads. If a file of an older version lacks a field, it is NaN or empty.
+"""The results of a run, in the files that the report reads. A field that a file of an older version lacks is NaN or empty.
 
 ``exams.json`` is {label of a checkpoint: {split: score}}, ``comparison.json`` a list of pairs of checkpoints, ``samples.jsonl``
 the answers of checkpoints to a few questions, ``stages.json`` the finished stages of a pipeline in their order. Accuracies,
@@ -42,9 +42,9 @@ class ExamScore(HasInterval):
     correct: float = NAN
     accuracy: float = NAN
     interval: tuple[float, float] = (NAN, NAN)  # 95 %, aware of clusters
-    unparsed: float = NAN
-    cut: float = NAN
-    too_long: float = NAN
+    unparsed: float = NAN  # answers that ended by themselves, but cannot be read
+    cut: float = NAN  # answers that met the length limit before they could be read
+    too_long: float = NAN  # questions that did not fit into the model's context
     max_seq_len: float = NAN  # tokens that a question had to share with its answer; 0: not known
     letters: dict[str, float] = field(default_factory=dict)  # how often each letter was answered
     constant_letter: str = ""  # the letter that would score best if it were always said, and its accuracy

@@ -1,6 +1,6 @@
 """Values from files that may be partly wrong or of another version: an unusable value becomes NaN, empty, or a default.
 
-Nothing here raises an error because of the content of a file.
+No value raises an error; only a file that is not JSON at all does.
 """
 
 import json

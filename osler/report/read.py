@@ -27,7 +27,7 @@ from osler.records.jsonl import Event, read_events
 from osler.records.results import Comparison, ExamScore, FinishedStage, read_exams, read_samples
 from osler.records.values import NAN, as_dict, as_list, as_text, read_records
 from osler.report.curves import MetricsLog, Series, time_at_work
-from osler.runs.folder import named
+from osler.runs.folder import first_of
 from osler.runtime import format as fmt
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, read_json
@@ -145,7 +145,7 @@ def why_no_run(path: Path) -> str:
     if is_checkpoint(path):
         return f"{path} is a checkpoint and not a run folder. Give the folder of its run: {path.resolve().parent.parent}."
     if runs := sub_runs(path):
-        names = named([str(run) for run in runs])
+        names = first_of([str(run) for run in runs])
         return f"{path} is not a run folder itself but holds {fmt.plural(len(runs), 'run')}. Give one of them: {names}."
     return f"{path} is not a run folder: it has no config.yaml. Give {what}."
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from osler.eval.score import describe_cut, describe_too_long
 from osler.model.config import ModelConfig
-from osler.records.jsonl import END, FAILED, FINISHED, START, Event, newest_of_life
+from osler.records.jsonl import END, FAILED, FINISHED, START, Event, newest_lifetime_event
 from osler.records.results import Comparison, ExamScore
 from osler.report.curves import time_at_work
 from osler.report.read import NAN, RunRecord, read_run
@@ -206,7 +206,7 @@ def attention(run: RunRecord) -> list[str]:
     """Return everything that deserves attention, the gravest first; empty when nothing stands out."""
     found = list(_about_exams(run))
     for stage in run.runs:
-        newest = newest_of_life(stage.events)
+        newest = newest_lifetime_event(stage.events)
         told = [newest.message] if newest and newest.details.get("unresolved") else []
         grave = [group for group in grouped(stage.events) if group.weight in GRAVE]
         told += [group.in_words for group in sorted(grave, key=lambda group: GRAVE.index(group.weight))]

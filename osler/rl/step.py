@@ -33,7 +33,7 @@ from osler.rl.config import AlgorithmConfig
 from osler.rl.loss import LossInputs, add_sums, group_advantages, grpo_loss, loss_metrics, token_weights
 from osler.rl.rollout import Group
 from osler.runs.process import Learner
-from osler.runtime.device import sent
+from osler.runtime.device import to_device
 from osler.runtime.world import World
 
 FIRST_UPDATE_METRICS = "sampling/"  # they compare sampler and trainer, which is fair only before the weights move
@@ -111,10 +111,10 @@ def completion_logprobs(model: Transformer, rows: Sequence[TrainingRow], *, temp
     """Return (logp_BT, entropy_BT, mask_BT) of the completion tokens, zero in padding; ``logp_BT`` has a gradient."""
     device = model.embed_tokens.weight.device
     masks = [row.sampling_mask for row in rows if row.sampling_mask is not None]
-    mask_NV = unpack_mask(sent(torch.cat(masks), device), model.config.vocab_size) if masks else None
+    mask_NV = unpack_mask(to_device(torch.cat(masks), device), model.config.vocab_size) if masks else None
     ids_BL, labels_BL = pad_rows([row.labelled for row in rows])
     _, logp_N, entropy_N, _ = label_logprobs(model, ids_BL, labels_BL, temperature=temperature, mask_NV=mask_NV)
-    mask_BT = sent(_completion_mask(rows), device)
+    mask_BT = to_device(_completion_mask(rows), device)
     empty_BT = logp_N.new_zeros(mask_BT.shape)
     # Labels come row by row, which is the order in which masked_scatter fills the mask.
     return empty_BT.masked_scatter(mask_BT, logp_N), empty_BT.masked_scatter(mask_BT, entropy_N.to(logp_N.dtype)), mask_BT
@@ -251,6 +251,6 @@ def _prepare(
 def _micro_batch(
     rows: list[TrainingRow], weight_BT: Tensor, learns: bool, device: torch.device, *, idle: bool = False
 ) -> MicroBatch:
-    old_BT = sent(pad_sequence([torch.tensor(row.logprobs) for row in rows], batch_first=True), device)
-    advantages_B = sent(torch.tensor([row.advantage for row in rows], dtype=torch.float32), device)
-    return MicroBatch(rows, learns, idle, old_BT, advantages_B, sent(weight_BT[:, : old_BT.shape[1]], device))
+    old_BT = to_device(pad_sequence([torch.tensor(row.logprobs) for row in rows], batch_first=True), device)
+    advantages_B = to_device(torch.tensor([row.advantage for row in rows], dtype=torch.float32), device)
+    return MicroBatch(rows, learns, idle, old_BT, advantages_B, to_device(weight_BT[:, : old_BT.shape[1]], device))

@@ -57,7 +57,7 @@ class Job:
 
     config_class: type[RunConfig]
     default_name: Callable[[Any], str]  # the name of a run whose config has no recipe
-    check: Callable[[Any, RunFolder, store.Loaded | None], None]  # checks a start; it continues from the checkpoint
+    check: Callable[[Any, RunFolder, store.Loaded | None], None]  # checks a start, which continues from the checkpoint
     check_branch: Callable[[Any, store.Loaded], None]  # checks that this config can continue from another run's checkpoint
     check_processes: Callable[[Any, int], None]
     train: Callable[[Any, RunFolder, World], bool]
@@ -67,7 +67,7 @@ class Job:
 
 
 def carry_out(job: Job, request: Request) -> int:
-    """Train as a person asks, or with --dry-run only print the plan; return the exit code."""
+    """Train as a person asks, with --dry-run print the plan, or with --eval-only measure a checkpoint; return the exit code."""
     config = config_of(job.config_class, request)
     name = run_name(request.recipe, request.kind) if request.recipe else job.default_name(config)
     folder = RunFolder(Path(request.run_dir or Path("runs") / name))
@@ -81,9 +81,9 @@ def carry_out(job: Job, request: Request) -> int:
     if request.eval_only:
         assert job.evaluate is not None
         with joined(config.device) as world:
-            told = job.evaluate(config, folder, request.from_step, world)
+            scores = job.evaluate(config, folder, request.from_step, world)
             if world.is_first:
-                print(told)
+                print(scores)
         return 0
     with joined(config.device) as world:  # connected first, so that an error of all ranks is told once
         job.check_processes(config, world.size)
@@ -95,7 +95,7 @@ def carry_out(job: Job, request: Request) -> int:
     if finished:
         logger.info(job.next_steps(config, folder))
         return 0
-    same = "The same command, or " if request.back_to is None else ""  # it would go back again
+    same = "The same command, or " if request.back_to is None else ""  # with --from-step the same command would go back again
     resume = f"`osler {request.kind} --run {folder.root} --resume`"
     logger.info(f"Stopped and saved. {same}{resume}{',' if same else ''} goes on from there.")
     return EXIT_STOPPED
@@ -135,8 +135,9 @@ def run_name(recipe: str, kind: str) -> str:
 def describe_plan(job: Job, config: Any, folder: RunFolder, back_to: int | None) -> str:
     """Return what ``--dry-run`` prints: the resolved config, and as comments what follows from it. Nothing is changed.
 
-    If the run takes its model from a checkpoint, that model is printed in place of the config's own, and the section
-    ``tokenizer`` is left out, because neither is used. Raises UserError for anything that would keep the run from starting.
+    If the run takes its model from a checkpoint, that model is printed in place of the section ``model``, and the section
+    ``tokenizer`` is left out, because the run uses neither section. Raises UserError for anything that would keep the run from
+    starting.
     """
     run = Run(folder, World())
     run.events = EventLog(os.devnull)

@@ -38,8 +38,8 @@ class RunConfig:
     description: str = ""  # for the reader; changes nothing
     seed: Seed = 0
     init_from: str | None  # run folder or checkpoint to start from
-    # checkpoint of another run to go on from, with its optimizer and its place in the data; --branch sets it, and the config of
-    # that run with it
+    # checkpoint of another run to go on from, with its optimizer and its place in the data; --branch sets it, and takes the
+    # config of that run
     branch_from: str | None = None
     optim: OptimConfig = AdamWConfig()
     schedule: ScheduleConfig = ConstantConfig()
@@ -47,7 +47,7 @@ class RunConfig:
     precision: str = "auto"
     recompute: Literal["off", "selective", "full"] = "off"  # activations computed again in the backward pass, to save memory
     device: str = "auto"  # auto, cpu, cuda or cuda:N
-    early_stopping_patience: PositiveInt | None = None  # evaluations without a better result that end the run; null: none do
+    early_stopping_patience: PositiveInt | None = None  # evaluations in a row without a better result that end the run
     checkpoint: CheckpointConfig = CheckpointConfig()
     recovery: RecoveryConfig = RecoveryConfig()
     allow_data_change: bool = False  # whether a started run may go on with other data, never with another tokenizer

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-MOST_NAMED = 5  # differences between two configs that an error spells out
+MOST_NAMED = 5  # things, such as differences between two configs, that an error spells out
 # These settings may differ from one start to the next, because they change a run's results by rounding at most.
 GIVEN_ANEW = (
     "parallel", "loader_workers", "micro_batch_tokens", "recompute", "checkpoint.in_background", "monitor",
@@ -34,7 +34,7 @@ GIVEN_ANEW = (
 )  # fmt: skip
 # Paths of files may change too. The contents may not: the fingerprints of shards and checkpoints ensure this.
 PLACES = re.compile(r"((.*\.)?data(\.sources\[\d+\])?|validation\[\d+\]|teacher)\.(path|root)|tasks\[\d+\]\.task\.path")
-WHOLE = ("data.sources", "validation", "tasks")  # lists that are given whole
+WHOLE = ("data.sources", "validation", "tasks")  # lists that an override may give whole
 DATA_SECTIONS = ("data", "validation", "tasks")  # a run learns from these and is evaluated on them
 
 
@@ -55,10 +55,10 @@ def taken(folder: RunFolder, world: World = World()) -> Iterator[None]:  # noqa:
 
 
 def claim(folder: RunFolder, config: Any) -> None:
-    """Write ``config.yaml``, which makes the folder this run's, unless it is there already.
+    """Write ``config.yaml``, which makes the folder this run's. One that is there is kept.
 
-    Call this after all checks of what a person may have got wrong, so that a mistake can be corrected in the same folder.
-    With ``allow_data_change`` the data given now become the run's data.
+    Call this after all checks of what a person may have got wrong, so that a mistake can be corrected in the same folder. Into a
+    ``config.yaml`` that is kept go the new paths of files that have moved, and with ``allow_data_change`` the data given now.
     """
     moved = refuse_another(folder, config)
     wanted = encode(config)
@@ -86,7 +86,7 @@ def refuse_another(folder: RunFolder, config: Any) -> dict[str, str]:
     if len(changed) == len(moved):
         return moved
     start = f"osler {stored.get('kind', config.kind)}"
-    other = named([words for key, words in changed.items() if key not in moved])
+    other = first_of([words for key, words in changed.items() if key not in moved])
     raise UserError(
         f"{folder.root} holds another run: {other}. To go on with that run as it is: `{start} --run {folder.root} "
         f"--resume`. To go on from it with another configuration: `{start} --branch {folder.root} --run NEW_FOLDER key=value`; "
@@ -119,8 +119,8 @@ def _is_within(key: str, sections: Sequence[str]) -> bool:
     return any(key == section or key.startswith((f"{section}.", f"{section}[")) for section in sections)
 
 
-def named(words: Sequence[str]) -> str:
-    """Return the first differences in one line, and how many more there are."""
+def first_of(words: Sequence[str]) -> str:
+    """Return the first ``MOST_NAMED`` words in one line, and how many more there are."""
     more = [f"{len(words) - MOST_NAMED} more"] if len(words) > MOST_NAMED else []
     return ", ".join([*words[:MOST_NAMED], *more])
 
@@ -158,7 +158,7 @@ def stored_config(cls: type[T], run_dir: str | None, overrides: Sequence[str]) -
 
 
 def read_config(folder: RunFolder) -> dict[str, Any]:
-    """Return the run's ``config.yaml`` as plain values."""
+    """Return the run's ``config.yaml`` as plain values; raises UserError, which says how to mend it, when it is damaged."""
     try:
         stored = load_yaml(folder.config.read_text(encoding="utf-8"), str(folder.config))
         problem = "is empty" if stored is None else "is no configuration"
@@ -184,7 +184,7 @@ def write_damage(events: EventLog, damaged: Damaged) -> None:
 
 
 def check_fingerprints(loaded: Loaded, current: Mapping[str, str], *, changes: EventLog | None = None) -> None:
-    """Raise UserError for a checkpoint of another tokenizer or of other data. With ``changes`` other data are recorded there."""
+    """Raise UserError for a checkpoint of another tokenizer, teacher or data. With ``changes`` other data are recorded there."""
     for name, value in current.items():
         before = loaded.state["fingerprints"].get(name)
         if before == value:

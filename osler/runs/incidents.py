@@ -31,15 +31,16 @@ from osler.runtime.files import read_json
 logger = logging.getLogger(__name__)
 
 STEPS_BEFORE = 5  # a diagnosis shows the numbers of so many good steps before an incident
-# Numbers of ``Incidents`` that a checkpoint keeps, besides the spikes and the steps before.
+# Attributes of ``Incidents`` that a checkpoint keeps, besides ``spikes`` and ``before``.
 KEPT = ("good_step", "skipped_in_a_row", "first_skipped", "not_finite_in_a_row", "cause", "rollbacks", "data_offset")
 
 
 class Incidents:
     """Watches the numbers of every step, reports and records what is wrong with them, and rolls the run back.
 
-    ``details`` returns the details of a step (1, 2 ...) as JSON: ``tokens``, ``lr``, and the names or numbers of its rows.
-    Numbers leave out the ``data_offset``, which is given beside them. Every rank has an instance; only rank 0 writes and logs.
+    ``details`` returns the details of a step (1, 2 ...) as JSON: ``tokens``, ``lr``, and the ids of its questions or the numbers
+    of its rows. The numbers do not count the ``data_offset``, which is given beside them. Every rank has an instance; only rank 0
+    writes and logs.
     """
 
     def __init__(self, config: RunConfig, run: Run, details: Callable[[int], Mapping[str, Any]]) -> None:
@@ -111,7 +112,7 @@ class Incidents:
             raise UserError(self._diagnosis(step, path))
         cause, rollbacks, there = self.cause, self.rollbacks + 1, position() + self.data_offset
         loaded = store.load(path)
-        restore(loaded)  # this object too
+        restore(loaded)  # restores this object too
         self.run.world.barrier()  # the caller replaces the checkpoint, which others may still be reading
         self.cause, self.rollbacks, self.data_offset = None, rollbacks, there - position()
         if self.run.world.is_first:
@@ -120,8 +121,8 @@ class Incidents:
                 f"most {self.limits.max_rollbacks}). {cause}"
             )
             logger.warning(message)
-            reached: dict[str, Any] = {"from_step": step, "number": rollbacks, "data_offset": self.data_offset}
-            self.run.events.write(loaded.step, "rollback", "rollback", message, **reached)
+            details: dict[str, Any] = {"from_step": step, "number": rollbacks, "data_offset": self.data_offset}
+            self.run.events.write(loaded.step, "rollback", "rollback", message, **details)
 
     def _last_good(self) -> Path | None:
         path, damaged = last_good(self.run.folder.checkpoints, self.good_step)

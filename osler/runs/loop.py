@@ -1,8 +1,8 @@
 """The life of a training run between its first step and its last, the same for every trainer.
 
 In each iteration the trainer makes a step, the ranks vote whether to stop, and a line of metrics is written if one is due. A run
-in trouble then rolls back (``incidents.py``). If both a checkpoint and an evaluation are due, the checkpoint comes first, so an
-evaluation that fails costs nothing.
+in trouble then rolls back (``incidents.py``). A checkpoint is written before each evaluation, so an evaluation that fails costs
+nothing.
 
 Every rank runs this loop; rank 0 alone writes. A checkpoint is the same whatever the number of ranks, and a resumed run makes the
 same steps with the same numbers as one that was never interrupted.
@@ -171,7 +171,7 @@ class Loop:
         self.progress: Progress
 
     def fit(self) -> bool:
-        """Train to the end. Return False if the run was stopped early, after saving everything."""
+        """Train to the end. Return False if the run was asked to stop, after saving everything."""
         trainer, config, folder = self.trainer, self.trainer.config, self.run.folder
         with (
             StopFlag() as self.stop,  # first, so that a signal is safe once there is a metrics file
@@ -184,7 +184,7 @@ class Loop:
             closing(trainer),
         ):
             self.run.events = self.run_logger.events
-            # This is before the first step, or after a kill between the checkpoint and its evaluation.
+            # One is due before the first step, and after a kill between a checkpoint and its evaluation.
             if trainer.due().evaluation:
                 lines = partial(read_metrics, folder.metrics, having="eval/seconds")
                 if trainer.step not in self.world.broadcast_from_first(lambda: {line.step for line in lines()}):
@@ -228,7 +228,7 @@ class Loop:
         return True
 
     def _agree_to_stop(self) -> bool:
-        """Return whether the ranks stop, because one of them was asked to. The next vote counts a later signal."""
+        """Return whether the ranks stop, because one of them was asked to. A later signal counts in the next vote."""
         (all_go_on,) = self.world.all_reduce_min(not self.stop.requested)
         self.stop.requested = self.stop.requested or not all_go_on
         return not all_go_on
@@ -254,7 +254,7 @@ class Loop:
             "step": trainer.step,
             "tokens": trainer.tokens,
             "stopped_early": self.stopped_early,
-            **trainer.state(),  # this must come first, because it passes the latest losses to ``incidents``
+            **trainer.state(),  # before ``incidents``, because it passes the latest losses to them
             "incidents": self.incidents.checkpointed(trainer.step),
             "fingerprints": trainer.fingerprints(),
             "optimizer": optimizer_state,
@@ -272,7 +272,7 @@ class Loop:
         self.world.broadcast_from_first(save)
 
     def restore(self, loaded: store.Loaded, *, is_branch: bool = False) -> None:
-        """Resume from a checkpoint of this run. From a checkpoint of the run that it branches from, do not take over the end."""
+        """Resume from a checkpoint of this run, or with ``is_branch`` of another run, whose early stop does not count here."""
         changes = self.run.events if self.trainer.config.allow_data_change else None
         check_fingerprints(loaded, self.run.fingerprints, changes=changes)
         self._load(loaded)
@@ -291,7 +291,7 @@ class Loop:
         self.best = best.value if best is not None and best.step <= loaded.step else None
 
     def _roll_back(self) -> None:
-        """Return to the last good checkpoint and continue with later data. Save at once, so that a kill cannot undo that."""
+        """Return to the last good checkpoint and continue with later data. Save at once, so that a kill cannot undo this."""
         self.world.broadcast_from_first(self.saver.wait)  # the checkpoint to go back to may be the one that is being written
         self.incidents.roll_back(self.trainer.step, self._load, lambda: self.trainer.position)
         self.save()
@@ -323,17 +323,18 @@ class Loop:
         trainer.exclude_time(time.monotonic() - before)
 
     def _stop_early_if_due(self) -> None:
-        """Make the present step the last when the config's number of evaluations in a row were no better than an earlier one.
+        """Make this step the last when the latest ``early_stopping_patience`` evaluations were no better than an earlier one.
 
-        Its checkpoint is written anew, as that of a last step, and says that the run ends there.
+        The checkpoint of the step is written anew, as that of a last step, and says that the run ends there.
         """
         trainer, patience = self.trainer, self.trainer.config.early_stopping_patience
         if patience is None or trainer.done:
             return
-        waited = self.world.broadcast_from_first(self._evaluations_since_best)
-        if waited < patience:
+        since_best = self.world.broadcast_from_first(self._evaluations_since_best)
+        if since_best < patience:
             return
-        message = f"Stopped early: {fmt.plural(waited, 'evaluation')} in a row had no better {trainer.best_metric} than the best."
+        count = fmt.plural(since_best, "evaluation")
+        message = f"Stopped early: {count} in a row had no better {trainer.best_metric} than the best."
         logger.info(message)
         self.run.events.write(trainer.step, EARLY_STOP, EARLY_STOP, message, tell=False)
         self.stopped_early, trainer.total = True, trainer.position
@@ -342,25 +343,27 @@ class Loop:
 
     def _evaluations_since_best(self) -> int:
         """Return how many evaluations there were after the best one."""
-        name, waited, best = self.trainer.best_metric, 0, math.nan
+        name, since_best, best = self.trainer.best_metric, 0, math.nan
         for line in read_metrics(self.run.folder.metrics, having=name):
-            value, waited = line.values[name], waited + 1
+            value = line.values[name]
+            since_best += 1
             if math.isnan(best) or is_better(name, value, best):
-                best, waited = value, 0
-        return waited
+                best, since_best = value, 0
+        return since_best
 
     def _mark_if_best(self, metrics: Mapping[str, float]) -> None:
         name = self.trainer.best_metric
-        value, saved = metrics.get(name, math.nan), self.run.folder.checkpoints / folder_name(self.trainer.step)
-        if not math.isfinite(value) or not self.world.is_first or not saved.is_dir():
+        value = metrics.get(name, math.nan)
+        checkpoint = self.run.folder.checkpoints / folder_name(self.trainer.step)
+        if not math.isfinite(value) or not self.world.is_first or not checkpoint.is_dir():
             return
         if self.best is None or is_better(name, value, self.best):
             self.best = value
-            mark_best(saved, name, value)
+            mark_best(checkpoint, name, value)
 
 
 def in_a_line(metrics: Mapping[str, float]) -> str:
-    """Return an evaluation in words. Each validation set is told by its bits per byte alone, or by its loss if there are none."""
+    """Return an evaluation in words, with the bits per byte of each validation set, or its loss where they are not known."""
     of_set = "/bits_per_byte" if "eval/bits_per_byte" in metrics else "/loss"
     words = []
     for name, value in metrics.items():

@@ -4,7 +4,7 @@ A process continues from the newest good checkpoint of the run, from an earlier 
 branch), or from none: step 0. The place in the data needs no restoring, because it is computed from the step
 (``data/order.py``).
 
-Going back (``--from-step``) sets aside everything that the run wrote after a checkpoint. This checkpoint is the newest again, and
+Going back (``--from-step``) sets aside everything that the run wrote after a checkpoint. This checkpoint is then the newest, and
 the run is, bit for bit, as if it had been stopped there.
 
 A branch (``--branch``) is a new run that continues from a checkpoint of another, with its optimizer and data position. Its
@@ -28,7 +28,7 @@ from osler.config.schema import decode
 from osler.monitor.logger import check_trackers
 from osler.optim.schedule import ScheduleConfig, warmup_of
 from osler.records.jsonl import EventLog, read_events, split
-from osler.runs.folder import differences, flat, named, read_config, refuse_another, write_damage
+from osler.runs.folder import differences, first_of, flat, read_config, refuse_another, write_damage
 from osler.runs.loop import Loop, Trainer
 from osler.runs.process import Run
 from osler.runtime.device import keep_freed_memory
@@ -70,11 +70,11 @@ def find_start(
     start = Start(newest or branch_point(config), is_branch=newest is None and config.branch_from is not None)
     loaded = start.load(names=[])
     step = -1 if loaded is None else loaded.step
-    least, most = run.world.all_reduce_min(step, -step)  # agree early, before ranks wait for different things
-    if least != -most:
+    least, minus_most = run.world.all_reduce_min(step, -step)  # agree early, before ranks wait for different things
+    if least != -minus_most:
         raise UserError(
-            f"The processes found different checkpoints to go on from (steps {least} to {-most}, -1 is none): the run folder "
-            "must lie on a disk that all machines share."
+            f"The processes found different checkpoints to go on from (steps {least} to {-minus_most}, -1 is none): the run "
+            "folder must lie on a disk that all machines share."
         )
     if start.is_branch and loaded is not None:
         check_branch(config, loaded)
@@ -89,7 +89,8 @@ def resume(trainer: Trainer, start: Start, loaded: store.Loaded) -> Loop:
         message = describe_branch(trainer.config, loaded)
         logger.info(message)
         events.write(loaded.step, "branch", "branch", message)
-    root, place = trainer.run.folder.root, f"step {trainer.step:,} ({trainer.tokens:,} tokens)"
+    root = trainer.run.folder.root
+    place = f"step {trainer.step:,} ({trainer.tokens:,} tokens)"
     if not trainer.done or start.is_branch:
         logger.info(f"Continuing {root} from {place}.")
     else:
@@ -147,8 +148,9 @@ def go_back(folder: RunFolder, step: int) -> None:
     message = f"Back at step {step:,}, and nothing came after it."
     if later or any(gone for _, gone in lines.values()):
         aside = _set_aside(folder, step, later, lines)
-        steps = ", ".join(str(entry.step) for entry in reversed(later)) or "none"
-        message = f"Back at step {step:,}. What came after it is in {ASIDE}/{aside.name}, the checkpoints of steps {steps} too."
+        steps = ", ".join(str(entry.step) for entry in reversed(later))
+        saved = f", with the checkpoints of steps {steps}" if later else ""
+        message = f"Back at step {step:,}. What came after it is in {ASIDE}/{aside.name}{saved}."
     EventLog(folder.events).write(step, REWIND, REWIND, message)
     logger.info(f"{folder.root}: {message}")
 
@@ -156,7 +158,7 @@ def go_back(folder: RunFolder, step: int) -> None:
 def _set_aside(
     folder: RunFolder, step: int, later: Sequence[Entry], lines: Mapping[Path, tuple[list[bytes], list[bytes]]]
 ) -> Path:
-    """Move checkpoints, and the second part of each file's lines, to a new folder in the run folder; return the new folder."""
+    """Move checkpoints, and each file's second list of lines, to a new folder in the run folder; return the new folder."""
     best = folders.best_checkpoint(folder.checkpoints)
     if best is not None and best.path in {entry.path for entry in later}:
         (folder.checkpoints / folders.BEST).unlink()  # the next evaluation marks another
@@ -189,10 +191,10 @@ def branch_config(cls: type[T], kind: str, branch: str, step: int | None, overri
     folders.refuse_checkpoint(folder.root)
     path = Path(branch)
     stored = read_config(folder) if folder.config.exists() else {}
-    begun = stored.get("branch_from")  # the checkpoint that the new run began from, if it has begun
-    there = Path(begun or "")
-    is_begun = path == there or (path in there.parents and (step is None or there.name == folders.folder_name(step)))
-    if begun is None or not is_begun:
+    origin = stored.get("branch_from")  # the checkpoint that the new run began from, if it has begun
+    there = Path(origin or "")
+    is_same = path == there or (path in there.parents and (step is None or there.name == folders.folder_name(step)))
+    if origin is None or not is_same:
         if match := folders.FOLDER_NAME.fullmatch(path.name):
             if step not in (None, int(match[1])):
                 raise UserError(f"{path} is step {int(match[1])}, and --from-step says {step}: leave one of them out.")
@@ -242,5 +244,5 @@ def describe_branch(config: Any, loaded: store.Loaded) -> str:
     """Return one line about a branch: where it begins, and how its config differs from the run that it branches from."""
     leave_out = ("branch_from", "description", "monitor")
     changed = differences(config, config_in(loaded), str(loaded.path / CONFIG), leave_out)
-    what = f"What differs from its run: {named(list(changed.values()))}." if changed else "Nothing differs from its run."
+    what = f"What differs from its run: {first_of(list(changed.values()))}." if changed else "Nothing differs from its run."
     return f"A branch of {loaded.path}, from step {loaded.step:,}. {what}"

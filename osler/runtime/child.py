@@ -10,27 +10,29 @@ from typing import Any
 
 
 def start(module: str, *arguments: str, env: dict[str, str] | None = None, **streams: Any) -> subprocess.Popen[bytes]:
-    """Start ``python -m module``, with a pipe to its standard input; raises OSError when that is impossible."""
-    paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command, given = [sys.executable, "-m", module, *arguments], {**os.environ, **paths, **(env or {})}
-    return subprocess.Popen(
-        command, stdin=subprocess.PIPE, env=given, start_new_session=True, **streams
-    )  # Ctrl-C is for the parent
+    """Start ``python -m module`` with a pipe to its standard input; raises OSError when that is impossible.
+
+    ``env`` is added to the environment of this process.
+    """
+    command = [sys.executable, "-m", module, *arguments]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **(env or {})}
+    # The child has a session of its own, because Ctrl-C is for the parent.
+    return subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True, **streams)
 
 
 @contextmanager
 def running(module: str, *arguments: str, env: dict[str, str] | None = None) -> Iterator[subprocess.Popen[bytes]]:
-    """Start a child with pipes to its standard input and output, and kill it at the end, whatever it is doing."""
+    """Start a child with pipes to its standard input and output, and kill it when the context ends, whatever it is doing."""
     child = start(module, *arguments, env=env, stdout=subprocess.PIPE)
     try:
         yield child
     finally:
-        with suppress(BrokenPipeError), child:  # leaving it closes the pipes and waits for the process
+        with suppress(BrokenPipeError), child:  # leaving ``child`` closes its pipes and waits for its end
             child.kill()
 
 
 def end_with_parent() -> None:
-    """Start a thread that ends this child when its standard input closes; the parent must send nothing more."""
+    """In the child: start a thread that ends this process when its standard input closes, and drops what still comes there."""
 
     def wait() -> None:
         while os.read(0, 1):  # not through sys.stdin, whose lock this thread would hold while the program ends

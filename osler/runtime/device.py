@@ -40,7 +40,7 @@ _BF16_GAIN = 1.2  # a smaller gain is lost to the cast of the weights, which the
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; raises UserError when it is not there."""
+    """Return the device for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; raises UserError for others, and when it is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, index = name.partition(":")
@@ -51,12 +51,12 @@ def pick_device(name: str) -> torch.device:
             reason = "finds no usable GPU" if torch.version.cuda else "was built without CUDA"
             raise UserError(f"Device {name!r} was asked for, but this PyTorch ({torch.__version__}) {reason}: use cpu.")
         if index and int(index) >= torch.cuda.device_count():
-            raise UserError(f"Device {name!r} was asked for, but there are {torch.cuda.device_count()} GPUs.")
+            raise UserError(f"Device {name!r} was asked for, but the last GPU here is cuda:{torch.cuda.device_count() - 1}.")
     return torch.device(name)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype to compute in for a precision; ``auto`` is bf16 where that is faster, fp32 elsewhere."""
+    """Return the dtype to compute in for a precision; ``auto`` is bf16 where ``bf16_pays``, fp32 elsewhere."""
     if name == "auto":
         return torch.bfloat16 if bf16_pays(device) else torch.float32
     return PRECISIONS[name]
@@ -64,7 +64,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 @functools.cache
 def bf16_pays(device: torch.device) -> bool:
-    """Return whether a training step's matrix products are clearly faster in bf16 than in fp32. Takes a second, once."""
+    """Return whether a training step's matrix products are clearly faster in bf16 than in fp32. The first call takes a second."""
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return False
     trials = [_linear_trial(device, dtype) for dtype in (torch.float32, torch.bfloat16)]
@@ -82,7 +82,7 @@ def _linear_trial(device: torch.device, dtype: torch.dtype) -> Callable[[], obje
 
 
 def fastest(works: Sequence[Callable[[], object]], device: torch.device, seconds: float) -> list[float]:
-    """Return the seconds of the fastest call of each of ``works``, which take turns for ``seconds`` and at least three times."""
+    """Return the seconds of each work's fastest call. The works take turns for ``seconds`` in all, and at least three times."""
     for work in works:
         work()  # the first call pays for kernels and memory
     taken: list[list[float]] = [[] for _ in works]
@@ -104,7 +104,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype, sizes: Sequence[int], seconds: float) -> float:
-    """Return the FLOP/s of the fastest of a few square matmuls, each size repeated for ``seconds`` and at least three times."""
+    """Return the highest FLOP/s of square matmuls of these sizes; each is repeated for ``seconds`` and at least three times."""
     best = 0.0
     for size in sizes:
         left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -125,7 +125,8 @@ def peak_flops_of(gpu_name: str) -> float | None:
 
 def describe_machine() -> dict[str, Any]:
     """Return the facts that times and roundings depend on, to keep beside a measurement: hardware, versions, threads."""
-    processor, memory_bytes = platform.processor() or platform.machine(), None  # used where the system tells no more
+    processor = platform.processor() or platform.machine()  # where the system tells no more
+    memory_bytes = None
     with contextlib.suppress(OSError):
         cpus = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
         if name := re.search(r"^model name\s*:\s*(.*)", cpus, re.MULTILINE):
@@ -133,7 +134,7 @@ def describe_machine() -> dict[str, Any]:
     with contextlib.suppress(AttributeError, ValueError, OSError):
         memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     gpu = {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count()} if torch.cuda.is_available() else {}
-    given = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith(("OMP_", "MKL_")))
+    thread_variables = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith(("OMP_", "MKL_")))
     return {
         "processor": processor,
         "instructions": torch.backends.cpu.get_cpu_capability(),
@@ -144,12 +145,12 @@ def describe_machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "thread_variables": " ".join(given),
+        "thread_variables": " ".join(thread_variables),
     }
 
 
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor of the host on the device, copied from pinned memory so that the host need not wait."""
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor from the host to the device. To a GPU it goes from pinned memory, so that the host need not wait."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
@@ -187,7 +188,7 @@ class Stopwatch:
         self._last = now
 
     def read(self) -> dict[str, float]:
-        """Return the seconds of each part since the last call. Only this waits for the device."""
+        """Return the seconds of each part since the last ``read``. Only this method waits for the device."""
         if self._on_gpu and self._parts:
             self._parts[-1][2].synchronize()
         seconds: defaultdict[str, float] = defaultdict(float)
@@ -205,7 +206,7 @@ class Stopwatch:
 
 
 def resident_bytes() -> int | None:
-    """Return the process's resident memory without mapped files, which the system takes out when memory is short."""
+    """Return the process's resident memory without mapped files, which the system can drop; None where unknown."""
     try:
         _, resident, mapped, *_ = map(int, Path("/proc/self/statm").read_text().split())
         return (resident - mapped) * os.sysconf("SC_PAGE_SIZE")
@@ -214,7 +215,7 @@ def resident_bytes() -> int | None:
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """Return the peak of the GPU's allocator, or on a CPU of the process, mapped files included; None where unknown."""
+    """Return the peak memory of the GPU's allocator, or on a CPU that of the process, mapped files too; None where unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

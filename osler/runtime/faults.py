@@ -7,9 +7,9 @@
 become NaN). Without the variable a call costs one dictionary look-up.
 
 Stages: ``write-atomic`` (runtime/files.py); ``save-tensors``, ``save-state``, ``save-files``, ``save-manifest``, ``save-rename``,
-``save-verify``, ``save-best``, ``rotate`` (checkpoint/); ``load-batch`` (data/loader.py); ``train-step``, ``train-loss``,
-``evaluate``, ``rollback`` (train/ and rl/); ``prepare-part``, ``prepare-chunk``, ``prepare-journal``, ``prepare-manifest``,
-``prepare-complete``, ``write-shard``, ``write-index`` (data/).
+``save-verify``, ``save-best``, ``rotate`` (checkpoint/); ``load-batch`` (data/loader.py); ``train-loss`` (model/transformer.py,
+for ``nan`` alone); ``train-step``, ``evaluate``, ``rollback`` (runs/loop.py); ``prepare-part``, ``prepare-chunk``,
+``prepare-journal``, ``prepare-manifest``, ``prepare-complete``, ``write-shard``, ``write-index`` (data/).
 """
 
 import errno

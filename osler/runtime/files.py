@@ -39,7 +39,7 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | str | Iterable[byte
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         with open_durable(temporary) as file:
-            # A name that is not UTF-8 is written escaped, as JSON would.
+            # The name of a file in the text may not be UTF-8; it is written escaped, as JSON would.
             data = data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data
             file.writelines([data] if isinstance(data, bytes) else data)
         fault("write-atomic")
@@ -65,8 +65,8 @@ def locked(folder: Path, option: str | None = "--run") -> Iterator[None]:
 
     The message names the ``option`` that chooses another folder, if there is one.
 
-    The lock is the system's, on the folder itself. It ends with the process and leaves no file; a file of ``filelock`` can keep
-    a killed run from being resumed. Without such locks (Windows, some network disks) nothing is locked.
+    The lock is the system's, on the folder itself. It ends with the process, where a lock file that a killed run left behind
+    would keep it from being resumed. Without such locks (Windows, some network disks) nothing is locked.
     """
     if fcntl is None:
         yield
@@ -83,7 +83,7 @@ def locked(folder: Path, option: str | None = "--run") -> Iterator[None]:
 
 
 def is_locked(folder: Path) -> bool | None:
-    """Return whether a process has locked the folder; None where there are no locks to tell, as on some network disks."""
+    """Return whether a process has locked the folder; None where that cannot be told, as on some network disks."""
     if fcntl is None:
         return None
     with contextlib.suppress(OSError), _opened(folder) as descriptor:
@@ -93,7 +93,7 @@ def is_locked(folder: Path) -> bool | None:
 
 
 def _try_lock(descriptor: int, kind: int) -> bool | None:
-    """Take a lock of the system, and return False if another process holds it; None where there are no locks."""
+    """Take a lock of the system and return True, or False if another process holds it; None where there are no locks."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -172,7 +172,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def no_pause(num_bytes: int = 0) -> None:
-    """Do nothing; a function in its place may give another process time, or make room for ``num_bytes``."""
+    """Do nothing. A caller may give a function in its place that leaves other processes time, or makes room for ``num_bytes``."""
 
 
 def sha256_file(path: str | os.PathLike[str], pause: Callable[[], None] = no_pause) -> str:
@@ -207,14 +207,14 @@ class _Entry:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The layout of one run. Every file has its name here, and all names are relative, so the folder can be moved."""
+    """The layout of one run: the files that several modules know. All names are relative, so the folder can be moved."""
 
     root: Path
 
     config = _Entry("config.yaml")  # the resolved configuration
     model = _Entry("model.json")  # the config of the model that is trained, as in every checkpoint
-    metrics = _Entry("metrics.jsonl")  # one JSON object per line and logged step
-    events = _Entry("events.jsonl")  # alerts, incidents and rollbacks, one JSON object per line
+    metrics = _Entry("metrics.jsonl")  # a JSON object for each logged step, one per line
+    events = _Entry("events.jsonl")  # starts, ends, alerts, incidents and so on, one JSON object per line
     samples = _Entry("samples.jsonl")  # what the model wrote along the way, one JSON object per line
     trackers = _Entry("trackers")  # what TensorBoard, Weights & Biases and ClearML keep
     checkpoints = _Entry("checkpoints")  # folders named step-XXXXXXXXX

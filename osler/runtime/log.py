@@ -1,12 +1,12 @@
-"""The one place that writes to the terminal: log messages, progress lines, and the error that ends the program.
+"""Everything that goes to stderr: log messages, progress lines, and the error that ends the program.
 
 Osler's modules use ``logging``; ``log_to_terminal`` sends what they say to stderr. A progress line is redrawn on a terminal and
 printed now and then elsewhere. Output that cannot be written is dropped, so that no run ends because nobody was watching. Of
 several processes that train together only rank 0 writes.
 
-A standard stream that is closed at the start is replaced by the null device, or the next file that is opened would take its
-number and receive what libraries print. A stream that fails must not make the interpreter complain at its end, where nobody can
-catch the error.
+A standard stream that is closed at the start is replaced by the null device. Otherwise the next file that is opened would take
+its number and receive what libraries print. A stream that fails must not make the interpreter complain when it exits, where
+nobody can catch the error.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ _live: list[Progress] = []  # progress lines now on a terminal, so that say() do
 class Progress:
     """Shows progress through ``total`` units of work, and the time left at the rate of the last minute. A context manager.
 
-    ``initial`` is the work that an earlier run did. The first update starts the clock, because loading and compiling are not slow
-    work.
+    ``initial`` is the work that earlier processes did. The clock starts with the first update, so that loading and compiling do
+    not count as slow work.
     """
 
     def __init__(self, total: float, unit: str, *, label: str = "", initial: float = 0) -> None:

@@ -3,8 +3,8 @@
 The threads of a team wait for each other thousands of times a second. Spinning is the fastest way on an idle machine and the
 slowest beside other work: a spinning thread has used up its share of a CPU when it could resume
 (``benchmarks/bench_neighbour.py``). GNU's OpenMP (libgomp, which torch brings on Linux) spins only for a moment while it has more
-threads than there are CPUs, so idle threads hold teams of their own while other processes are busy. The team that computes keeps
-its size, so no bit of a result changes. On other systems nothing happens. The user's own settings (``OWN_SETTINGS``) win.
+threads than there are CPUs, so idle Python threads hold teams of their own while other processes are busy. The team that computes
+keeps its size, so no bit of a result changes. On other systems, or when the user set one of ``OWN_SETTINGS``, nothing happens.
 """
 
 import os
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 OWN_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 POLL_SECONDS = 0.5
-CROWDED_CPUS = 0.2  # a machine is crowded when this process's threads and all others exceed its CPUs by more than this
+CROWDED_CPUS = 0.2  # the CPUs are crowded when this process's threads and others' busy CPUs exceed them by more than this
 CALM_POLLS = 4  # calm polls in a row before the threads spin again
 PARALLEL_NUMEL = 1 << 20  # an operation on this many elements uses the whole team
 
@@ -26,8 +26,8 @@ class CpuReading(NamedTuple):
     """CPU seconds used up to a moment."""
 
     at: float  # seconds of the monotonic clock
-    used: float  # seconds of all processes on the CPUs that this process may use, and of other machines of the same hypervisor
-    own: float  # seconds of this process
+    used: float  # by all processes on the CPUs that this process may use, and by other machines of the same hypervisor
+    own: float  # by this process
 
 
 def read_cpus() -> CpuReading | None:

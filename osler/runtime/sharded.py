@@ -24,7 +24,10 @@ def whole(tensor: Tensor) -> Tensor:
 def gathered(
     tensors: Mapping[str, Tensor], *, keep: bool, to_host: Callable[[str, Tensor], Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Return whole tensors on the rank that keeps them; sharded ones are gathered and put on the host one at a time."""
+    """Return whole tensors, or none on a rank that does not ``keep`` them.
+
+    Sharded ones are gathered and put on the host one at a time, by ``to_host`` if there is one, which is given name and tensor.
+    """
     kept: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         full = whole(tensor)
@@ -49,7 +52,7 @@ def shard_like(value: Tensor, like: Tensor) -> Tensor:
 @torch.no_grad()
 def put_whole(tensor: Tensor, value: Tensor) -> None:
     """Copy a whole ``value`` into a tensor that may be sharded."""
-    if tensor.shape != value.shape:  # would be broadcast
+    if tensor.shape != value.shape:  # ``copy_`` would broadcast
         raise ValueError(f"a tensor of shape {tuple(tensor.shape)} cannot take one of {tuple(value.shape)}")
     tensor.copy_(shard_like(value, tensor))
 

@@ -2,8 +2,8 @@
 
 Slurm sends SIGUSR1 before the time is up: ``--signal=USR1@90``. One request often arrives twice, because terminals and service
 managers signal a whole group of processes and a launcher in it (``torchrun``, ``timeout``) passes the signal on. So a signal
-shortly after the first is the same request. A process that ends ignores all signals, because an exception then would only make
-noise.
+shortly after the first is the same request. A process that is about to end ignores all signals, because an exception would only
+make noise.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ REQUESTS = [  # SIGHUP last; Windows has only the first two
 ]
 
 _entered: list[StopFlag] = []
-_ending = False  # this process was asked to stop, and ends
+_ending = False  # whether this process was asked to stop, and is about to end
 _interrupted = (0, 0.0)  # the last signal that interrupted this process, and its time.monotonic()
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, SIGUSR1 or SIGHUP, which also end what survives a Ctrl-C, such as a chat."""
+    """SIGTERM, SIGUSR1 or SIGHUP came. They also end what survives a Ctrl-C, such as a chat."""
 
 
 class AskedToStop(Exception):
-    """An evaluation ended early, on every rank, because the run was asked to stop; it has no result."""
+    """An evaluation, or the wait for data, ended early on every rank, because the run was asked to stop; it has no result."""
 
 
 def asked() -> bool:
@@ -110,8 +110,8 @@ def _restore(handlers: dict[int, Any]) -> None:
 class StopFlag:
     """While entered, the first signal sets ``requested``; a signal more than half a second later raises KeyboardInterrupt.
 
-    Trainers also set ``requested`` when another rank was asked; the first signal to this process still counts as first. A process
-    that leaves the context after a request ignores all signals from then on, because it ends.
+    The training loop also sets ``requested`` when another rank was asked; the first signal to this process still counts as first.
+    A process that leaves the context after a request ignores all signals from then on, because it is about to end.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
 """The processes of a run: each knows its place from torchrun's environment, and they agree through a ``World``.
 
-Every process runs the same program on its own rows. Tensors travel by NCCL between GPUs and by gloo on CPUs. The hosts agree over
-gloo connections of their own, which never wait for a GPU and are patient enough for the preparation of data.
+Every process runs the same program on its own rows. Tensors travel by NCCL between GPUs and by gloo on CPUs. The processes agree
+over further gloo connections, which never wait for a GPU and are patient enough for the preparation of data.
 
 A process that dies closes its connections, so the others fail when they next communicate; ``joined`` turns that into one clear
 error. A process that ends with a UserError leaves the error where the others find it, so each machine prints it once.
@@ -32,7 +32,7 @@ ERROR_KEY = "user_error"  # in the store that the processes meet at
 
 @dataclass(frozen=True)
 class Place:
-    """The ranks of a process among all processes and on its machine, and how many there are of each."""
+    """The rank of a process among all processes, and among those of its machine, and how many processes these are."""
 
     rank: int = 0
     local_rank: int = 0
@@ -75,7 +75,7 @@ class World:
     rank: int = 0
     size: int = 1
     device: str = "auto"  # the device of this process, as a config names it
-    hosts: ProcessGroup | None = None  # gloo between the hosts
+    hosts: ProcessGroup | None = None  # gloo, for what the processes agree on without a GPU
 
     @property
     def is_first(self) -> bool:
@@ -148,7 +148,7 @@ class World:
 def joined(device: str) -> Iterator[World]:
     """Connect to the other processes that torchrun started, for as long as the context lasts; ``device`` is the config's.
 
-    Each process takes the GPU of its local rank. Raises UserError when another process of the run was lost.
+    Each process takes the GPU of its local rank. Raises UserError when another process was lost or ended with a UserError.
     """
     here = place()
     if here.size == 1:
@@ -176,7 +176,7 @@ def joined(device: str) -> Iterator[World]:
             world = World(here.rank, here.size, own, dist.new_group(backend="gloo", timeout=HOST_TIMEOUT))
         yield world
         world.barrier()  # nobody hangs up while another still listens
-        dist.destroy_process_group()  # not after an error: that could wait for a rank that is gone
+        dist.destroy_process_group()  # not after an error: it could wait for a rank that is gone
     except UserError as error:
         with suppress(RuntimeError):
             if store is not None:
@@ -200,11 +200,11 @@ def joined(device: str) -> Iterator[World]:
 
 
 def is_reporter(message: str, store: Store | None = None) -> bool:
-    """Return whether this process is the first on its machine to report an error; ``store`` is where the processes met.
+    """Return whether this process is the first on its machine to report this error; ``store`` is where the processes met.
 
-    Under torchrun the store outlives all processes, and even a process that has not connected asks it. Torchrun ends the others
-    as soon as one has ended, so the first to end must report. Elsewhere the store ends with rank 0, which has reported its own
-    error by then.
+    Under torchrun the store outlives all processes, and even a process that has not connected can ask it. Torchrun ends the
+    others as soon as one has ended, so the first to end must report. Elsewhere the store ends with rank 0. Without a store, local
+    rank 0 reports, and so does a process that never connected.
     """
     from socket import gethostname  # not every command needs it
 

@@ -11,7 +11,7 @@ from socket import gethostname
 from typing import Any, NamedTuple
 
 from osler.checkpoint.folders import MANIFEST, Best, Entry, best_checkpoint, by_age
-from osler.records.jsonl import EARLY_STOP, END, newest_of_life
+from osler.records.jsonl import EARLY_STOP, END, newest_lifetime_event
 from osler.records.results import FinishedStage
 from osler.records.values import as_dict, as_number, as_text, read_records
 from osler.report.read import StageLog, stage_rank, stamp, sub_runs
@@ -85,7 +85,7 @@ class WatchedRun(StageLog):
         """Return whether the run runs, and what its silence means."""
         silent = max(0.0, now - self.newest_sign)
         kept = f"saved at step {self.checkpoints[0].step:,}" if self.checkpoints else "nothing saved"
-        event = newest_of_life(self.events)
+        event = newest_lifetime_event(self.events)
         if event and event.kind == END:  # the last process ended, in its own words
             ago = f"{'early ' if self.stopped_early else ''}{fmt.duration(max(0.0, now - event.time))} ago"
             return State(event.name, f"{event.name} {ago} at step {event.step:,}, {kept}: {event.message}")
