@@ -42,7 +42,7 @@ from osler.train.trainer import TrainStep
 CONVENTION = "PaLM: 6 x (matrices + head) + 12 x layers x heads x head_dim x seq_len FLOPs per token, non-causal"
 STEPS_ALWAYS_COMPILED = 1_000_000  # of a run so long that compile=auto compiles its step
 WARMUP_STEPS = 3
-DOCUMENT_TOKENS = 700  # the length of a stand-in document; rows are cut across them
+DOCUMENT_TOKENS = 700  # the length of a stand-in document; rows begin and end anywhere in one
 MATMUL_SIZES = (1024, 2048, 4096)
 MATMUL_SECONDS = 0.5  # per size
 
@@ -88,7 +88,7 @@ def matmul_rate(machine: Machine) -> float:
 
 
 def build_learner(config: TrainConfig, machine: Machine) -> Learner:
-    """Return a new model with its loss and optimizer, as training in one process builds them."""
+    """Return a new model with its optimizer and engine, as training in one process builds them."""
     model = Transformer(config.model, compute_dtype=machine.dtype)
     model.init_weights(config.seed)
     model.to(machine.device)
@@ -110,7 +110,7 @@ def training_step(config: TrainConfig, learner: Learner, mark: Callable[[str], N
 
 
 def measure(config: TrainConfig, learner: Learner, steps: int) -> dict[str, Any]:
-    """Return tokens and FLOPs per second, the seconds of a step and of its parts, and the peak memory, all of training."""
+    """Return tokens and FLOPs of training per second, the seconds of a step and of its parts, and the peak memory."""
     device = learner.device
     stopwatch = Stopwatch(device)
     with tempfile.TemporaryDirectory() as folder:

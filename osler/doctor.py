@@ -139,7 +139,7 @@ def find_device(folder: Path) -> Found:
 
 
 def find_bf16(folder: Path) -> Found:
-    """Time matrix products in fp32 and bf16, and find which of them a run with ``precision: auto`` uses."""
+    """Time matrix products in fp32 and bf16, and find which of them ``precision: auto`` uses, on a CPU in compiled runs."""
     import torch
 
     from osler.runtime.device import bf16_pays, matmul_flops, pick_device

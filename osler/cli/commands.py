@@ -365,8 +365,8 @@ COMMANDS: tuple[Command, ...] = (
         "osler.watch.screen:run",
         (
             option("folder", metavar="DIR", help="a run folder; of a pipeline, the stage that is running is shown"),
-            option("--every", dest="every_seconds", type=float, default=2.0, metavar="S", help="seconds a picture (default: 2)"),
-            option("--once", action="store_true", help="print one picture as plain text, and end"),
+            option("--every", dest="every_seconds", type=float, default=2.0, metavar="S", help="seconds a frame (default: 2)"),
+            option("--once", action="store_true", help="print one frame as plain text, and end"),
         ),
         WATCH_HELP,
     ),

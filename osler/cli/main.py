@@ -35,7 +35,7 @@ Exit codes:
        same command goes on. A second Ctrl-C leaves at once; the run then goes on from its last checkpoint."""
 REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free some of the disk; the same command then goes on."),
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Name another place, or ask whose it is for the permission."),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Name another place, or ask its owner for the permission."),
     errno.EBADF: "Send the output to a place that can be written.",
 }  # advice for errors of the operating system
 

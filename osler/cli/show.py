@@ -100,7 +100,7 @@ COLUMNS = 120  # a longer line has its comment above it
 
 
 def explained(value: Any, indent: str = "", without: Sequence[str] = ()) -> list[str]:
-    """Return the lines of a config as YAML, with comments behind the fields, or above them where the lines would be too long."""
+    """Return the lines of a config as YAML, without the fields ``without``. A comment is behind its field, or above if long."""
     cls: Any = type(value)
     meanings = explanations(cls)
     lines: list[str] = []

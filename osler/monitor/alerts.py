@@ -64,7 +64,7 @@ class Alerter:
 
 
 def replay(settings: RunSettings, path: Path) -> Alerter:
-    """Return an alerter that has seen the lines of a metrics file. The process that wrote them gave their alerts."""
+    """Return an alerter that has seen the lines of a metrics file. The process that wrote them raised their alerts."""
     alerter = Alerter(settings)
     for line in read_metrics(path):
         alerter.observe(line.step, line.tokens, line.values)

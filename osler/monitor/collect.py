@@ -5,8 +5,8 @@ stream, and a few system calls per line. ``full`` also probes the model (``model
 and in every ``full_every_steps``-th, rounded up to a step that ends a line. So no checkpoint falls between a probe and its line,
 and resume is exact. The weights are the same at every level; ``benchmarks/bench_monitor.py`` measures what the levels cost.
 
-Nothing waits for the device before a line is written. Each rank probes its own rows, and the mean over the ranks is logged, even
-for maxima. Times and memory are those of rank 0. DeepSpeed leaves no gradients, so statistics of gradients and of the update are
+Nothing waits for the device before a line is written. Each rank probes its own rows, and the mean over the ranks is logged, also
+of maxima. Times and memory are those of rank 0. DeepSpeed leaves no gradients, so statistics of gradients and of the update are
 missing under it.
 """
 
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 class Collector:
-    """Follows the steps of one run: ``fetch`` before each, ``mark`` and ``update`` within, ``line`` when a line is due."""
+    """Follows the steps of a run: ``fetch`` or ``begin`` starts each, ``mark`` and ``update`` are within, ``line`` ends a line."""
 
     def __init__(
         self,
@@ -151,12 +151,12 @@ class Collector:
 
 
 def has_learned(loss: float, grad_norm: float) -> bool:
-    """Whether any rank had a token to learn in a step. Only a step without one has a NaN loss and a finite gradient, 0."""
+    """Return whether any rank had a token to learn in a step. Only a step without one has a NaN loss and a gradient norm of 0."""
     return not (math.isnan(loss) and math.isfinite(grad_norm))
 
 
 def step_stats(window: Sequence[Sequence[float]], clip_norm: float, bytes_per_token: float | None) -> dict[str, float]:
-    """Return the metrics that follow from the steps since the last line; a row begins with loss, gradient norm and skip flag.
+    """Return the metrics of the steps since the last line; a row of ``window`` begins with loss, gradient norm and skip flag.
 
     ``bytes_per_token`` is the mean over the text, or None where not all of the text is learned.
     """

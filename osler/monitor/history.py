@@ -29,7 +29,7 @@ class RunSettings:
 
     @property
     def slower(self) -> str:
-        """A smaller learning rate, as an override and in words."""
+        """A smaller learning rate as an override, beside the present one."""
         return self.at_lr(self.lr / 3)
 
     @property
@@ -38,7 +38,7 @@ class RunSettings:
         return f"go back to a checkpoint from before and try {self.slower}"
 
     def at_lr(self, lr: float) -> str:
-        """Return a learning rate as an override and in words."""
+        """Return a learning rate as an override, beside the present one."""
         return f"{self.section}optim.lr={lr:.2g} (now {self.lr:.2g})"
 
 
@@ -63,7 +63,7 @@ class History:
         self.values: defaultdict[str, deque[float]] = defaultdict(lambda: deque(maxlen=KEPT))
         self.waits: deque[tuple[float, float]] = deque(maxlen=CALM)  # the wait for data in each line: share of a step, seconds
         self.calmest = math.inf  # lowest gradient norm after the warm-up, smoothed
-        self.best_loss = math.inf  # smoothed
+        self.best_loss = math.inf  # lowest loss, smoothed
         self.lowest_held_out = (math.inf, 0)  # the lowest held-out loss, and its step
         self.loss_sums, self.jump_sums = array("d", [0.0]), array("d", [0.0])  # running sums of losses, and of their jumps
         self.forget_speed()

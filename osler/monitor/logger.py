@@ -1,4 +1,4 @@
-"""Sends a run's numbers to ``metrics.jsonl`` first, then to the alert rules, then to the trackers.
+"""Sends a run's numbers to ``metrics.jsonl`` first, then to the trackers, then to the alert rules.
 
 The file is written at once and depends on nothing else. An alert goes to the log, into ``events.jsonl``, and to the trackers, the
 alert command and the webhook, each of which is a separate process (``tracker.py``). The start and the end of each process of the
@@ -44,7 +44,7 @@ class RunLogger:
         self.file = MetricsFile(run.metrics if is_first else os.devnull, last_step=step or -1)
         if is_first:
             self.alerter = replay(replace(settings, section=_section(run)), run.metrics)
-            self.alerter.history.forget_speed()  # another process may have other devices, or more of them
+            self.alerter.history.forget_speed()
         fields = [field for field in SINKS if is_first and getattr(config, field)]
         where = (str(run.root), step + 1 if step else 0)
         self.trackers = Trackers(
@@ -115,10 +115,10 @@ class RunLogger:
 
 def in_a_line(error: BaseException) -> str:
     """Return the first line of an exception's message, with its type unless the message was written for the user."""
-    said = next(iter(str(error).strip().splitlines()), "")
+    first_line = next(iter(str(error).strip().splitlines()), "")
     if isinstance(error, UserError):
-        return said
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+        return first_line
+    return f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
 
 
 def check_trackers(config: MonitorConfig) -> None:

@@ -81,8 +81,8 @@ def gradient_stats(gradients: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]
     """Return norms by part, and over the whole model the mean, spread, maximum, and shares of zeros and non-finite values."""
     rows: dict[str, Tensor] = {}
     count = 0
-    for name, cut in gradients:
-        gradient = whole(cut).float()
+    for name, shard in gradients:
+        gradient = whole(shard).float()
         zeros, odd = (gradient == 0).sum().float(), (~gradient.isfinite()).sum().float()
         rows[name] = torch.stack([gradient.square().sum(), gradient.sum(), gradient.abs().amax(), zeros, odd])
         count += gradient.numel()
@@ -100,7 +100,7 @@ def gradient_stats(gradients: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]
 
 @torch.no_grad()
 def weight_stats(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return norms by part of the model, and the effective rank of a few matrices."""
+    """Return norms by part of the model, and the effective rank of ``RANKED`` matrices in the first, middle and last layer."""
     parts = norms({name: weight.float().square().sum() for name, weight in weights.items()})
     layers = [int(part) for part in parts if part.isdigit()]
     chosen = sorted({layers[0], layers[len(layers) // 2], layers[-1]})

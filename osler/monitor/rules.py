@@ -29,7 +29,7 @@ class Rule(NamedTuple):
 
 
 def exploding(past: History) -> Iterator[str]:
-    """For three lines the norm is 4 times the usual or 10 times the calmest, or in one line it is 50 times the usual."""
+    """The norm is above clip_norm and, for three lines, 4 times the usual or 10 times the calmest; for one line, 50 times."""
     norms, clip = past.last("train/grad_norm", 53), past.settings.clip_norm
     now, before = min(norms[-3:]), [norm for norm in norms[:-3] if norm > 0.0]  # 0: nothing to learn from in GRPO
     if len(before) < CALM:
@@ -47,7 +47,7 @@ def exploding(past: History) -> Iterator[str]:
 
 
 def vanishing(past: History) -> Iterator[str]:
-    """The norm is 1 % of the usual for three lines, with something to learn. (GRPO without different rewards has no loss.)"""
+    """The norm is below 1 % of the usual for three lines, with something to learn. (GRPO, without train/loss, is left out.)"""
     norms = past.last("train/grad_norm", 53)
     if past.line.get("train/loss", 0.0) < LEARNED or len(norms) < 3:
         return
@@ -62,7 +62,7 @@ def vanishing(past: History) -> Iterator[str]:
 
 
 def guessing(past: History) -> Iterator[str]:
-    """The loss is a fifth above guessing for three lines, as at no start, or no better than guessing after the warm-up."""
+    """For three lines the loss is a fifth above guessing, as no new model's is; or after the warm-up no better than guessing."""
     settings, losses = past.settings, past.last("train/loss", 5)
     if not settings.vocab_size or len(losses) < 3:
         return
@@ -79,7 +79,7 @@ def guessing(past: History) -> Iterator[str]:
 
 
 def unlearned(is_all: bool, past: History) -> Iterator[str]:
-    """The rows of some steps, or of all, had no token to learn, so that the steps were for nothing."""
+    """All steps since the line before (``is_all``), or else some, had no token to learn, and were for nothing."""
     count = past.line["train/unlearned_steps"]
     if count and is_all != past.has_loss:
         yield (
@@ -126,7 +126,7 @@ def swinging(past: History) -> Iterator[str]:
 
 
 def memorising(past: History) -> Iterator[str]:
-    """The held-out loss has turned: for two evaluations it is 2 % above its lowest."""
+    """The held-out loss has turned: for two evaluations it is more than 2 % above its lowest."""
     losses = past.last("eval/loss", KEPT)
     lowest, step = past.lowest_held_out
     if len(losses) >= 4 and min(losses[-2:]) > 1.02 * lowest:
@@ -216,7 +216,7 @@ def stalled(past: History) -> Iterator[str]:
     """The last fifth of the run is no better than the fifth before it, and there are lines enough to see that.
 
     Windows grow with the run, because a healthy loss falls by equal amounts in equal ratios of time. A loss may rest when the
-    learning rate has come down to a tenth.
+    learning rate is below a tenth of its peak.
     """
     sums, jumps, count = past.loss_sums, past.jump_sums, len(past.loss_sums) - 1
     lr = past.line.get("train/lr", past.settings.lr)
@@ -239,7 +239,7 @@ def cut(past: History) -> Iterator[str]:
     share, least = past.line["completions/clipped_ratio"], min(past.first["completions/clipped_ratio"])
     if share > 0.9:
         cause = (
-            f", where at first it were {least:.0%}. The learning rate is probably too high: {past.settings.go_back}."
+            f", and at first {least:.0%}. The learning rate is probably too high: {past.settings.go_back}."
             if least < 0.5
             else ". Either algorithm.max_new_tokens is too small, or the model never learned to end (was it fine-tuned with the "
             "chat template?)."
@@ -296,7 +296,7 @@ def one_letter(past: History) -> Iterator[str]:
     for letter, share in shares.items():
         if len(shares) > 2 and share > 0.7:
             yield (
-                f"{share:.0%} of the completions of the last {LINES} lines answered {letter}, and the options are shuffled: that "
+                f"{share:.0%} of the readable answers of the last {LINES} lines are {letter}, and the options are shuffled: that "
                 f"is a habit, not knowledge. To recover, {past.settings.go_back}."
             )
 
@@ -320,7 +320,7 @@ def no_finite_loss(past: History) -> Iterator[str]:
         )
 
 
-def no_better_than_guessing(past: History) -> Iterator[str]:
+def worse_than_guessing(past: History) -> Iterator[str]:
     """The last loss of a run, however few its lines, is worse than guessing."""
     vocab_size, loss = past.settings.vocab_size, past.loss
     if vocab_size and loss is not None and loss > math.log(vocab_size):
@@ -359,5 +359,5 @@ RULES: tuple[Rule, ...] = (
 RULES_OF_THE_END = (  # these rules judge a run when it ends
     Rule("frac_reward_zero_std", "equal-rewards", "warning", never_a_gradient),
     Rule("train/loss", "no-finite-loss", "critical", no_finite_loss),
-    Rule("train/loss", "worse-than-guessing", "critical", no_better_than_guessing),
+    Rule("train/loss", "worse-than-guessing", "critical", worse_than_guessing),
 )

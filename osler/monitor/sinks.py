@@ -130,9 +130,9 @@ class AlertCommand(Tracker):
         self.words, self.run = parse_command(command), run
 
     def alert(self, alert: Alert) -> None:
-        told = to_json(self.run, alert) + b"\n"
+        message = to_json(self.run, alert) + b"\n"
         try:
-            subprocess.run(self.words, input=told, check=True, timeout=TIMEOUT_SECONDS, capture_output=True)
+            subprocess.run(self.words, input=message, check=True, timeout=TIMEOUT_SECONDS, capture_output=True)
         except (OSError, subprocess.SubprocessError) as error:
             printed = getattr(error, "stderr", None) or b""
             raise UndeliveredError(printed.decode("utf-8", "replace").strip()[-300:] or str(error)) from error

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from osler.monitor.config import SpikeConfig
 
 NORMAL_SPREAD = 1.4826  # standard deviations in a median absolute deviation of normal values
-LEAST_SPREAD = 0.01  # nats: a constant loss varies by rounding alone
+LEAST_SPREAD = 0.01  # nats; without it, rounding would be a spike of a constant loss
 
 
 class Spike(NamedTuple):

@@ -59,7 +59,8 @@ class Trackers:
         for name, given in wanted.items():
             try:
                 self._start(name)
-                self._queues[name].put(to_line({"open": given}).encode())  # other users can read a command line
+                # Through the pipe, because other users can read a command line.
+                self._queues[name].put(to_line({"open": given}).encode())
             except OSError as error:
                 logger.warning(f"monitor.{name} could not be started ({error}). The run goes on.")
 
@@ -67,14 +68,14 @@ class Trackers:
         self.folder.mkdir(parents=True, exist_ok=True)
         serving = f"import sys; sys.path[:] = {sys.path!r}\nfrom osler.monitor.tracker import serve; serve()"
         command, pipe = [sys.executable, "-c", serving], subprocess.PIPE
-        with self._printed(name).open("wb") as printed:  # in a session of its own, because a Ctrl-C is meant for the run alone
-            child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=printed, start_new_session=True)
+        with self._output(name).open("wb") as output:  # in a session of its own, because a Ctrl-C is meant for the run alone
+            child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=output, start_new_session=True)
         assert child.stdin is not None and child.stdout is not None
         os.set_blocking(child.stdout.fileno(), False)
         self.running[name], self._queues[name] = child, SimpleQueue()
         threading.Thread(target=_feed, args=(self._queues[name], child.stdin), daemon=True).start()
 
-    def _printed(self, name: str) -> Path:
+    def _output(self, name: str) -> Path:
         return self.folder / f"{name}.log"
 
     def send(self, call: str, given: Mapping[str, Any]) -> None:
@@ -102,7 +103,7 @@ class Trackers:
             failures += [f"exit code {code}"] if code else []
             if failures and name not in self._failed:
                 self._failed.add(name)
-                logger.warning(f"monitor.{name} failed ({failures[0]}; more in {self._printed(name)}). The run goes on.")
+                logger.warning(f"monitor.{name} failed ({failures[0]}; more in {self._output(name)}). The run goes on.")
             if code is not None:
                 del self.running[name]
 

@@ -126,14 +126,14 @@ def check_fit(stage: Any, origin: Origin) -> None:
         if isinstance(stage.data, PreparedData):
             shards = tokenizer_of_shards(stage.data.path, stage.tokenizer.path)
             if shards.fingerprint != origin.tokenizer:
-                begins = origin.place if origin.tokenizer else f"{origin.place}, which is yet to be trained"
-                raise UserError(f"the shards in {stage.data.path} were made with another tokenizer than that of {begins}.")
+                place = origin.place if origin.tokenizer else f"{origin.place}, which is yet to be trained"
+                raise UserError(f"the shards in {stage.data.path} were made with another tokenizer than that of {place}.")
         if stage.teacher is not None:
             check_teacher(described_teacher(stage.teacher), origin.model, origin.tokenizer, stage.seq_len)
-        begin = origin.stage
+        first = origin.stage
         for key, given, usual, there in (
-            ("model", stage.model, ModelConfig(), begin and begin.model),
-            ("tokenizer", stage.tokenizer, BPEConfig(), begin and begin.tokenizer),
+            ("model", stage.model, ModelConfig(), first and first.model),
+            ("tokenizer", stage.tokenizer, BPEConfig(), first and first.tokenizer),
         ):
             if there is not None and given not in (usual, there):
                 raise UserError(f"{key} differs from that of {origin.place}, which this stage goes on from: leave it out.")
@@ -144,7 +144,7 @@ def check_fit(stage: Any, origin: Origin) -> None:
 
 
 def tell_of_reasoning(pipeline: PipelineConfig, name: str, stage: GrpoConfig) -> None:
-    """Warn when GRPO asks for reasoning that the stage it starts from does not teach, or for none where that teaches it."""
+    """Warn when GRPO asks for reasoning that the stage it starts from does not teach, or for none and that stage teaches it."""
     above = read_reference(stage.init_from or "", pipeline.stages)[0]
     if not above or pipeline.stages[above].kind not in ("sft", "grpo"):
         return

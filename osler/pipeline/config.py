@@ -5,7 +5,7 @@
     ask: {kind: sft, init_from: read, data: {type: turns, path: QUESTIONS.jsonl}}
     exam: {kind: exam, of: {taught: ask}, task: {type: questions, path: EXAM.jsonl}}
 
-Every key but those of ``PipelineConfig`` is the name of a stage, and ``ask.total_tokens=...`` changes one from the command line.
+Every key but those of ``PipelineConfig`` is the name of a stage; ``ask.total_tokens=...`` on the command line changes its field.
 So each recipe has a config class of its own (``pipeline_class``), whose fields are checked and explained like any others.
 """
 
@@ -25,7 +25,7 @@ from osler.train.config import TrainConfig
 FILES = ("path", "shots_path", "ids")  # keys of files that are looked for in `root`
 OWN_FOLDERS = ("answers", "checkpoints", "trackers")  # in the folder of a pipeline; no stage may be named so
 ACCURACY = "accuracy="
-SHOWN = ("steps", "completions", "parameters")  # of the numbers of a stage
+SHOWN = ("steps", "completions", "parameters")  # which of a stage's numbers are shown
 
 
 @config
@@ -56,7 +56,7 @@ class PipelineConfig:
 
     kind: Literal["pipeline"] = "pipeline"
     description: str = ""  # for the reader; changes nothing
-    seed: Seed = 0  # for every stage and every source of data without a seed of its own
+    seed: Seed = 0  # for every stage that trains, and every source of data, without a seed of its own
     root: str = ""  # a folder in which the files of all stages are looked for; each source by name has a folder of its own in it
     notes: tuple[str, ...] = ()  # what the report tells its reader
 
@@ -129,8 +129,9 @@ def exam_metrics(stage: TrainConfig | GrpoConfig) -> list[str]:
 
 
 def decode_pipeline(recipe: Mapping[str, Any], *, source: str = "") -> PipelineConfig:
-    """Return the config of a recipe, in which every stage has the shared seed and the shared folder of files."""
-    cls, seed, root = pipeline_class(recipe, source), recipe.get("seed", PipelineConfig.seed), recipe.get("root")
+    """Return the config of a recipe. Stages that train get its seed if they have none, and all stages' files are in its root."""
+    cls = pipeline_class(recipe, source)
+    seed, root = recipe.get("seed", PipelineConfig.seed), recipe.get("root")
     resolved = dict(recipe)
     for name in recipe.keys() - OWN_FIELDS:
         stage = dict(recipe[name])

@@ -85,7 +85,7 @@ def run(
             f"{folder.root} holds a run of kind {stored.get('kind')}, and a pipeline cannot go on with that: choose another "
             "folder with --run."
         )
-    given = resumed(stored, overrides, folder) if resume and stored is not None else load_recipe(str(recipe), overrides)
+    given = resumed_recipe(stored, overrides, folder) if resume and stored is not None else load_recipe(str(recipe), overrides)
     if given.get("kind") != "pipeline":
         raise UserError(f"{recipe} is for `osler {given.get('kind', 'pretrain')}`, not for `osler pipeline`.")
     config = decode_pipeline(given, source=str(folder.config if resume else recipe))
@@ -99,8 +99,8 @@ def run(
         return Pipeline(config, folder, world).run_stages(stored)
 
 
-def resumed(stored: dict[str, Any], overrides: Sequence[str], folder: RunFolder) -> dict[str, Any]:
-    """Return the stored recipe with changed fields of stages; the check of all stages refuses those of one that has begun.
+def resumed_recipe(stored: dict[str, Any], overrides: Sequence[str], folder: RunFolder) -> dict[str, Any]:
+    """Return the stored recipe with changed fields of stages. The check of all stages refuses a change of one that has begun.
 
     Raises UserError for a key of the pipeline itself: the stored stages have taken over its seed and its folder.
     """
@@ -165,7 +165,8 @@ class Pipeline:
 
     def describe(self) -> str:
         """Return what ``--dry-run`` prints: the config of every stage, and comments with their state and derived numbers."""
-        finished, said = [stage.name for stage in self.finished], {"run folder": str(self.run.root)}
+        finished = [stage.name for stage in self.finished]
+        said = {"run folder": str(self.run.root)}
         for name in self.config.stages:
             said[name] = "finished" if name in finished else "begun" if self.has_begun(name) else "to come"
         said |= {name: f"{said[name]}; {numbers}" for name, numbers in self.config.numbers().items()}
@@ -264,7 +265,7 @@ class Pipeline:
         for score in scores:
             logger.info(f"{label}, {score.split}: {score.accuracy:.1%} [{score.low:.1%}, {score.high:.1%}] of {score.n}")
             samples += [asdict(result.sample(label)) for result in score.results[: max(1, SAMPLES_SHOWN // len(scores))]]
-        again = {(label, sample["id"]) for sample in samples}  # if the exam was interrupted, they are in the file
+        again = {(label, sample["id"]) for sample in samples}  # after an interruption they may be in the file already
         kept = [row for row in jsonl.read(self.run.samples)[0] if (row.get("stage"), row.get("id")) not in again]
         write_atomic(self.run.samples, "".join(map(jsonl.to_line, [*kept, *samples])))
         return scores

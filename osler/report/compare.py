@@ -1,8 +1,8 @@
 """Runs laid over one another: one self-contained page, and the same numbers as a table for the terminal.
 
 Curves run over tokens seen, which runs with different batch sizes have in common. Runs of one stage are compared with each other,
-whatever their kind; runs with several stages, such as a pipeline, are compared stage by stage. Metrics that fewer than two runs
-have are left out, and so are metrics of single layers. Exams are compared question by question, where both runs' answers are
+whatever their kind; runs with several stages, such as a pipeline, are compared stage by stage. Curves that fewer than two runs
+have are left out, and so are curves of single layers. Exams are compared question by question, where both runs' answers are
 stored. Single checkpoints are compared by their exams alone.
 """
 
@@ -41,7 +41,7 @@ LEFT_OUT = ("description",)  # fields that say nothing about a run
 CELL_WIDTH = 36  # characters of a configuration's value in the terminal, where three fit; the page has whole values
 EXAM = "eval/<split>_accuracy"  # a row of METRICS
 PAIRED = ["exam", "runs", "before", "after", "difference", "95% interval", "gained", "lost", "McNemar's p", "questions"]
-HOW_TO_PAIR = "`osler eval`, of each on the same exam, stores the answers that a test of scores question by question needs."
+HOW_TO_PAIR = "Run `osler eval` for each on the same exam: it stores the answers that a comparison question by question needs."
 
 
 class Member(NamedTuple):

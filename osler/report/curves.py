@@ -1,7 +1,7 @@
 """The curves of a ``metrics.jsonl`` as arrays, read as the file grows. A number takes 8 bytes here, and a log may hold millions.
 
 Each poll reads what was appended and nothing else. A torn last line waits for its rest. A file that was cut short, or rewritten
-by a resume, is read again from the start, because the last bytes that were read are no longer in their place.
+by a resume, is read again from the start: the last bytes that were read are then no longer in their place.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class MetricsLog:
 def time_at_work(times: Floats) -> tuple[float, list[float]]:
     """Return the seconds from the first line to the last without pauses (NaN for fewer than two lines), and each pause's seconds.
 
-    A pause is a gap far longer than the usual ones.
+    A pause is a gap far longer than the usual ones, which are known from five gaps on.
     """
     gaps = np.maximum(np.diff(times), 0.0)
     if not len(gaps):

@@ -1,4 +1,4 @@
-"""The report: one self-contained HTML page about a run, written into its folder as `report.html`; and the door to Jinja2.
+"""The report: one self-contained HTML page about a run, written into its folder as `report.html`. Only this module uses Jinja2.
 
 Whatever a run wrote is escaped. A page fetches nothing: style, script and charts are in it, the fonts are the reader's, and a
 content policy forbids the browser to load anything. The whole page can be read without the script, which adds read-outs on the
@@ -89,7 +89,7 @@ def write_page(path: Path, template: str, about: Mapping[str, str], **values: An
 
 def _stage(run: RunRecord, log: StageLog, position: int) -> dict[str, Any]:
     """Return the values of one stage's log that the page shows."""
-    colour, groups = stage_colour(log.name, position), words.grouped(log.events)
+    colour, groups = stage_colour(log.name, position), words.group_events(log.events)
     main, families = charts.charts_of(log, colour, words.marks_of(groups))
     seconds = words.seconds_of(run, log.name.lower()) if log.name else log.seconds
     facts = (fmt.plural(log.last_step, "step"), f"{fmt.count(log.tokens)} tokens", fmt.duration(seconds))

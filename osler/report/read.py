@@ -166,12 +166,12 @@ def sub_runs(folder: Path) -> list[Path]:
 
 
 def is_run(path: Path) -> bool:
-    """Return whether a run has begun to write a folder."""
+    """Return whether a run has begun to write into a folder."""
     return (RunFolder(path).config.is_file() or RunFolder(path).metrics.is_file()) and not is_checkpoint(path)
 
 
 def stamp(path: Path) -> tuple[int, int]:
-    """Return a file's time in nanoseconds and its size. While both are the same, the file has not changed."""
+    """Return when a file was last written, in nanoseconds, and its size. While both are the same, it has not changed."""
     try:
         stat = path.stat()
     except OSError:

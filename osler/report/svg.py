@@ -87,7 +87,7 @@ def averaged(x: Numbers, y: Numbers, most: int = MAX_POINTS) -> tuple[Numbers, N
 
 
 def thinned(x: Numbers, y: Numbers) -> tuple[Numbers, Numbers]:
-    """Return at most `MAX_POINTS` points that keep each stretch's smallest and largest value, and its gaps."""
+    """Return about `MAX_POINTS` points at most, with each stretch's smallest and largest value; a stretch of NaN stays a gap."""
     n = len(x)
     if n <= MAX_POINTS:
         return x, y
@@ -104,7 +104,7 @@ def line_chart(
     lines: Sequence[Line], *, title: str, kind: str = "number", zero: bool = False, over: str = "step",
     marks: Sequence[tuple[float, str, str]] = (), band: Band | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Return the parts of a chart: curves over steps with axes and ticks; nothing when no line has a finite point.
+    """Return the parts of a chart: curves with axes and ticks; nothing when no line has a finite point.
 
     kind: how values are written, see `format.value`. zero: the value axis starts at zero. over: what x counts, `step` or
     `tokens`. marks: (x, css class, meaning) of upright lines. band: an area behind the curves.

@@ -52,7 +52,8 @@ def stage_colour(name: str, position: int = 0) -> int:
 def headline_score(run: RunRecord) -> ExamScore | None:
     """Return the score that the page leads with: the last checkpoint's, on the split called test or else on the first.
 
-    Both ends of a branch are left out: a branch shows what a step can do from an earlier checkpoint, not where the run ended.
+    Both checkpoints of a comparison that is a branch are left out: they show what a stage does to an earlier checkpoint, not
+    where the run ended.
     """
     aside = {label for c in run.comparisons if c.branch for label in (c.before_label, c.after_label)}
     scores = [score for score in run.exams if score.label not in aside]
@@ -61,7 +62,7 @@ def headline_score(run: RunRecord) -> ExamScore | None:
 
 
 def seconds_of(run: RunRecord, stage: str = "") -> float:
-    """Return the time of the stages whose name contains a word, as noted or else as logged; NaN when neither is known."""
+    """Return the seconds of the stages whose name contains ``stage``, as noted or else as logged; NaN when neither is known."""
     noted = [one.seconds for one in run.stages if stage in one.name.lower() and one.seconds >= 0]
     logged = [log.seconds for log in run.runs if stage in log.name.lower() and log.seconds >= 0]
     return sum(noted or logged or [NAN])
@@ -131,7 +132,7 @@ def verdict(score: ExamScore) -> str:
 
 
 def no_answer(score: ExamScore) -> str:
-    """Say how many questions did not fit, and how many answers were cut; empty when that explains nothing."""
+    """Say how many questions did not fit, and how many answers were cut; empty when these are none or few."""
     return " ".join(filter(None, (describe_too_long(score), describe_cut(score))))
 
 
@@ -171,7 +172,7 @@ class EventGroup(NamedTuple):
         return f"{self.title}, {self.when}: {self.message}"
 
 
-def grouped(events: Sequence[Event]) -> list[EventGroup]:
+def group_events(events: Sequence[Event]) -> list[EventGroup]:
     """Group events, which come oldest first; the newest group comes first."""
     found: dict[tuple[str, str], list[Event]] = {}
     for event in reversed(events):
@@ -203,12 +204,12 @@ def marks_of(groups: Sequence[EventGroup]) -> list[tuple[float, str, str]]:
 
 
 def attention(run: RunRecord) -> list[str]:
-    """Return everything that deserves attention, the gravest first; empty when nothing stands out."""
+    """Return everything that deserves attention: exams, each stage's events with the gravest first, and unreadable files."""
     found = list(_about_exams(run))
     for stage in run.runs:
         newest = newest_lifetime_event(stage.events)
         told = [newest.message] if newest and newest.details.get("unresolved") else []
-        grave = [group for group in grouped(stage.events) if group.weight in GRAVE]
+        grave = [group for group in group_events(stage.events) if group.weight in GRAVE]
         told += [group.in_words for group in sorted(grave, key=lambda group: GRAVE.index(group.weight))]
         if pauses := time_at_work(stage.log.times)[1]:
             told.append(

@@ -14,7 +14,7 @@ from osler.records.values import as_text
 from osler.report.charts import Family, by_layer, by_row, in_families, inner, kind_of
 from osler.report.curves import Floats, Series
 from osler.report.svg import averaged, value_range
-from osler.report.words import grouped
+from osler.report.words import group_events
 from osler.runtime import format as fmt
 from osler.watch.state import WatchedFolder, WatchedRun
 
@@ -154,7 +154,7 @@ def _values(run: WatchedRun) -> list[Text]:
 
 def _happened(run: WatchedRun, now: float) -> list[Text]:
     """Return the newest events and checkpoints; the run's state tells of its start and its end."""
-    groups = grouped([event for event in run.events if event.kind not in LIFETIME])
+    groups = group_events([event for event in run.events if event.kind not in LIFETIME])
     lines = [Text(group.in_words, EVENT_STYLES.get(group.weight, "")) for group in groups[:EVENTS]]
     best = run.best.step if run.best else None
     told = [f"{c.step:,}{' (best)' if c.step == best else ''}" for c in run.checkpoints[:CHECKPOINTS]]

@@ -24,7 +24,10 @@ EXIT_TERMINATED = 143
 
 
 def run(folder: str, *, every_seconds: float = 2.0, once: bool = False) -> int:
-    """Show a run until the reader leaves, or once in plain text where there is no terminal; returns the exit code."""
+    """Show a run until the reader leaves, or once in plain text where there is no terminal; return the exit code.
+
+    Of a folder that is no run but holds several, it prints a line for each.
+    """
     if not every_seconds > 0:
         raise UserError(f"--every {every_seconds:g} must be above 0: the seconds between two frames.")
     path = Path(folder)
@@ -54,7 +57,7 @@ def run(folder: str, *, every_seconds: float = 2.0, once: bool = False) -> int:
 def draw(lines: Sequence[Text]) -> None:
     """Draw a frame over the one before.
 
-    A line is cleared before it is written, because after a full line the cursor is on its last character, which clearing erases.
+    A line is cleared before it is written: after a full line the cursor is on its last character, which clearing would erase.
     """
     colours = not os.environ.get("NO_COLOR")
     styled = [f"{CLEAR_LINE}{STYLES.get(style, '') if colours else ''}{text}{PLAIN}" for text, style in lines]
