@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 class Collector:
-    """Follows the steps of a run: ``fetch`` or ``begin`` starts each, ``mark`` and ``update`` are within, ``line`` ends a line."""
+    """Follows the steps of a run: ``fetch`` or ``begin`` starts each, ``mark`` and ``update`` are within, ``line`` ends lines."""
 
     def __init__(
         self,

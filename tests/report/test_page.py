@@ -12,7 +12,7 @@ from osler.monitor.metrics import METRICS
 from osler.report.charts import SPECS
 from osler.report.page import build_report, place
 from osler.report.read import read_run
-from osler.report.words import attention, grouped, headline, marks_of, model_of, summary_text
+from osler.report.words import attention, group_events, headline, marks_of, model_of, summary_text
 from osler.runtime import format as fmt
 from tests.report.conftest import Page, write
 
@@ -303,7 +303,7 @@ OFTEN = tuple(event(step, "alert", "stalled") for step in range(100, 120))
 )  # fmt: skip
 def test_events_are_grouped_the_newest_first_and_told_the_gravest_first(bare, events, titles, marks, told):
     run = read_run(bare(events_jsonl=events))
-    groups = grouped(run.own.events)
+    groups = group_events(run.own.events)
     assert [group.title for group in groups] == titles and {(step, css) for step, css, _ in marks_of(groups)} == marks
     assert attention(run) == [f"Training: {text}" for text in told]
 
