@@ -91,8 +91,8 @@ a shorter one, that learns less:
 class Command(NamedTuple):
     """A command: its name, one line on what it does, an example, the function that it calls, its options, more for its help.
 
-    A function that is heavy to import is named as ``module:function``. Each function takes the options by name, and returns
-    the exit code or a text to print.
+    A function that is heavy to import is named as ``module:function``. It takes the options by name (a command that trains takes
+    them as one ``request``), and returns the exit code or a text to print.
     """
 
     name: str

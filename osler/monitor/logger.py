@@ -29,7 +29,7 @@ from osler.runtime.files import RunFolder
 
 logger = logging.getLogger(__name__)
 
-LIBRARIES = {"tensorboard": "TensorBoard", "wandb": "Wandb", "clearml": "Clearml"}  # each key is also package and extra
+LIBRARIES = {"tensorboard": "TensorBoard", "wandb": "Wandb", "clearml": "Clearml"}  # each field is also its package and extra
 SINKS = {"alert_command": "AlertCommand", "webhook": "Webhook", **LIBRARIES}  # field of the config -> class of the sink
 
 

@@ -27,7 +27,7 @@ from osler.runtime.sharded import whole
 
 PROBE_TOKENS = 2048  # tokens of the batch that a probe takes, in whole rows where a row fits
 ENTROPY_QUERIES = 256  # queries, over all rows, whose attention is measured
-DEAD = 0.01  # a unit whose largest activation is below this share of its layer's rms is dead
+DEAD = 0.01  # a unit whose largest activation is at most this share of its layer's rms is dead
 RANKED = ("self_attn.o_proj.weight", "mlp.down_proj.weight")  # the matrices that write into the residual stream
 
 
@@ -55,7 +55,7 @@ class ProbeRows(NamedTuple):
 
     @property
     def counts_BT(self) -> Tensor:
-        """True up to the last learned token of a row, False in the padding behind it."""
+        """True up to the last learned token of a row, False behind it."""
         return (self.labels_BT != IGNORED).flip(1).cumsum(1).flip(1) > 0
 
 
@@ -174,7 +174,7 @@ def _add_hooks(block: Block, layer: int, places_BT: Tensor, seen: dict[str, Tens
 
 
 def at_places(x_BTX: Tensor, places_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the values in fp32, with zeros outside the places, and the rms of the values inside them."""
+    """Return the values in fp32, with zeros outside ``places_BT``, and the rms of the values inside."""
     x_BTX = x_BTX.float().masked_fill(~places_BT[..., None], 0.0)
     return x_BTX, (x_BTX.square().sum() / (places_BT.sum() * x_BTX.shape[-1])).sqrt()
 
@@ -199,7 +199,7 @@ def attention_entropy(q_BTNH: Tensor, k_BSKH: Tensor, places_BT: Tensor, *, mask
 
 
 def dead_share(units_BTF: Tensor, places_BT: Tensor) -> Tensor:
-    """Return the share of units that no token moves: their largest activation is below ``DEAD`` times the layer's rms."""
+    """Return the share of units that no token moves: their largest activation is at most ``DEAD`` times the layer's rms."""
     units_BTF, rms = at_places(units_BTF, places_BT)
     return (units_BTF.abs().amax((0, 1)) <= DEAD * rms).float().mean()
 

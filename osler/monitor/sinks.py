@@ -60,13 +60,13 @@ class Wandb(Tracker):
         import wandb
 
         folder = RunFolder(Path(run)).trackers
-        known = folder / "wandb.id"
-        if not known.exists():
-            write_atomic(known, secrets.token_hex(4))
+        id_file = folder / "wandb.id"
+        if not id_file.exists():
+            write_atomic(id_file, secrets.token_hex(4))
         self.wandb = wandb
         self.run = wandb.init(
             project=project,
-            id=known.read_text(encoding="utf-8"),
+            id=id_file.read_text(encoding="utf-8"),
             name=Path(run).resolve().name,
             resume="allow",
             dir=str(folder),
@@ -92,12 +92,12 @@ class Clearml(Tracker):
     def __init__(self, project: str, run: str, first_step: int) -> None:
         from clearml import Task
 
-        known = RunFolder(Path(run)).trackers / "clearml.id"
+        id_file = RunFolder(Path(run)).trackers / "clearml.id"
         self.task = Task.init(
             project_name=project,
             task_name=Path(run).resolve().name,
-            reuse_last_task_id=known.read_text(encoding="utf-8") if known.exists() else False,
-            continue_last_task=0 if known.exists() else False,  # 0: our steps are not added to the task's earlier ones
+            reuse_last_task_id=id_file.read_text(encoding="utf-8") if id_file.exists() else False,
+            continue_last_task=0 if id_file.exists() else False,  # 0: our steps are not added to the task's earlier ones
             # ClearML gets what we report, and no arguments, frameworks, streams or load of the machine. (It also takes the state
             # of Osler's git checkout, which sdk.development in clearml.conf turns off.)
             auto_connect_arg_parser=False,
@@ -106,7 +106,7 @@ class Clearml(Tracker):
             auto_resource_monitoring=False,
         )
         if not Task.is_offline():  # a task of an offline session cannot be continued
-            write_atomic(known, self.task.id)
+            write_atomic(id_file, self.task.id)
         self.task.connect_configuration(_config(run), name="config")
         self.logger = self.task.get_logger()
 

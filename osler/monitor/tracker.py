@@ -79,7 +79,7 @@ class Trackers:
         return self.folder / f"{name}.log"
 
     def send(self, call: str, given: Mapping[str, Any]) -> None:
-        """Hand on a call: ``write`` with finite metrics, ``alert``, or ``close``."""
+        """Hand a call to every tracker: ``write`` with finite metrics, ``alert``, or ``close``."""
         self._look()
         for name in self.running:
             self._queues[name].put(to_line({call: given}).encode("utf-8", "backslashreplace"))

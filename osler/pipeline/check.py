@@ -49,14 +49,14 @@ class Origin(NamedTuple):
 
 
 def refuse_missing(pipeline: PipelineConfig, names: Sequence[str]) -> None:
-    """Raise UserError that names all files at once when several of those that the stages ``names`` read do not exist."""
+    """Raise UserError when several files that the stages ``names`` read do not exist; the message names them all."""
     missing: dict[str, str] = {}
     for name in names:
         for key, path in flat(encode(pipeline.stages[name])).items():
             is_file = key.rpartition(".")[2] in FILES and key != "teacher.path"  # which may name a checkpoint of a run
             if is_file and isinstance(path, str) and path and not Path(path).exists():
                 missing.setdefault(path, f"{name}.{key}")
-    if len(missing) < 2:  # the check of its stage tells a single one
+    if len(missing) < 2:  # a single one is told by the check of its stage
         return
     folders = sorted({Path(path).parts[0] for path in missing if not Path(path).is_absolute()})
     is_without_root = folders and not pipeline.root
@@ -81,7 +81,7 @@ def check_stage(pipeline: PipelineConfig, name: str, run: RunFolder) -> None:
         tell_of_reasoning(pipeline, name, stage)
     is_fitted = isinstance(stage, TrainConfig) and isinstance(stage.data, PreparedData) and stage.init_from is not None
     if isinstance(stage, TrainConfig) and stage.init_from is not None:
-        stage = replace(stage, teacher=None)  # check_fit has compared it with the origin, too
+        stage = replace(stage, teacher=None)  # check_fit has compared the teacher with the origin, too
     if not is_fitted:  # check_fit has compared such shards with the origin
         JOBS[type(stage)].check(stage, RunFolder(run.root / name), None)
     if isinstance(stage, GrpoConfig) and stage.eval_task is not None:

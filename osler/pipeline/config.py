@@ -5,8 +5,8 @@
     ask: {kind: sft, init_from: read, data: {type: turns, path: QUESTIONS.jsonl}}
     exam: {kind: exam, of: {taught: ask}, task: {type: questions, path: EXAM.jsonl}}
 
-Every key but those of ``PipelineConfig`` is the name of a stage; ``ask.total_tokens=...`` on the command line changes its field.
-So each recipe has a config class of its own (``pipeline_class``), whose fields are checked and explained like any others.
+Every key but those of ``PipelineConfig`` is the name of a stage; on the command line ``ask.total_tokens=...`` changes a field of
+the stage ``ask``. So each recipe has a config class of its own (``pipeline_class``), whose fields are checked and explained like any others.
 """
 
 import functools
@@ -97,7 +97,7 @@ def references_of(stage: Stage) -> list[str]:
 
 
 def check_reference(text: str, what: str, earlier: Mapping[str, Stage], stages: Container[str]) -> None:
-    """Raise ValueError for a reference to a later stage, to an exam, or to a checkpoint that no run has."""
+    """Raise ValueError for a reference to a later stage, to an exam, or to a checkpoint that there cannot be."""
     stage, choice = read_reference(text, stages)
     if not stage:
         return
@@ -129,7 +129,7 @@ def exam_metrics(stage: TrainConfig | GrpoConfig) -> list[str]:
 
 
 def decode_pipeline(recipe: Mapping[str, Any], *, source: str = "") -> PipelineConfig:
-    """Return the config of a recipe. Stages that train get its seed if they have none, and all stages' files are in its root."""
+    """Return the config of a recipe. Stages that train and have no seed get its seed; relative paths are looked for in its root."""
     cls = pipeline_class(recipe, source)
     seed, root = recipe.get("seed", PipelineConfig.seed), recipe.get("root")
     resolved = dict(recipe)

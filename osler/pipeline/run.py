@@ -102,7 +102,7 @@ def run(
 def resumed_recipe(stored: dict[str, Any], overrides: Sequence[str], folder: RunFolder) -> dict[str, Any]:
     """Return the stored recipe with changed fields of stages. The check of all stages refuses a change of one that has begun.
 
-    Raises UserError for a key of the pipeline itself: the stored stages have taken over its seed and its folder.
+    Raises UserError for a key of the pipeline itself: the stored stages have its seed and its root in their own fields.
     """
     stages = [name for name in stored if name not in OWN_FIELDS]
     if other := [given for given in overrides if given.partition("=")[0].partition(".")[0] not in stages]:

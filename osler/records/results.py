@@ -32,7 +32,7 @@ class HasInterval:
 
 @dataclass(frozen=True)
 class ExamScore(HasInterval):
-    """The accuracy of a checkpoint on a split, over ``n`` questions shown in ``presentations`` option orders altogether."""
+    """The accuracy of a checkpoint on a split: ``n`` questions, asked ``presentations`` times in all option orders together."""
 
     label: str = ""  # the label of the checkpoint; it and the split are empty until the score is saved
     split: str = ""
@@ -106,10 +106,10 @@ def read_exams(path: Path) -> list[ExamScore]:
 
 
 def add_exams(path: Path, label: str, scores: Mapping[str, ExamScore], *, last: str = "") -> None:
-    """Add a checkpoint's scores by split to an ``exams.json``, beside those that it holds.
+    """Add a checkpoint's scores by split to an ``exams.json``, beside those that the file holds.
 
-    The checkpoint labelled ``last``, if there is one, moves to the end of the table. The report leads with the end. Raises
-    UserError when the file is damaged.
+    The checkpoint labelled ``last``, if there is one, moves to the end of the table, because the report leads with the last one.
+    Raises UserError when the file is damaged.
     """
     table = read_json(path) if path.exists() else {}
     if not isinstance(table, dict):

@@ -59,10 +59,10 @@ class Job:
     default_name: Callable[[Any], str]  # the name of a run whose config has no recipe
     check: Callable[[Any, RunFolder, store.Loaded | None], None]  # checks a start, which continues from the checkpoint
     check_branch: Callable[[Any, store.Loaded], None]  # checks that this config can continue from another run's checkpoint
-    check_processes: Callable[[Any, int], None]
-    train: Callable[[Any, RunFolder, World], bool]
+    check_processes: Callable[[Any, int], None]  # checks that so many processes can share the run
+    train: Callable[[Any, RunFolder, World], bool]  # returns False when the run was asked to stop
     next_steps: Callable[[Any, RunFolder], str]  # says what to do with a finished run
-    # measures a checkpoint (None: the newest) and returns what to print
+    # measures the checkpoint of a step (None: the newest) and returns what to print
     evaluate: Callable[[Any, RunFolder, int | None, World], str] | None = None
 
 

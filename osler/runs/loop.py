@@ -163,7 +163,7 @@ class Loop:
             on_damage=self.incidents.found_damaged,
         )
         self.best: float | None = None  # value of the best metric so far
-        self.evaluation_interrupted = False  # the run was asked to stop during it
+        self.evaluation_interrupted = False  # whether the run was asked to stop during an evaluation
         self.stopped_early = False
         self.nothing_shown_yet = True
         self.stop: StopFlag  # this and the next two exist inside ``fit`` only

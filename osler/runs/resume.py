@@ -38,7 +38,7 @@ from osler.runtime.files import RunFolder, fsync_dir, write_atomic
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-CONFIG = "config.yaml"  # its name in a checkpoint
+CONFIG = "config.yaml"  # the file with the config, in a checkpoint
 ASIDE = "set-aside"  # in the run folder: checkpoints and lines from after the step that the run went back to
 REWIND = "rewind"  # the event that records going back
 

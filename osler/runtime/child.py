@@ -12,7 +12,7 @@ from typing import Any
 def start(module: str, *arguments: str, env: dict[str, str] | None = None, **streams: Any) -> subprocess.Popen[bytes]:
     """Start ``python -m module`` with a pipe to its standard input; raises OSError when that is impossible.
 
-    ``env`` is added to the environment of this process.
+    ``env`` is added to the environment of this process; ``streams`` are further arguments of ``Popen``.
     """
     command = [sys.executable, "-m", module, *arguments]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **(env or {})}

@@ -31,7 +31,7 @@ _HASH_BLOCK_BYTES = 1 << 20
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes | str | Iterable[bytes]) -> None:
-    """Replace ``path`` by ``data`` (text as UTF-8, or pieces in turn) in one step, durable when this returns.
+    """Replace ``path`` by ``data`` (text as UTF-8, or several bytes objects in turn) in one step, durable when this returns.
 
     Raises OSError and leaves the old file as it was when the disk is full or fails. A kill may leave a hidden ``.<name>.*.tmp``.
     """

@@ -73,7 +73,7 @@ class Progress:
         self._fields: dict[str, object] = {}
         self._marks: collections.deque[tuple[float, float]] = collections.deque()  # times, and the units done by then
         self._shown_at: float | None = None
-        self._is_news = False
+        self._is_news = False  # whether the state has changed since it was shown
         if self.live:
             _live.append(self)
 

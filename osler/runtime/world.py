@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # a rank that hangs in a step is given up after this
 HOST_TIMEOUT = timedelta(days=1)  # the others wait as long as rank 0 needs to prepare the data
-REPORT_TIMEOUT = timedelta(seconds=10)
+REPORT_TIMEOUT = timedelta(seconds=10)  # to reach the store when an error is reported
 ERROR_KEY = "user_error"  # in the store that the processes meet at
 
 

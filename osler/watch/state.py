@@ -31,7 +31,7 @@ class State(NamedTuple):
 
 
 class WatchedRun(StageLog):
-    """One run folder, followed."""
+    """A run folder that is read again and again while the run writes."""
 
     def __init__(self, folder: Path, name: str = "") -> None:
         super().__init__(folder, name)

@@ -37,5 +37,5 @@ def test_visits_may_be_a_range_and_faults_several(monkeypatch):
 )
 def test_a_malformed_fault_is_refused(monkeypatch, spec):
     monkeypatch.setenv(faults.VARIABLE, spec)
-    with pytest.raises(ValueError, match="stage:kind"):
+    with pytest.raises(ValueError, match="point:kind"):
         faults.fault("save-state")
