@@ -18,7 +18,7 @@ LEAST_SPREAD = 0.01  # nats; without it, rounding would be a spike of a constant
 
 
 class Spike(NamedTuple):
-    """A value too far above the usual ones: how far in standard deviations, their median, and how many spikes in a row it makes."""
+    """A value too far above the usual ones: how far in standard deviations, their median, and how many spikes in a row it is."""
 
     deviations: float
     median: float

@@ -6,7 +6,8 @@
     exam: {kind: exam, of: {taught: ask}, task: {type: questions, path: EXAM.jsonl}}
 
 Every key but those of ``PipelineConfig`` is the name of a stage; on the command line ``ask.total_tokens=...`` changes a field of
-the stage ``ask``. So each recipe has a config class of its own (``pipeline_class``), whose fields are checked and explained like any others.
+the stage ``ask``. So each recipe has a config class of its own (``pipeline_class``), whose fields are checked and explained like
+any others.
 """
 
 import functools
@@ -129,7 +130,7 @@ def exam_metrics(stage: TrainConfig | GrpoConfig) -> list[str]:
 
 
 def decode_pipeline(recipe: Mapping[str, Any], *, source: str = "") -> PipelineConfig:
-    """Return the config of a recipe. Stages that train and have no seed get its seed; relative paths are looked for in its root."""
+    """Return the config of a recipe. Stages that train and have no seed get its seed; relative paths are taken in its root."""
     cls = pipeline_class(recipe, source)
     seed, root = recipe.get("seed", PipelineConfig.seed), recipe.get("root")
     resolved = dict(recipe)

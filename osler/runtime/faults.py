@@ -59,7 +59,7 @@ def poisoned(point: str) -> bool:
 
 
 def _due(spec: str, point: str) -> list[str]:
-    """Count a visit of the point, and return the kinds of fault that are due in it; raises ValueError if the variable is malformed."""
+    """Count a visit of the point and return the kinds of fault due in it; raises ValueError if the variable is malformed."""
     visits[spec, point] += 1
     kinds = []
     for part in spec.split(","):
