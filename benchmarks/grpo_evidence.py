@@ -197,7 +197,7 @@ def compared(found: Mapping[int, Mapping[str, dict[str, str]]]) -> list[dict[str
     for arm, against in (*plain, *COMPARED):
         both = {seed: of_seed for seed, of_seed in found.items() if {arm, against} <= of_seed.keys()}
         for split in SPLITS if both else ():
-            clusters = [item.group for item in load_clinic(split=split, limit=ITEMS, seed=EXAM_SEED)]
+            clusters = [item.cluster for item in load_clinic(split=split, limit=ITEMS, seed=EXAM_SEED)]
             pair = (against, arm)
             before, after = ([np.array(list(own[name][split]), dtype=float) for own in both.values()] for name in pair)
             rows.append({"arm": arm, "against": against, "split": split, "of": list(both), **gain(before, after, clusters)})

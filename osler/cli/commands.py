@@ -52,15 +52,14 @@ SAMPLING = (
 )
 
 EVAL_HELP = """\
-  osler eval runs/clinic-sft task.split=validation task.limit=100
   osler eval runs/mine task=medqa:test.jsonl     (or medmcqa, pubmedqa, gsm8k; task.type=medqa task.path=test.jsonl is the same)
   osler eval runs/mine task=medqa:test.jsonl,gsm8k:test.parquet,clinic subset=200     (200 random questions of each)
+  osler eval runs/mine --needle task.lengths=[512,2048] task.limit=50     (a needle in a haystack, by length and depth)
   osler eval runs/mine --harness "--tasks hellaswag --limit 100"     (lm-evaluation-harness asks; `--harness --help`)
   osler eval runs/mine text=notes/     (bits per byte; text that it was not trained on)
 
-With neither task nor text a model is examined on what it was trained for. Other fields: method=likelihood (or generation,
-letters, cloze, both), permutations=4 (orders of the options), samples=8 temperature=0.7 (pass@k, majority vote),
-reasoning=false, max_new_tokens=, which=best, device=cpu. `osler show eval --explain` says what each means.
+With neither task nor text a model is examined on what it was trained for. Other fields are method=likelihood, permutations=4
+(orders of the options), samples=8 temperature=0.7 (pass@k, majority vote) and more: `osler show eval --explain` has them all.
 
 After an interruption the same command goes on, if checkpoint, questions and settings are the same. `osler report` shows answers,
 the wrong ones first, and `osler compare` tests two models question by question."""
@@ -308,6 +307,7 @@ COMMANDS: tuple[Command, ...] = (
             OVERRIDES,
             option("--json", dest="json_file", metavar="FILE", help="also write the scores as JSON"),
             option("--harness", metavar="OPTIONS", help="let lm-evaluation-harness ask instead, with these options of its own"),
+            option("--needle", action="store_true", help="find a needle in long histories: short for task.type=needle"),
         ),
         EVAL_HELP,
     ),

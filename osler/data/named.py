@@ -32,7 +32,8 @@ from osler.tasks.config import (
 )
 from osler.tasks.exam_files import SCHEMAS, ExamRow, ending_number, with_shots
 from osler.tasks.item import ExamItem, is_in_fold, render_answer, render_question
-from osler.tasks.registry import ClinicTask, load_clinic
+from osler.tasks.needle import Context
+from osler.tasks.registry import ClinicTask, NeedleTask, load_clinic, load_needle
 from osler.tokenizer.chat import Turn
 
 logger = logging.getLogger(__name__)
@@ -280,10 +281,15 @@ def examined(name: str) -> tuple[type[ExamFile], str, str]:
     return kind, subset, split if split in source.splits else source.splits[0]  # PubMedQA has one split
 
 
-def load_task(task: Any, key: str = "task", root: str = "") -> list[ExamItem]:
-    """Return the items of an exam (one of ``TaskConfig``); `root` has files of exams by name, and `key` is for messages."""
+def load_task(task: Any, key: str = "task", root: str = "", context: Context | None = None) -> list[ExamItem]:
+    """Return the items of an exam (one of ``TaskConfig``); `root` has files of exams by name, and `key` is for messages.
+
+    `context` is that of the model which is asked. Without it a needle test, whose items depend on it, has none.
+    """
     if isinstance(task, ClinicTask):
         return load_clinic(split=task.split, limit=task.limit, seed=task.seed)
+    if isinstance(task, NeedleTask):
+        return load_needle(task, context, key) if context is not None else []
     exam = open_exam(task, root, key)
     if isinstance(task, HubExam):
         logger.info(f"{task.name}: {', '.join(file.name for file in exam.files)}{exam.commit and f', commit {exam.commit}'}.")

@@ -9,7 +9,7 @@ from osler.data.config import HubData
 from osler.ops.sampling_params import check_temperature
 from osler.runtime.errors import UserError
 from osler.tasks.config import HubExam
-from osler.tasks.registry import ClinicTask, TaskConfig
+from osler.tasks.registry import ClinicTask, NeedleTask, TaskConfig
 
 EXAM_SEED = 7_001  # of the clinic's exam: the same items for every model, and not those that training draws for its own exams
 CLINIC_EXAM = ClinicTask(split="new_findings,new_questions", limit=500, seed=EXAM_SEED)
@@ -110,6 +110,8 @@ def config_of(overrides: Sequence[str]) -> EvalConfig:
 
 def _written_out(task: Any) -> Any:
     task = named_task(task)
+    if isinstance(task, dict) and task.get("type") == NeedleTask.type:
+        return {"seed": EXAM_SEED, **task}
     if isinstance(task, dict) and "path" not in task and task.get("type", CLINIC_EXAM.type) == CLINIC_EXAM.type:
         return {**encode(CLINIC_EXAM), **task}
     return task
@@ -124,10 +126,11 @@ def distill_config_of(overrides: Sequence[str]) -> DistillConfig:
 
 
 def named_task(task: Any) -> Any:
-    """Return the section of a task given as text: TYPE:FILE, ``clinic``, ``clinic:SPLIT``, or the NAME of an exam."""
+    """Return the section of a task given as text: TYPE:FILE, ``clinic`` or ``clinic:SPLIT``, ``needle`` likewise, or a NAME."""
     if not isinstance(task, str):
         return task
     kind, colon, place = task.strip().partition(":")
-    if not colon and kind != CLINIC_EXAM.type:
+    is_made = kind in (ClinicTask.type, NeedleTask.type)
+    if not colon and not is_made:
         return {"type": HubExam.type, "name": kind}
-    return {"type": kind, **({"split" if kind == CLINIC_EXAM.type else "path": place} if colon else {})}
+    return {"type": kind, **({"split" if is_made else "path": place} if colon else {})}

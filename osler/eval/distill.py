@@ -34,7 +34,7 @@ from osler.runtime.files import fingerprint, locked, write_atomic, write_json
 from osler.runtime.log import Progress
 from osler.runtime.world import require_one_process
 from osler.tasks.item import permute, plain, render_question
-from osler.tasks.registry import ClinicTask
+from osler.tasks.registry import MadeExam
 from osler.tokenizer.chat import Completion, parse_completion
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def run(checkpoint: str, out: str, overrides: Sequence[str] = ()) -> str:
             f"{exam} does not say that it is for training, and a model that learns these rows can no longer be examined on it. "
             "If it is for training, say so with task.split=train."
         )
-    items = load_task(config.task)
+    items = load_task(config.task, context=ready.context(config.max_new_tokens))
     shown = [permute(item, config.seed, visit) for item in items for visit in range(config.samples)]
     reasoning = ready.reasons if config.reasoning is None else config.reasoning
     sampling = SamplingParams(
@@ -95,7 +95,7 @@ def run(checkpoint: str, out: str, overrides: Sequence[str] = ()) -> str:
 
 def questions_of(task: Any) -> tuple[str, bool]:
     """Return a name for the questions of a task, with their split, and whether the name says that they are for training."""
-    if isinstance(task, ClinicTask):
+    if isinstance(task, MadeExam):
         return f"{task.exam} {task.split}", task.split in ("train", "drill")
     name = task.split or Path(task.path).name or "as examined"  # an exam by name is its official split
     fold = "" if task.fold == "all" else f", {task.fold} fold"

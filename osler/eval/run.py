@@ -38,7 +38,8 @@ from osler.runtime.files import RunFolder, fingerprint, write_json
 from osler.runtime.log import Progress
 from osler.tasks.answers import PUBLISHED, published_reading
 from osler.tasks.item import ExamItem
-from osler.tasks.registry import ClinicTask
+from osler.tasks.needle import cells_in
+from osler.tasks.registry import MadeExam, NeedleTask
 from osler.tokenizer.round_trip import Losses, refuse_missing_bytes
 
 logger = logging.getLogger(__name__)
@@ -48,9 +49,15 @@ LOOKED_AT = 256  # documents whose start is decoded again, to see what the token
 FORMS: dict[str, Form] = {"likelihood": "answer", "letters": "letters", "cloze": "cloze"}  # what each method scores
 
 
-def run(checkpoint: str, overrides: Sequence[str] = (), json_file: str | None = None, harness: str | None = None) -> int:
+def run(
+    checkpoint: str,
+    overrides: Sequence[str] = (),
+    json_file: str | None = None,
+    harness: str | None = None,
+    needle: bool = False,
+) -> int:
     """Run the command ``eval`` and return the process's exit code."""
-    config = config_of(overrides)
+    config = config_of([*(["task.type=needle"] if needle else []), *overrides])
     if harness is not None:
         if json_file or replace(config, device="auto", which="newest", rows=EvalConfig.rows) != EvalConfig():
             raise UserError("--harness goes with device=, which= and rows= only; give all else in its own options.")
@@ -121,11 +128,14 @@ def sit(
     The folder of the run keeps the answers, so that an interrupted exam goes on; without one they are kept in memory. With
     ``takes_full`` a part that was finished is not asked again.
     """
-    exams = {split: load_task(task, split, config.root) for split, task in parts(config).items()}
+    named = parts(config)
+    new_tokens = config.max_new_tokens if config.method in ("generation", "both") else 0
+    context = ready.context(new_tokens, template=uses_template(config, ready))
+    exams = {split: load_task(task, split, config.root, context) for split, task in named.items()}
     if empty := [split for split, items in exams.items() if not items]:
         raise UserError(f"The exam {empty[0]} has no items.")
-    kinds = {split: all(item.options for item in items) for split, items in exams.items()}
-    ways = {has_options: methods(config, ready, has_options) for has_options in set(kinds.values())}
+    kinds = {split: (all(item.options for item in items), isinstance(named[split], NeedleTask)) for split, items in exams.items()}
+    ways = {kind: methods(config, ready, *kind) for kind in set(kinds.values())}
     known = ExamsInData.from_files(ready.files)
     scores: list[ScoredExam] = []
     for split, items in exams.items():
@@ -212,7 +222,7 @@ def clean_subset(score: ScoredExam, known: ExamsInData) -> Iterator[ScoredExam]:
 
 
 def parts(config: ExamSettings) -> dict[str, Any]:
-    """Return the exams by the name they are shown under; each split of the clinic is a separate exam.
+    """Return the exams by the name they are shown under; each split of an exam that is made is a separate exam.
 
     A second exam of the same name gets its file in its name.
     """
@@ -220,9 +230,9 @@ def parts(config: ExamSettings) -> dict[str, Any]:
     exams: Sequence[Any] = config.exams
     for task in exams:
         if config.subset is not None:
-            draws = {} if isinstance(task, ClinicTask) else {"seed": config.seed}  # the clinic's questions are drawn anyway
+            draws = {} if isinstance(task, MadeExam) else {"seed": config.seed}  # the questions of these are drawn anyway
             task = replace(task, limit=config.subset, **draws)
-        if isinstance(task, ClinicTask):
+        if isinstance(task, MadeExam):
             named |= {split.strip(): replace(task, split=split.strip()) for split in task.split.split(",")}
             continue
         name = f"{task.exam} {task.split}".strip() + (f", {task.fold}" if task.fold != "all" else "")
@@ -238,14 +248,18 @@ def uses_template(config: ExamSettings, ready: LoadedModel) -> bool:
     return ready.answers_questions and config.prompt == "taught"
 
 
-def methods(config: ExamSettings, ready: LoadedModel, has_options: bool) -> list[str]:
-    """Return how an exam is taken: as requested, or as the model's training and the kind of questions suggest."""
+def methods(config: ExamSettings, ready: LoadedModel, has_options: bool, is_needle: bool = False) -> list[str]:
+    """Return how an exam is taken: as requested, or as the model's training and the kind of questions suggest.
+
+    A needle test is taken by likelihood unless something else is requested: then it needs no room for an answer in writing.
+    """
     if config.method in ("likelihood", "letters", "cloze", "both") and not has_options:
         raise UserError("These questions have no options to compare the likelihoods of; use method=generation.")
     template = uses_template(config, ready)
     likelihood = ["likelihood"] if template else ["cloze", "letters"]
-    if config.method != "auto":
-        return {"likelihood": likelihood, "both": ["generation", *likelihood]}.get(config.method, [config.method])
+    if config.method != "auto" or is_needle:
+        ways = {"auto": likelihood, "likelihood": likelihood, "both": ["generation", *likelihood]}
+        return ways.get(config.method, [config.method])
     if template:
         return ["generation"]
     if ready.answers_questions:
@@ -266,6 +280,7 @@ def table(scores: Sequence[ScoredExam]) -> str:
     rows: list[tuple[str, ...]] = [titles]
     more: list[tuple[str, ...]] = [("exam", "method", "measure", "value", "95 % interval", "of")]
     letters: list[str] = []
+    grids: list[str] = []
     notes: list[str] = []
     for score in scores:
         orders, whose = score.presentations // score.n, (score.split, score.method)
@@ -285,8 +300,19 @@ def table(scores: Sequence[ScoredExam]) -> str:
             counts = "  ".join(f"{letter} {count:,}" for letter, count in score.letters.items())
             letters.append(f"  {score.split}, {score.method}: {counts}")
         notes += remarks(score)
-    below = [*(["", "letters answered", *letters] if letters else []), *([""] if notes else []), *notes]
+        grids += grid(score)
+    below = [*(["", "letters answered", *letters] if letters else []), *grids, *([""] if notes else []), *notes]
     return "\n".join([fmt.table(rows, left=2), *(["", fmt.table(more, left=3)] if len(more) > 1 else []), *below])
+
+
+def grid(score: ScoredExam) -> Iterator[str]:
+    """Yield the accuracy of a needle test as a table, a row for each length and a column for each depth."""
+    if cells := cells_in(score.groups):
+        depths = sorted({depth for _, depth in cells})
+        rows = [("tokens", *(f"{depth}% deep" for depth in depths))]
+        for length in dict.fromkeys(length for length, _ in cells):
+            rows.append((f"{length:,}", *(f"{cells[length, depth]['accuracy']:.0%}" for depth in depths)))
+        yield from ("", f"{score.split}, {score.method}: accuracy by length and depth", fmt.table(rows))
 
 
 def remarks(score: ScoredExam) -> Iterator[str]:

@@ -45,8 +45,8 @@ class Result:
 
     @property
     def cluster(self) -> str:
-        """The group of results that depend on each other: those of one item, and those of items that ask for one fact."""
-        return f"group {self.item.group}" if "/" in self.item.group else f"item {self.item.id}"
+        """The group of results that depend on each other: those of one item, and those of the items of one cluster."""
+        return self.item.cluster or f"item {self.item.id}"
 
     def sample(self, stage: str) -> SampledAnswer:
         """Return the answer as a line of a run's samples."""
@@ -89,7 +89,7 @@ def summarise(results: Sequence[Result], *, max_seq_len: int = 0) -> ScoredExam:
     members: dict[str, list[Result]] = {}
     for result in results:
         if result.item.group:
-            members.setdefault(result.item.group.split("/")[0], []).append(result)
+            members.setdefault(result.item.group, []).append(result)
     return ScoredExam(
         **_accuracy(results),
         n=len({result.item.id for result in results}),

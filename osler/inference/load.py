@@ -20,6 +20,7 @@ from osler.model.transformer import Transformer
 from osler.runtime.device import pick_device, pick_dtype
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder
+from osler.tasks.needle import Context
 from osler.tokenizer.bpe import Tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -92,6 +93,10 @@ class LoadedModel:
         """The folder with the shards that it was trained on, where that is known."""
         in_run = None if self.run is None else self.run.root / "data"
         return Path(self._data["path"]) if self._data.get("type") == "prepared" else in_run
+
+    def context(self, new_tokens: int = 0, *, template: bool = True) -> Context:
+        """Return what the model reads with, and how much, where it is to write ``new_tokens``."""
+        return Context(self.tokenizer, self.model.config.max_seq_len, new_tokens, template)
 
     def describe(self) -> str:
         """Return one line: where the model is, how large it is and how it was trained."""

@@ -47,7 +47,7 @@ from osler.tokenizer.chat import encode_prompt
 
 logger = logging.getLogger(__name__)
 
-SELDOM = ("aliases", "tests", "is_story", "shots")  # fields of items; the fingerprint holds them only where they are set
+SELDOM = ("cluster", "aliases", "tests", "is_story", "shots")  # fields of items that the fingerprint holds where they are set
 SAMPLES_SHOWN = 4  # by the preflight
 MOST_CUT = 0.9  # above this share of cut completions the model does not end by itself
 
@@ -67,7 +67,7 @@ def train(config: GrpoConfig, folder: RunFolder, world: World | None = None) -> 
     loaded = load_model(start.checkpoint or config.init_from, device=machine.device, compute_dtype=machine.dtype)
     model, tokenizer = loaded.model.train(), loaded.tokenizer
     tasks = load_tasks(config, loaded)
-    eval_items = load_task(config.eval_task) if config.eval_task is not None else []
+    eval_items = load_exam(config, loaded)
     check_held_out(tasks, eval_items)
     sampler = InferenceEngine(model, max_rows=config.rollout_rows)
     servers = None
@@ -129,12 +129,19 @@ def check_start(config: GrpoConfig, folder: RunFolder | None = None, start: stor
     check_task(config.eval_task, "eval_task")
 
 
+def load_exam(config: GrpoConfig, start: LoadedModel) -> list[ExamItem]:
+    """Return the items of the exam that the run sits, if any."""
+    context = start.context(config.algorithm.max_new_tokens)
+    return [] if config.eval_task is None else load_task(config.eval_task, "eval_task", context=context)
+
+
 def load_tasks(config: GrpoConfig, start: LoadedModel) -> list[RlTask]:
     """Return the items and rewards to train on. Questions that do not fit into the model's context are left out and counted."""
     room = start.model.config.max_seq_len - config.algorithm.max_new_tokens
+    context = start.context(config.algorithm.max_new_tokens)
     tasks = []
-    for entry in config.tasks:
-        items = load_task(entry.task)
+    for number, entry in enumerate(config.tasks):
+        items = load_task(entry.task, f"tasks[{number}].task", context=context)
         # Another order of the options puts other letters at the seams between them, and a seam grows by a token at most.
         fitting = [
             item

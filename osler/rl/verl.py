@@ -20,14 +20,13 @@ import pyarrow.parquet as pq
 
 from osler.config.recipe import load_recipe, override
 from osler.config.schema import decode
-from osler.data.named import load_task
 from osler.export.huggingface import write as write_model
 from osler.inference.load import load_model
 from osler.optim.config import AdamWConfig
 from osler.optim.schedule import ConstantConfig, CosineConfig, warmup_of
 from osler.rl.config import GrpoConfig
 from osler.rl.rollout import Prompt, RlTask, step_prompts
-from osler.rl.run import check_held_out, check_start, load_tasks
+from osler.rl.run import check_held_out, check_start, load_exam, load_tasks
 from osler.runtime.files import write_atomic
 from osler.tasks.item import ExamItem, render_answer, render_question
 from osler.tasks.rewards import reward_of
@@ -51,7 +50,7 @@ def write(recipe: str | None, overrides: Sequence[str], out: str) -> int:
     check_start(config)
     start, folder = load_model(config.init_from), Path(out).absolute()
     tasks = load_tasks(config, start)
-    exam = load_task(config.eval_task) if config.eval_task is not None else []
+    exam = load_exam(config, start)
     check_held_out(tasks, exam)
     write_model(config.init_from, str(folder / "model"))
     count, balanced = config.algorithm.prompts_per_step, config.algorithm.balanced_letters

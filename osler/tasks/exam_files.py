@@ -182,7 +182,7 @@ def medmcqa_item(row: ExamRow) -> ExamItem:
         answer_index=row.option_number("cop", options, first=row.task.first_option),
         split=row.task.split,
         thinking=_explanation(row.values.get("exp")),
-        group=subject.replace("/", ", ") if isinstance(subject, str) else "",  # groups with a slash are single facts
+        group=subject if isinstance(subject, str) else "",
     )
 
 

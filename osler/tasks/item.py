@@ -56,7 +56,8 @@ class ExamItem:
     split: str = ""
     thinking: str | None = None  # the reasoning to learn from; never names a letter, because options are permuted
     context: str = ""  # a passage that is shown before the question
-    group: str = ""  # a "subject", or "relation/condition": one fact, so its items are right or wrong together
+    group: str = ""  # a part of the exam that is also scored by itself, such as a subject
+    cluster: str = ""  # items of one cluster depend on each other, such as those that ask for one fact; "": no other item
     answer: str = ""  # the text of the answer when there are no options
     aliases: tuple[str, ...] = ()  # all right texts, where there are several; compared as in TriviaQA
     tests: str = ""  # when the answer is a program, the code that tells whether it is right

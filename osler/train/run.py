@@ -30,6 +30,7 @@ from osler.runs.resume import find_start, resume, warn_of_endless_warmup
 from osler.runtime.files import RunFolder
 from osler.runtime.world import World
 from osler.tasks.item import ExamItem
+from osler.tasks.needle import Context
 from osler.tasks.registry import load_clinic
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.round_trip import refuse_missing_bytes
@@ -55,7 +56,6 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
     run = Run(folder, world)
     start = find_start(config, run, setup.check_branch)
     # read before training, so that a split or file that does not exist fails now
-    exams = probe_items(config) if config.exam.every_tokens else {}
     checkpoint = start.load()
     # A run by the clock takes as many steps as it can, so compiling pays from one minute on.
     steps = config.total_steps if config.max_minutes is None else int(config.max_minutes * COMPILE_MIN_STEPS)
@@ -64,6 +64,7 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
     kept = folder.root / TOKENIZER_FILE
     tokenizer = world.broadcast_from_first(lambda: refuse_missing_bytes(setup.make_tokenizer(config, tokenizer, kept)))
     model.config = setup.fitted(model.config, tokenizer)
+    exams = probe_items(config, tokenizer, model.config.max_seq_len) if config.exam.every_tokens else {}
     teacher = open_teacher(config, machine, model.config, tokenizer, None if start.is_branch else checkpoint)
     engine = parallelize(
         model,
@@ -148,13 +149,15 @@ def warn_of_plan(config: TrainConfig) -> None:
         )
 
 
-def probe_items(config: TrainConfig) -> dict[str, list[ExamItem]]:
+def probe_items(config: TrainConfig, tokenizer: Tokenizer, max_seq_len: int) -> dict[str, list[ExamItem]]:
     """Return the questions of each exam that is sat during training, by its name in metrics."""
     probe, root = config.exam, getattr(config.data, "root", "")
     if not probe.tasks:
         return {split: load_clinic(split=split, limit=probe.items) for split in probe.splits}
+    new_tokens = probe.max_new_tokens if probe.method in ("auto", "generation") else 0
+    context = Context(tokenizer, max_seq_len, new_tokens, template=config.kind == "sft")
     return {
-        "_".join(filter(None, (task.exam, task.split))): load_task(task, f"exam.tasks[{number}]", root)
+        "_".join(filter(None, (task.exam, task.split))): load_task(task, f"exam.tasks[{number}]", root, context)
         for number, task in enumerate(probe.tasks)
     }
 

@@ -1,0 +1,132 @@
+"""A needle in a haystack: questions about long histories (``clinic/history.py``), by length in tokens and by depth.
+
+The same cases are asked at every length and depth, so that differences between two cells of the grid are not differences between
+questions. How many visits a history has depends on the tokenizer and on the way of asking: checkpoints that share both are asked
+the same items.
+"""
+
+import re
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from osler.clinic.history import Case, Visit, cases
+from osler.runtime.errors import UserError
+from osler.tasks.item import ExamItem, answer_texts, render_plain, render_question
+from osler.tokenizer.bpe import Tokenizer
+
+FEWEST_VISITS = 4  # beside the telling one, so that the five usual depths are five places
+SHORTEST = 256  # tokens, of the lengths that are asked by default
+
+Cell = tuple[int, int]  # length in tokens, depth in percent
+
+
+class Context(NamedTuple):
+    """What a model reads with, and how much: questions are measured in tokens, and have to leave room for ``new_tokens``.
+
+    Without ``template`` they are asked as plain text.
+    """
+
+    tokenizer: Tokenizer
+    max_seq_len: int
+    new_tokens: int = 0
+    template: bool = True
+
+    @property
+    def room(self) -> int:
+        return self.max_seq_len - self.new_tokens
+
+
+def histories(
+    splits: Iterable[str], cells: Sequence[Cell], limit: int, seed: int, context: Context, key: str = "task"
+) -> list[ExamItem]:
+    """Return ``limit`` items of each split, length and depth, whose rows have the length but for less than one visit.
+
+    A row is the question with its history and options, and the answer. ``key`` is for messages. Raises UserError for a length
+    that is too short for a history, or that does not fit into the context.
+    """
+    longest = max(length for length, _ in cells)
+    if longest > context.room:
+        kept = f" less {context.new_tokens:,} new tokens" if context.new_tokens else ""
+        raise UserError(
+            f"{key}.lengths has {longest:,}, and the model reads {context.max_seq_len:,} tokens (max_seq_len){kept}: ask for "
+            f"lengths up to {context.room:,}."
+        )
+    items = []
+    for split in splits:
+        for case in cases(seed, split.strip(), limit):
+            ruler = Ruler(case, split.strip(), longest, context)
+            items += [ruler.item(*cell, key) for cell in cells]
+    return items
+
+
+def lengths_within(room: int) -> tuple[int, ...]:
+    """Return 256, 512, 1,024 and so on up to ``room`` tokens; ``room`` alone where that is less than 256."""
+    return tuple(SHORTEST << power for power in range((room // SHORTEST).bit_length())) or (room,)
+
+
+class Ruler:
+    """The histories of one case: enough visits for a row of ``longest`` tokens, and how many tokens each of them takes."""
+
+    def __init__(self, case: Case, split: str, longest: int, context: Context) -> None:
+        self.case, self.split, self.context = case, split, context
+        self.visits: list[Visit] = []
+        self.ends = [0]  # tokens up to each visit
+        for visit in case.visits():
+            if self.ends[-1] > longest and len(self.visits) > FEWEST_VISITS:
+                break
+            self.visits.append(visit)
+            self.ends.append(self.ends[-1] + len(context.tokenizer.encode(f" {visit}")))
+
+    def item(self, length: int, depth: int, key: str) -> ExamItem:
+        """Return the case with as many visits as a row of ``length`` tokens holds; ``depth`` percent precede the telling one."""
+
+        def tokens(count: int) -> int:
+            return self.row_tokens(self._item(count, length, depth))
+
+        fewest = tokens(FEWEST_VISITS)
+        if length < fewest:
+            raise UserError(
+                f"{key}.lengths has {length:,}, which is too short: {self.case.id} takes {fewest:,} tokens with a history of "
+                f"{FEWEST_VISITS + 1} visits. Ask for {SHORTEST} or more."
+            )
+        # The sums are exact unless a token spans two sentences, as with superwords.
+        count = max(FEWEST_VISITS, bisect_right(self.ends, length - fewest + self.ends[FEWEST_VISITS]) - 1)
+        while count > FEWEST_VISITS and tokens(count) > length:
+            count -= 1
+        while count < len(self.visits) and tokens(count + 1) <= length:
+            count += 1
+        return self._item(count, length, depth)
+
+    def row_tokens(self, item: ExamItem) -> int:
+        """Return how many tokens the question takes with its options and the longest answer."""
+        encode = self.context.tokenizer.encode
+        asked = 2 + len(encode(render_question(item))) if self.context.template else len(encode(render_plain(item, "letters")))
+        return asked + 1 + max(len(encode(f" {text}")) for text in answer_texts(item, "answer"))
+
+    def _item(self, count: int, length: int, depth: int) -> ExamItem:
+        case, deep = self.case, self.ends[count] * depth / 100
+        place = min(range(count + 1), key=lambda place: abs(self.ends[place] - deep))
+        return ExamItem(
+            id=f"{case.id}-{length}-{depth}",
+            question=f"{case.history(self.visits[:count], place)} {case.question}",
+            options=case.options,
+            answer_index=case.answer_index,
+            split=self.split,
+            group=name_of(length, depth),
+            cluster=case.id,
+        )
+
+
+def name_of(length: int, depth: int) -> str:
+    """Return the name of a cell of the grid, by which an exam's score has its accuracy."""
+    return f"{length} tokens, {depth}% deep"
+
+
+def cells_in(groups: Mapping[str, Any]) -> dict[Cell, Any]:
+    """Return what a score says of each cell, in order; empty for the score of another exam."""
+    named = ((_CELL.fullmatch(name), value) for name, value in groups.items())
+    return dict(sorted((((int(found[1]), int(found[2])), value) for found, value in named if found), key=lambda pair: pair[0]))
+
+
+_CELL = re.compile(r"(\d+) tokens, (\d+)% deep")
