@@ -18,7 +18,6 @@ from measuring import in_fresh_python, publish
 
 from osler.config.recipe import dump_yaml, load_recipe
 from osler.inference.load import load_model
-from osler.records.values import as_dict
 from osler.runtime.files import read_json
 from osler.tasks.item import render_answer, render_question
 from osler.tasks.needle import histories
@@ -68,16 +67,9 @@ def main() -> None:
     in_fresh_python([*osler, "sft", *fields, *args.overrides, "--run", str(tuned)])
     test = ["--needle", f"task.lengths={list(EXAMINED)}", f"task.limit={args.items}", "--json", str(folder / "scores.json")]
     in_fresh_python([*osler, "eval", str(tuned), *test])
-    scores = [
-        {
-            "split": one["split"],
-            "method": one["method"],
-            "cells": {name: as_dict(cell)["accuracy"] for name, cell in groups.items()},
-        }
-        for one in read_json(folder / "scores.json")["scores"]
-        if (groups := as_dict(one["groups"]))
-    ]
-    publish({"benchmark": "needle", "learned_lengths": LENGTHS, "items": args.items, "scores": scores}, args.out)
+    kept = ("split", "method", "n", "accuracy", "interval", "chance", "groups")
+    scores = [{name: one[name] for name in kept} for one in read_json(folder / "scores.json")["scores"]]
+    publish({"benchmark": "needle", "learned_lengths": LENGTHS, "overrides": args.overrides, "scores": scores}, args.out)
 
 
 if __name__ == "__main__":
