@@ -22,7 +22,7 @@ from osler.runtime.files import read_json
 from osler.tasks.item import render_answer, render_question
 from osler.tasks.needle import histories
 
-LENGTHS, DEPTHS = (192, 256, 384, 512), (0, 25, 50, 75, 100)  # that are learned
+LENGTHS, DEPTHS = (256, 384, 512), (0, 25, 50, 75, 100)  # that are learned
 EXAMINED = (256, 512, 1024, 2048)
 LEARNED_SEED = 100_000  # of the first cell's cases; `osler eval` asks those of another seed
 

@@ -12,6 +12,7 @@ import random
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
+from functools import cache
 
 from osler.clinic.exam import NUM_OPTIONS
 from osler.clinic.facts import DIAGNOSIS, conditions_by_name, phrase_pool, wordings
@@ -78,8 +79,8 @@ def cases(seed: int, split: str, n: int) -> list[Case]:
 
 def findings_apart_from(phrases: Collection[str]) -> list[str]:
     """Return the findings of the whole clinic that neither contain one of the phrases nor are contained in one, sorted."""
-    every = sorted({finding for condition in conditions_by_name().values() for finding in condition.findings})
-    return [finding for finding in every if not any(_overlap(finding, phrase) for phrase in phrases)]
+    near = frozenset[str]().union(*map(_findings_near, phrases))
+    return [finding for finding in _findings() if finding not in near]
 
 
 def _needle(name: str, answer_index: int, rng: random.Random) -> Case:
@@ -110,6 +111,16 @@ def _copy(name: str, answer_index: int, rng: random.Random) -> Case:
 def _visit(who: str, findings: Sequence[str], rng: random.Random) -> str:
     wording: str = rng.choice(wordings()["histories"]["visits"])
     return wording.replace("{who}", who).replace("{f}", join_findings(findings))
+
+
+@cache
+def _findings() -> tuple[str, ...]:
+    return tuple(sorted({finding for condition in conditions_by_name().values() for finding in condition.findings}))
+
+
+@cache
+def _findings_near(phrase: str) -> frozenset[str]:
+    return frozenset(finding for finding in _findings() if _overlap(finding, phrase))
 
 
 def _overlap(one: str, other: str) -> bool:

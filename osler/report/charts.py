@@ -14,9 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from osler.monitor.metrics import declared_name, describe
+from osler.records.results import ExamScore
+from osler.records.values import as_dict, as_list, as_number
 from osler.report.curves import Series
 from osler.report.read import StageLog
-from osler.report.svg import Band, Line, line_chart
+from osler.report.svg import Band, Line, heat_map, line_chart
+from osler.runtime import format as fmt
+from osler.tasks.needle import cells_in
 
 COLOURS = 8  # colours in the palette
 KINDS = {"fraction": "percent", "tokens": "count", "tokens/s": "count", "steps": "count", "number": "count", "bytes": "bytes"}
@@ -169,6 +173,26 @@ def charts_of(
 
     main = list(filter(None, filled(SPECS)))
     return main, [(family, list(filter(None, left_over(family, names)))) for family, names in in_families(left)]
+
+
+def heat_maps(scores: Iterable[tuple[str, int, ExamScore]]) -> dict[str, list[Figure]]:
+    """Draw needle tests by length and depth: of each exam one map for every checkpoint, given by its title, colour and score.
+
+    Of a likelihood that was divided by a length the raw score has no map of its own.
+    """
+    found: dict[str, list[Figure]] = {}
+    for title, colour, score in scores:
+        cells = {}
+        for (length, depth), value in cells_in(score.groups).items():
+            of = as_dict(value)
+            share, n, ends = as_number(of.get("accuracy")), as_number(of.get("n")), [*map(as_number, as_list(of.get("interval")))]
+            where = f"{length:,} tokens, {depth}% deep: {fmt.percent(share)} of {fmt.plural(n, 'question')}"
+            told = f"{where}, 95% interval {' to '.join(map(fmt.percent, ends))}"
+            cells[f"{length // 1024}k" if length % 1024 == 0 else str(length), f"{depth}%"] = share, told
+        parts = heat_map(cells, title=f"{title} on {score.split}, accuracy by length and depth", base=score.chance or 0.0)
+        if parts and not score.method.endswith(", raw"):
+            found.setdefault(score.split, []).append({**parts, "title": title, "colour": colour, "score": score})
+    return found
 
 
 def spec_of(name: str) -> Spec:

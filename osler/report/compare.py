@@ -85,6 +85,7 @@ def compare(folders: Sequence[str], out: str | Path) -> str:
         main, families = _curves(members)
         tables = {"Numbers": rows, "What differs in their configurations": apart}
         groups.append({"title": title or "Comparison", "members": members, "tables": tables, "main": main, "families": families})
+        groups[-1]["maps"] = charts.heat_maps((m.name, m.colour, score) for m in members for score in m.exams)
         names, short = [m.name for m in members], [(key, [cell[:CELL_WIDTH] for cell in row]) for key, row in apart]
         lines = [(title, names), *rows, ("", [""] * len(members)), *short]
         texts.append(fmt.table([[what, *row] for what, row in lines]).rstrip())

@@ -61,6 +61,7 @@ def build_report(run_folder: str | Path | RunRecord, out: str | Path | None = No
         questions=_questions(run),
         answers=[(sheet.name, _wrong_first(sheet)) for sheet in run.answers],
         details=[(score, list(_details(score))) for score in run.exams if score.measures],
+        maps=charts.heat_maps((stage_title(score.label), stage_colour(score.label), score) for score in run.exams),
         times=_times(run),
         stages=[_stage(run, stage, position) for position, stage in enumerate(run.runs)],
         facts={**run.groups, "versions": run.versions},

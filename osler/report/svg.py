@@ -1,11 +1,11 @@
-"""Line charts as the numbers that the template draws (`chart` in `parts.html`), without a library, themed by the page's CSS.
+"""Line charts and heat maps as the numbers that the template draws (`parts.html`), without a library, themed by the page's CSS.
 
 Colours are classes (`c0`, `c1`, ...) that the style sheet gives a colour in light and in dark. Coordinates are those of the
 viewBox.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -21,6 +21,8 @@ Scale = Callable[[Any], Any]
 WIDTH, HEIGHT = 520, 240
 LEFT, RIGHT, TOP, BOTTOM = 54, 12, 12, 26
 MAX_POINTS = 480  # more than one point per pixel draws nothing new and makes the page heavy
+CELL_HEIGHT = 38
+STRONGEST = 0.55  # of a cell's colour, so that its number can be read in light and in dark
 SMOOTH_FROM = 30  # fewer points are drawn as they are
 
 
@@ -141,6 +143,31 @@ def line_chart(
         "curves": curves,
         "above": above,
         "data": {"kind": kind, "over": over, **axes, "lines": shown},  # for the script
+    }
+
+
+def heat_map(cells: Mapping[tuple[str, str], tuple[float, str]], *, title: str, base: float) -> dict[str, Any]:
+    """Return the parts of a heat map of shares; nothing when no cell has a finite share.
+
+    cells: by column and row, a share and what it means, in words. base: the share without colour, which is that of guessing.
+    """
+    known = {place: cell for place, cell in cells.items() if math.isfinite(cell[0])}
+    if not known:
+        return {}
+    columns, rows = (list(dict.fromkeys(place[axis] for place in cells)) for axis in (0, 1))
+    width = (WIDTH - LEFT - RIGHT) / len(columns)
+    x = {column: LEFT + number * width for number, column in enumerate(columns)}
+    y = {row: TOP + number * CELL_HEIGHT for number, row in enumerate(rows)}
+    told = {row: [f"{fmt.percent(known[at][0], 0)} at {at[0]}" for at in known if at[1] == row] for row in rows}
+    return {
+        "spoken": f"{title}. {'; '.join(f'{row}: ' + ', '.join(words) for row, words in told.items())}.",
+        "columns": [(round(x[column] + width / 2, 1), column) for column in columns],
+        "rows": [(y[row] + CELL_HEIGHT / 2, row) for row in rows],
+        "cells": [
+            (round(x[column], 1), y[row], round(STRONGEST * max(share - base, 0) / (1 - base), 3), fmt.percent(share, 0), meaning)
+            for (column, row), (share, meaning) in known.items()
+        ],
+        "width": round(width, 1),
     }
 
 

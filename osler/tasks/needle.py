@@ -88,7 +88,7 @@ class Ruler:
         if length < fewest:
             raise UserError(
                 f"{key}.lengths has {length:,}, which is too short: {self.case.id} takes {fewest:,} tokens with a history of "
-                f"{FEWEST_VISITS + 1} visits. Ask for {SHORTEST} or more."
+                f"{FEWEST_VISITS + 1} visits. Ask for more tokens."
             )
         # The sums are exact unless a token spans two sentences, as with superwords.
         count = max(FEWEST_VISITS, bisect_right(self.ends, length - fewest + self.ends[FEWEST_VISITS]) - 1)

@@ -34,7 +34,8 @@ ITEMS = [
         options=DRUGS[k % 4 :] + DRUGS[: k % 4],
         answer_index=(1, 0, 3, 2, 1, 0)[k],
         thinking=f"{sign} needs it.",
-        group=f"drug/{k}",
+        group="drug",
+        cluster=f"drug/{k}",
     )
     for k, sign in enumerate(SIGNS)
 ]

@@ -29,11 +29,11 @@ from osler.runtime.errors import UserError
 from osler.tasks.item import ExamItem
 
 
-def exam(answers: str, groups: Sequence[str] = "") -> list[ExamItem]:
-    options, groups = ("w", "x", "y", "z"), groups or [""] * len(answers)
+def exam(answers: str, groups: Sequence[str] = "", clusters: Sequence[str] = "") -> list[ExamItem]:
+    options, groups, clusters = ("w", "x", "y", "z"), groups or [""] * len(answers), clusters or [""] * len(answers)
     return [
-        ExamItem(f"i{k}", "?", options, "ABCD".index(letter), group=group)
-        for k, (letter, group) in enumerate(zip(answers, groups, strict=True))
+        ExamItem(f"i{k}", "?", options, "ABCD".index(letter), group=group, cluster=cluster)
+        for k, (letter, group, cluster) in enumerate(zip(answers, groups, clusters, strict=True))
     ]
 
 
@@ -60,9 +60,9 @@ def test_what_did_not_fit_is_described_with_its_room() -> None:
     assert describe_too_long(ExamScore(too_long=0, presentations=8)) == describe_too_long(ExamScore()) == ""
 
 
-def test_groups_are_scored_apart_by_their_first_part() -> None:
+def test_groups_are_scored_apart() -> None:
     items = [
-        ExamItem(id=f"g{k}", question="?", options=("w", "x"), answer_index=0, group=f"{group}/{k}")
+        ExamItem(id=f"g{k}", question="?", options=("w", "x"), answer_index=0, group=group)
         for k, group in enumerate(["test"] * 4 + ["cause"] * 2)
     ]
     score = answered(items, "AABBAA")
@@ -154,7 +154,7 @@ def test_a_gain_is_paired_on_the_same_items() -> None:
     assert (gain.mean, gain.n) == (0.675, 40)
     assert 0 < gain.interval[0] < 0.675 < gain.interval[1] < 1
     facts = ["drug/" + letter for letter in "pqrs" * 10]
-    by_fact = (answered(exam("ABCD" * 10, groups=facts), given) for given in ("A" * 40, "ABCD" * 9 + "AAAA"))
+    by_fact = (answered(exam("ABCD" * 10, clusters=facts), given) for given in ("A" * 40, "ABCD" * 9 + "AAAA"))
     assert compare(*by_fact).interval[0] < gain.interval[0]
     with pytest.raises(UserError, match="different items"):
         compare(before, answered(items[:39], "A" * 39))

@@ -331,7 +331,7 @@ def test_clinic_items_keep_question_options_answer_and_reasoning() -> None:
     for clinic, item in zip(made, items, strict=True):
         assert (item.question, item.options, item.answer_index) == (clinic.question, clinic.options, clinic.answer_index)
         assert item.thinking == clinic.thinking and item.split == "new_findings"
-        assert item.group == f"{clinic.relation}/{clinic.condition}"
+        assert (item.group, item.cluster) == (clinic.relation, f"{clinic.relation}/{clinic.condition}")
         assert all(f"{option} (" in render_question(item) for option in item.options)
         assert read_choice(render_answer(item), item.options) == item.answer_index
     drills = load_clinic(split="drill", limit=20, seed=3)
