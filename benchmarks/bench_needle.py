@@ -20,7 +20,8 @@ from osler.config.recipe import dump_yaml, load_recipe
 from osler.inference.load import load_model
 from osler.runtime.files import read_json
 from osler.tasks.item import render_answer, render_question
-from osler.tasks.needle import histories
+from osler.tasks.needle import load_needle
+from osler.tasks.registry import NeedleTask
 
 LENGTHS, DEPTHS = (256, 384, 512), (0, 25, 50, 75, 100)  # that are learned
 EXAMINED = (256, 512, 1024, 2048)
@@ -34,7 +35,7 @@ def write_rows(path: Path, pretrained: Path, count: int) -> None:
     each = count // (2 * len(cells))
     items = []
     for number, cell in enumerate(cells):
-        items += histories(("needle", "copy"), [cell], each, LEARNED_SEED + number, context)
+        items += load_needle(NeedleTask(lengths=cell[:1], depths=cell[1:], limit=each, seed=LEARNED_SEED + number), context)
     random.Random(0).shuffle(items)
     rows = [{"question": render_question(item), "answer": render_answer(item)} for item in items]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

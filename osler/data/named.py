@@ -32,8 +32,8 @@ from osler.tasks.config import (
 )
 from osler.tasks.exam_files import SCHEMAS, ExamRow, ending_number, with_shots
 from osler.tasks.item import ExamItem, is_in_fold, render_answer, render_question
-from osler.tasks.needle import Context
-from osler.tasks.registry import ClinicTask, NeedleTask, load_clinic, load_needle
+from osler.tasks.needle import Context, load_needle
+from osler.tasks.registry import ClinicTask, NeedleTask, load_clinic
 from osler.tokenizer.chat import Turn
 
 logger = logging.getLogger(__name__)

@@ -7,18 +7,17 @@ the same items.
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from osler.clinic.history import Case, Visit, cases
 from osler.runtime.errors import UserError
 from osler.tasks.item import ExamItem, answer_texts, render_plain, render_question
+from osler.tasks.registry import NeedleTask
 from osler.tokenizer.bpe import Tokenizer
 
 FEWEST_VISITS = 4  # beside the telling one, so that the five usual depths are five places
 SHORTEST = 256  # tokens, of the lengths that are asked by default
-
-Cell = tuple[int, int]  # length in tokens, depth in percent
 
 
 class Context(NamedTuple):
@@ -37,15 +36,14 @@ class Context(NamedTuple):
         return self.max_seq_len - self.new_tokens
 
 
-def histories(
-    splits: Iterable[str], cells: Sequence[Cell], limit: int, seed: int, context: Context, key: str = "task"
-) -> list[ExamItem]:
-    """Return ``limit`` items of each split, length and depth, whose rows have the length but for less than one visit.
+def load_needle(task: NeedleTask, context: Context, key: str = "task") -> list[ExamItem]:
+    """Return the items of each split, length and depth, whose rows have the length but for less than one visit.
 
     A row is the question with its history and options, and the answer. ``key`` is for messages. Raises UserError for a length
     that is too short for a history, or that does not fit into the context.
     """
-    longest = max(length for length, _ in cells)
+    lengths = task.lengths or lengths_within(context.room)
+    longest = max(lengths)
     if longest > context.room:
         kept = f" less {context.new_tokens:,} new tokens" if context.new_tokens else ""
         raise UserError(
@@ -53,10 +51,10 @@ def histories(
             f"lengths up to {context.room:,}."
         )
     items = []
-    for split in splits:
-        for case in cases(seed, split.strip(), limit):
-            ruler = Ruler(case, split.strip(), longest, context)
-            items += [ruler.item(*cell, key) for cell in cells]
+    for split in map(str.strip, task.split.split(",")):
+        for case in cases(task.seed, split, task.limit):
+            ruler = Ruler(case, split, longest, context)
+            items += [ruler.item(length, depth, key) for length in lengths for depth in task.depths]
     return items
 
 
@@ -99,10 +97,11 @@ class Ruler:
         return self._item(count, length, depth)
 
     def row_tokens(self, item: ExamItem) -> int:
-        """Return how many tokens the question takes with its options and the longest answer."""
-        encode = self.context.tokenizer.encode
-        asked = 2 + len(encode(render_question(item))) if self.context.template else len(encode(render_plain(item, "letters")))
-        return asked + 1 + max(len(encode(f" {text}")) for text in answer_texts(item, "answer"))
+        """Return how many tokens the question takes with its options and the longest answer, whose end is one of them."""
+        encode, texts = self.context.tokenizer.encode, answer_texts(item, "answer")
+        if self.context.template:
+            return 3 + len(encode(render_question(item))) + max(len(encode(text)) for text in texts)
+        return 1 + len(encode(render_plain(item, "letters"))) + max(len(encode(f" {text}")) for text in texts)
 
     def _item(self, count: int, length: int, depth: int) -> ExamItem:
         case, deep = self.case, self.ends[count] * depth / 100
@@ -123,8 +122,8 @@ def name_of(length: int, depth: int) -> str:
     return f"{length} tokens, {depth}% deep"
 
 
-def cells_in(groups: Mapping[str, Any]) -> dict[Cell, Any]:
-    """Return what a score says of each cell, in order; empty for the score of another exam."""
+def cells_in(groups: Mapping[str, Any]) -> dict[tuple[int, int], Any]:
+    """Return what a score says of each cell, by length and depth, in order; empty for the score of another exam."""
     named = ((_CELL.fullmatch(name), value) for name, value in groups.items())
     return dict(sorted((((int(found[1]), int(found[2])), value) for found, value in named if found), key=lambda pair: pair[0]))
 

@@ -6,7 +6,6 @@ from osler.clinic.exam import ClinicItem, drills, exam
 from osler.config.schema import TAGGED, Ge, Le, PositiveInt, Seed, config
 from osler.tasks.config import AnyExam
 from osler.tasks.item import ExamItem
-from osler.tasks.needle import Context, histories, lengths_within
 
 
 @config
@@ -59,13 +58,6 @@ TaskConfig = Annotated[ClinicTask | NeedleTask | AnyExam, TAGGED]
 def load_clinic(*, split: str = "validation", limit: int = 400, seed: int = 0) -> list[ExamItem]:
     """Return ``limit`` items of a clinic split, the same for the same seed; items of "drill" state no fact."""
     return list(map(exam_item, drills(seed, limit) if split == "drill" else exam(seed, split, limit)))
-
-
-def load_needle(task: NeedleTask, context: Context, key: str = "task") -> list[ExamItem]:
-    """Return the histories of a needle test for a model's context; raises UserError for a length that it cannot have."""
-    lengths = task.lengths or lengths_within(context.room)
-    cells = [(length, depth) for length in lengths for depth in task.depths]
-    return histories(task.split.split(","), cells, task.limit, task.seed, context, key)
 
 
 def exam_item(item: ClinicItem) -> ExamItem:
