@@ -189,7 +189,8 @@ def heat_maps(scores: Iterable[tuple[str, int, ExamScore]]) -> dict[str, list[Fi
             where = f"{length:,} tokens, {depth}% deep: {fmt.percent(share)} of {fmt.plural(n, 'question')}"
             told = f"{where}, 95% interval {' to '.join(map(fmt.percent, ends))}"
             cells[f"{length // 1024}k" if length % 1024 == 0 else str(length), f"{depth}%"] = share, told
-        parts = heat_map(cells, title=f"{title} on {score.split}, accuracy by length and depth", base=score.chance or 0.0)
+        base = score.chance if 0 <= score.chance < 1 else 0.0
+        parts = heat_map(cells, title=f"{title} on {score.split}, accuracy by length and depth", base=base)
         if parts and not score.method.endswith(", raw"):
             found.setdefault(score.split, []).append({**parts, "title": title, "colour": colour, "score": score})
     return found

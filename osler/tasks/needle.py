@@ -47,7 +47,7 @@ def load_needle(task: NeedleTask, context: Context, key: str = "task") -> list[E
     if longest > context.room:
         kept = f" less {context.new_tokens:,} new tokens" if context.new_tokens else ""
         raise UserError(
-            f"{key}.lengths has {longest:,}, and the model reads {context.max_seq_len:,} tokens (max_seq_len){kept}: ask for "
+            f"{key}: lengths has {longest:,}, and the model reads {context.max_seq_len:,} tokens (max_seq_len){kept}: ask for "
             f"lengths up to {context.room:,}."
         )
     items = []
@@ -85,8 +85,8 @@ class Ruler:
         fewest = tokens(FEWEST_VISITS)
         if length < fewest:
             raise UserError(
-                f"{key}.lengths has {length:,}, which is too short: {self.case.id} takes {fewest:,} tokens with a history of "
-                f"{FEWEST_VISITS + 1} visits. Ask for more tokens."
+                f"{key}: lengths has {length:,}, which is too short: {self.case.id} takes {fewest:,} tokens with a history of "
+                f"{FEWEST_VISITS + 1} visits. Ask for more, such as lengths=[{SHORTEST << (fewest // SHORTEST).bit_length()}]."
             )
         # The sums are exact unless a token spans two sentences, as with superwords.
         count = max(FEWEST_VISITS, bisect_right(self.ends, length - fewest + self.ends[FEWEST_VISITS]) - 1)

@@ -158,6 +158,55 @@ def test_the_clean_subset_stands_beside_the_full_set(runs, tmp_path, capsys):
     assert "clean" not in capsys.readouterr().out
 
 
+@pytest.fixture(scope="module")
+def readers(clinic_runs: Path, tmp_path_factory) -> Path:
+    """Two runs of one step, ``dense`` and ``other``, that read 640 tokens."""
+    root = tmp_path_factory.mktemp("readers")
+    config = load_yaml((clinic_runs / "sft" / "config.yaml").read_text(), "")
+    config |= {"model": {**config["model"], "max_seq_len": 640}, "total_tokens": 512}
+    config["data"] |= {"cards": 0, "drills": 0}
+    for seed, name in enumerate(("dense", "other")):
+        assert train(decode(TrainConfig, {**config, "seed": seed}), RunFolder.create(root / name))
+    return root
+
+
+def test_a_needle_test_by_length_and_depth_goes_on_and_is_compared(readers, capsys):
+    command = ("--needle", "task.lengths=[420,640]", "task.depths=[0,100]", "task.limit=3")
+    assert evaluate(str(readers / "dense"), *command, "--json", str(readers / "scores.json")) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"copy, likelihood: accuracy by .*\ntokens +0% deep +100% deep\n420 +\d+% +\d+%\n640 ", printed)
+    answers = readers / "dense" / "answers" / "sft-needle-likelihood.jsonl"
+    whole, lines = answers.read_text(), answers.read_text().splitlines(keepends=True)
+    answers.write_text("".join(lines[:5]))
+    assert evaluate(str(readers / "dense"), *command) == 0
+    again = capsys.readouterr()
+    assert "Going on after 4 of 12" in again.err and again.out == printed and answers.read_text() == whole
+    scores = read_json(readers / "scores.json")["scores"]
+    assert [(one["split"], one["n"], one["too_long"]) for one in scores[::2]] == [("needle", 12, 0), ("copy", 12, 0)]
+    assert list(scores[0]["groups"]) == [f"{length} tokens, {depth}% deep" for length in (420, 640) for depth in (0, 100)]
+    assert evaluate(str(readers / "other"), *command) == 0
+    assert cli.main(["compare", *(str(readers / name) for name in ("dense", "other")), "--out", str(readers / "both.html")]) == 0
+    table = capsys.readouterr().out
+    assert re.search(r"^needle, likelihood +dense → other .* 12$", table, re.M)
+    assert len(re.findall('<svg class="chart heat"', (readers / "both.html").read_text())) == 4
+    page = build_report(readers / "dense").read_text()
+    assert len(re.findall('<svg class="chart heat"', page)) == 2 and "fine-tuning on copy, likelihood, accuracy by length" in page
+
+
+def test_a_needle_test_that_does_not_fit_is_refused_by_name(readers, capsys):
+    for fields, said in (
+        (["task.lengths=[420,641]"], "lengths has 641, and the model reads 640 tokens (max_seq_len): ask for lengths up to 640"),
+        (["method=both", "max_new_tokens=400"], "lengths has 240, which is too short: needle-7001-000000 takes 3"),
+        ([], "tokens with a history of 5 visits. Ask for more, such as lengths=[512]."),
+        (["task.lengths=[99]"], "lengths has 99, which is too short"),
+        (["task.depths=[50,101]"], "task.depths[1]"),
+        (["task.lengths=[420,420]"], "lengths [420, 420] has a number twice"),
+        (["task.split=hay"], "no split 'hay'"),
+    ):
+        assert evaluate(str(readers / "dense"), "--needle", *fields) == 2
+        assert said in capsys.readouterr().err
+
+
 def test_questions_without_options_cannot_be_scored_by_likelihood(runs, tmp_path, capsys):
     sums = tmp_path / "sums.jsonl"
     sums.write_text(json.dumps({"question": "What is 6 x 7?", "answer": "six sevens\n#### 42"}) + "\n")

@@ -348,3 +348,22 @@ def test_layers_share_one_chart_that_names_the_odd_one(monitored):
     assert text.count('class="c5 area"') == 2 and "The grey area spans all 40 layers." in text
     assert "Model health: 1 more curve" in text and "Gradients: 2 more curves" in text and "2.50 GB" in text
     assert len(text) < 250_000, "forty layers must not make the page forty times as heavy"
+
+
+def test_a_needle_test_is_drawn_for_each_checkpoint_with_words_for_who_cannot_see_it(quickstart):
+    shares = {(256, 0): 1.0, (256, 50): 0.25, (2048, 0): 0.6, (2048, 50): 0.1}
+    groups = {f"{n} tokens, {d}% deep": {"n": 20, "accuracy": share, "interval": [0, 1]} for (n, d), share in shares.items()}
+    broken = {"256 tokens, 0% deep": {"accuracy": "much"}, "256 tokens, 50% deep": 3, "512 tokens": {}}
+    scores = load(quickstart / "exams.json")
+    for label, of in (("sft", groups), ("grpo", broken)):
+        scores[label]["needle, letters"] = scores[label]["test"] | {"groups": of, "method": "letters"}
+        scores[label]["copy, raw"] = scores[label]["test"] | {"groups": of, "method": "likelihood, raw"}
+    write(quickstart / "exams.json", scores)
+    page = checked(quickstart)
+    [drawn] = re.findall('<svg class="chart heat".*?</svg>', page.source, re.S)
+    spoken, *cells = re.findall("<title>(.*?)</title>", drawn)
+    assert spoken.endswith("by length and depth. 0%: 100% at 256, 60% at 2k; 50%: 25% at 256, 10% at 2k.")
+    assert cells[2] == "2,048 tokens, 0% deep: 60.0% of 20 questions, 95% interval 0.0% to 100.0%"
+    colours = [float(found) for found in re.findall('fill-opacity="([0-9.]+)"', drawn)]
+    assert colours[0] == max(colours) < 0.6 and colours[1] == colours[3] == 0.0 < colours[2] < colours[0]
+    assert 'href="#needle"' in page.source and not page.source.count("NaN")

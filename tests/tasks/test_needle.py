@@ -4,6 +4,7 @@ import hashlib
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -64,15 +65,15 @@ def test_rows_are_as_long_as_asked_and_the_telling_visit_is_as_deep(items: list[
         found = re.fullmatch(r"(\d+) tokens, (\d+)% deep", item.group)
         assert found and item.id == f"{item.cluster}-{found[1]}-{found[2]}"
         length, depth = int(found[1]), int(found[2])
-        [[row, _]] = encode_examples(tokenizer, [Turn(render_question(item), None, render_answer(item))])
+        answers = [render_answer(replace(item, answer_index=index)) for index in range(4)]
+        rows = [len(ids) for ids, _ in encode_examples(tokenizer, [Turn(render_question(item), None, text) for text in answers])]
         visits, place = told(item)
         sizes = [len(tokenizer.encode(f" {visit}")) for visit in visits]
-        spread = max(len(tokenizer.encode(text)) for text in item.options)  # a row has room for the longest of its answers
-        assert length - max(sizes) - spread < len(row) <= length
+        assert length - max(sizes) < max(rows) <= length
         before, others = sum(sizes[:place]), sum(sizes) - sizes[place]
         assert abs(before - depth / 100 * others) <= max(sizes) / 2
         assert visits == sorted(visits, key=lambda visit: visit[3:13]) and len(set(visits)) == len(visits) >= 5
-        longest = max(len(tokenizer.encode(f" {option} (A)")) for option in item.options)
+        longest = max(len(tokenizer.encode(f" {text}")) for text in answers)
         assert length - max(sizes) < len(tokenizer.encode(render_plain(other, "letters"))) + longest + 1 <= length
 
 
@@ -126,8 +127,8 @@ def test_who_reads_finds_every_needle_and_who_guesses_is_at_chance(items: list[E
 @pytest.mark.parametrize(
     ("fields", "context", "said"),
     [
-        ({"lengths": (400, 40)}, {}, r"exam\.lengths has 40, which is too short: needle-0-000000 takes \d\d\d tokens"),
-        ({"lengths": (1025,)}, {}, r"exam\.lengths has 1,025, and the model reads 1,024 tokens \(max_seq_len\): ask for"),
+        ({"lengths": (400, 40)}, {}, r"exam: lengths has 40, which is too short: needle-0-000000 takes \d\d\d tokens"),
+        ({"lengths": (1025,)}, {}, r"exam: lengths has 1,025, and the model reads 1,024 tokens \(max_seq_len\): ask for"),
         ({"lengths": (1024,)}, {"new_tokens": 100}, r"\(max_seq_len\) less 100 new tokens: ask for lengths up to 924"),
         ({"split": "needle,cpy"}, {}, "no split 'cpy'. Choose one of: needle, copy"),
     ],
