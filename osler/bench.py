@@ -118,7 +118,8 @@ def measure(config: TrainConfig, learner: Learner, steps: int) -> dict[str, Any]
         step = training_step(config, learner, stopwatch.mark)
         times = time_steps(step, loader.batches(), stopwatch, device, steps)
     tokens_per_second = config.batch_tokens / times["step_seconds"]
-    flops, peak = tokens_per_second * config.model.flops_per_token(config.seq_len), peak_flops(device)
+    flops = tokens_per_second * config.model.flops_per_token(config.seq_len)
+    peak = peak_flops(device)
     return {
         "tokens_per_second": tokens_per_second,
         "flops_per_second": flops,

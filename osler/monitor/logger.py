@@ -77,9 +77,9 @@ class RunLogger:
         Only a failure also goes to the trackers, because a person knows of every other end. A run that is complete says what is
         still wrong with it.
         """
-        first, host = step(), gethostname()
+        first = step()
         name, message = ("resumed", f"Going on from step {first:,}.") if first else ("begun", "The run begins.")
-        self.events.write(first, START, name, message, tell=False, host=host)
+        self.events.write(first, START, name, message, tell=False, host=gethostname())
         try:
             yield
         except KeyboardInterrupt:

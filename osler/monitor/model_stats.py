@@ -145,7 +145,8 @@ def activation_stats(model: Transformer, weights: Mapping[str, Tensor], rows: Pr
     On a CPU the probe computes in fp32, because eager bf16 is slow there.
     """
     dtype = None if rows.ids_BT.is_cuda else torch.float32
-    copy, seen = model.eager_copy(weights, dtype), dict[str, Tensor]()
+    copy = model.eager_copy(weights, dtype)
+    seen: dict[str, Tensor] = {}
     for layer, block in enumerate(copy.layers):
         assert isinstance(block, Block)
         _add_hooks(block, layer, rows.counts_BT, seen)

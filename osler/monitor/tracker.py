@@ -67,7 +67,8 @@ class Trackers:
     def _start(self, name: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         serving = f"import sys; sys.path[:] = {sys.path!r}\nfrom osler.monitor.tracker import serve; serve()"
-        command, pipe = [sys.executable, "-c", serving], subprocess.PIPE
+        command = [sys.executable, "-c", serving]
+        pipe = subprocess.PIPE
         with self._output(name).open("wb") as output:  # in a session of its own, because a Ctrl-C is meant for the run alone
             child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=output, start_new_session=True)
         assert child.stdin is not None and child.stdout is not None

@@ -100,7 +100,8 @@ def _find_outside(text: str, names: list[str]) -> None:
 
 def origin_of(pipeline: PipelineConfig, text: str, run: RunFolder) -> Origin:
     """Return the origin of the model in the checkpoint that ``text`` names."""
-    name, stage = read_reference(text, pipeline.stages)[0], None
+    name = read_reference(text, pipeline.stages)[0]
+    stage = None
     found = newest_good(RunFolder(run.root / name).checkpoints)[0] if name else store.resolve(text)
     if name:
         stage = pipeline.stages[name]

@@ -57,7 +57,7 @@ class PipelineConfig:
 
     kind: Literal["pipeline"] = "pipeline"
     description: str = ""  # for the reader; changes nothing
-    seed: Seed = 0  # for every stage that trains, and every source of data, without a seed of its own
+    seed: Seed = 0  # for every stage that trains and every source of data without a seed
     root: str = ""  # a folder in which the files of all stages are looked for; each source by name has a folder of its own in it
     notes: tuple[str, ...] = ()  # what the report tells its reader
 

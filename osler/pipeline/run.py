@@ -202,7 +202,8 @@ class Pipeline:
 
     def train(self, name: str, stage: Any) -> bool:
         """Train one stage in its folder; return False when it was asked to stop."""
-        folder, start = self.folder(name), None
+        folder = self.folder(name)
+        start = None
         if stage.init_from is not None:
             start = self.world.broadcast_from_first(partial(self.start_of, name))
         with taken(folder, self.world):
@@ -235,7 +236,8 @@ class Pipeline:
         """Return the checkpoint of a stage whose mean accuracy in the exams during training is nearest to ``accuracy``."""
         folder, stage = self.folder(name), self.config.stages[name]
         assert not isinstance(stage, ExamStage)
-        metrics, tried = exam_metrics(stage), dict[Path, float]()
+        metrics = exam_metrics(stage)
+        tried: dict[Path, float] = {}
         for line in read_metrics(folder.metrics, having=metrics[0]):
             score = sum(line.values.get(metric, math.nan) for metric in metrics) / len(metrics)
             checkpoint = folder.checkpoints / folder_name(line.step)

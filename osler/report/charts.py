@@ -212,7 +212,8 @@ def kind_of(name: str) -> str:
 
 def line_of(run: StageLog, name: str, label: str, colour: int, over: str = "step") -> Line:
     """Return a stage's curve of one metric, over steps or over tokens."""
-    series, tokens, smooth = run.curves[name], run.log.tokens, not name.startswith(EXACT)
+    series, tokens = run.curves[name], run.log.tokens
+    smooth = not name.startswith(EXACT)
     if over == "tokens":
         x = tokens.values[np.searchsorted(tokens.steps, series.steps)]
         return Line(label, x[np.isfinite(x)], series.values[np.isfinite(x)], colour, smooth)

@@ -224,7 +224,8 @@ def _curves(members: Sequence[Member]) -> tuple[list[Figure], list[tuple[charts.
 
     counts = Counter(name for member in members for name in member.stage.curves)
     left = dict.fromkeys(sorted(name for name, count in counts.items() if count > 1))
-    rows, main = charts.by_row(left), []
+    rows = charts.by_row(left)
+    main = []
     for spec in SPECS:
         for row, label in spec.lines:
             for name in rows.get(row, []):

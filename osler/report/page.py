@@ -90,7 +90,8 @@ def write_page(path: Path, template: str, about: Mapping[str, str], **values: An
 
 def _stage(run: RunRecord, log: StageLog, position: int) -> dict[str, Any]:
     """Return the values of one stage's log that the page shows."""
-    colour, groups = stage_colour(log.name, position), words.group_events(log.events)
+    colour = stage_colour(log.name, position)
+    groups = words.group_events(log.events)
     main, families = charts.charts_of(log, colour, words.marks_of(groups))
     seconds = words.seconds_of(run, log.name.lower()) if log.name else log.seconds
     facts = (fmt.plural(log.last_step, "step"), f"{fmt.count(log.tokens)} tokens", fmt.duration(seconds))
@@ -124,7 +125,8 @@ def _sets(log: StageLog) -> tuple[list[str], list[tuple[int, list[str]]]]:
 
 def _summary(run: RunRecord) -> str:
     """Return a summary in plain words: the model, the amount of data, and the score."""
-    score, tokens, what = words.headline_score(run), words.total_tokens(run), []
+    score, tokens = words.headline_score(run), words.total_tokens(run)
+    what = []
     if model := words.model_of(run):
         shape = f"{model.num_layers} layers of width {model.hidden_size}"
         what.append(f"A model of {fmt.count(model.num_parameters)} parameters ({shape})")

@@ -83,8 +83,10 @@ def smoothed(y: Numbers) -> Numbers:
 
 def averaged(x: Numbers, y: Numbers, most: int = MAX_POINTS) -> tuple[Numbers, Numbers]:
     """Return the means of at most `most` stretches of equal length; a stretch without a finite value is a gap."""
-    starts, known = np.arange(0, len(x), math.ceil(len(x) / most)), np.isfinite(y)
-    counts, sums = np.add.reduceat(known.astype(np.float64), starts), np.add.reduceat(np.where(known, y, 0.0), starts)
+    starts = np.arange(0, len(x), math.ceil(len(x) / most))
+    known = np.isfinite(y)
+    counts = np.add.reduceat(known.astype(np.float64), starts)
+    sums = np.add.reduceat(np.where(known, y, 0.0), starts)
     return np.add.reduceat(x, starts) / np.diff(starts, append=len(x)), sums / np.where(counts > 0, counts, math.nan)
 
 
@@ -94,7 +96,8 @@ def thinned(x: Numbers, y: Numbers) -> tuple[Numbers, Numbers]:
     if n <= MAX_POINTS:
         return x, y
     size = math.ceil(2 * n / MAX_POINTS)
-    starts, blocks = np.arange(0, n, size), np.append(y, np.full(-n % size, math.nan)).reshape(-1, size)
+    starts = np.arange(0, n, size)
+    blocks = np.append(y, np.full(-n % size, math.nan)).reshape(-1, size)
     known = np.isfinite(blocks)
     least = starts + np.where(known, blocks, math.inf).argmin(axis=1)
     most = starts + np.where(known, blocks, -math.inf).argmax(axis=1)
@@ -196,7 +199,8 @@ def _points(x: Numbers, y: Numbers, sx: Scale, sy: Scale) -> list[str]:
 
 def _path(x: Numbers, y: Numbers, sx: Scale, sy: Scale) -> tuple[str, list[list[str]]]:
     """Return a path that NaN breaks, and the points that get a dot: lone points, and all points of a short line."""
-    known, points = np.isfinite(y), _points(x, y, sx, sy)
+    known = np.isfinite(y)
+    points = _points(x, y, sx, sy)
     runs = [list(run) for is_known, run in groupby(range(len(y)), known.__getitem__) if is_known]
     path = " ".join("M" + " ".join(points[i] for i in run) for run in runs if len(run) > 1)
     return path, [points[i].split() for run in runs for i in run if known.sum() <= 24 or len(run) == 1]

@@ -121,7 +121,8 @@ def verdict(score: ExamScore) -> str:
     """Say whether the interval clears guessing and the best constant letter, and why questions have no answer."""
     ways = (("guessing", score.chance), ("always giving the same letter", score.constant_letter_baseline))
     known = [f"{what} ({fmt.percent(rate)})" for what, rate in ways if math.isfinite(rate)]
-    said, missing = "", no_answer(score)
+    said = ""
+    missing = no_answer(score)
     if score.low > baseline(score):
         said = f"That is clearly above {' and above '.join(known)}."
     elif score.high < baseline(score):
@@ -246,7 +247,8 @@ def summary_text(run_folder: str | Path | RunRecord, page: Path | None = None) -
     page: where the report was written when it is not in the run folder.
     """
     run = read_run(run_folder)
-    score, found, page = headline_score(run), attention(run), page or RunFolder(run.path).report
+    score, found = headline_score(run), attention(run)
+    page = page or RunFolder(run.path).report
     lines = ["".join(headline(run)), *([score_in_words(score)] if score else [])]
     where = [f"  {stage_title(s.label)} on {s.split}" for s in run.exams]
     scores = [(fmt.percent(s.accuracy), f"({interval(s)}, n = {fmt.count(s.n)})") for s in run.exams]

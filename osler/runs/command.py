@@ -150,7 +150,8 @@ def describe_plan(job: Job, config: Any, folder: RunFolder, back_to: int | None)
     if found.is_branch and loaded is not None:
         logger.info(describe_branch(config, loaded))
     job.check(config, folder, loaded)
-    plan, derived = encode(config), {"run folder": str(folder.root)}
+    plan = encode(config)
+    derived = {"run folder": str(folder.root)}
     if loaded is not None:
         derived["branches from" if found.is_branch else "goes on from"] = f"step {loaded.step:,}: {loaded.path}"
     elif start is not None:

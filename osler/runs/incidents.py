@@ -110,11 +110,12 @@ class Incidents:
         path = self.run.world.broadcast_from_first(self._last_good)
         if path is None or self.rollbacks >= self.limits.max_rollbacks:
             raise UserError(self._diagnosis(step, path))
-        cause, rollbacks, there = self.cause, self.rollbacks + 1, position() + self.data_offset
+        cause, rollbacks = self.cause, self.rollbacks + 1
+        reached = position() + self.data_offset  # in the data
         loaded = store.load(path)
         restore(loaded)  # restores this object too
         self.run.world.barrier()  # the caller replaces the checkpoint, which others may still be reading
-        self.cause, self.rollbacks, self.data_offset = None, rollbacks, there - position()
+        self.cause, self.rollbacks, self.data_offset = None, rollbacks, reached - position()
         if self.run.world.is_first:
             message = (
                 f"Going back from step {step} to {path.name} and on with the data after step {step} (rollback {rollbacks} of at "

@@ -305,7 +305,8 @@ class Loop:
     def _evaluate(self) -> None:
         """Evaluate, and mark the checkpoint of this step when it is the best so far."""
         fault("evaluate")
-        trainer, before = self.trainer, time.monotonic()
+        trainer = self.trainer
+        began = time.monotonic()
         self.saver.hurry()
         metrics: dict[str, float] = {}
         try:
@@ -317,10 +318,10 @@ class Loop:
         if metrics:
             self._mark_if_best(metrics)
             # Last, because a resumed run takes this line as the sign that the evaluation is complete.
-            self.run_logger.write(trainer.step, trainer.tokens, {**metrics, "eval/seconds": time.monotonic() - before})
+            self.run_logger.write(trainer.step, trainer.tokens, {**metrics, "eval/seconds": time.monotonic() - began})
             logger.info(f"step {trainer.step}: {in_a_line(metrics)}")
             self._show({})
-        trainer.exclude_time(time.monotonic() - before)
+        trainer.exclude_time(time.monotonic() - began)
 
     def _stop_early_if_due(self) -> None:
         """Make this step the last when the latest ``early_stopping_patience`` evaluations were no better than an earlier one.

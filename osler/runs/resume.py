@@ -83,12 +83,12 @@ def find_start(
 
 def resume(trainer: Trainer, start: Start, loaded: store.Loaded) -> Loop:
     """Restore a trainer from a checkpoint and return its loop. The beginning of a branch is logged and recorded."""
-    loop, events = Loop(trainer), trainer.run.events
+    loop = Loop(trainer)
     loop.restore(loaded, is_branch=start.is_branch)
     if start.is_branch:
         message = describe_branch(trainer.config, loaded)
         logger.info(message)
-        events.write(loaded.step, "branch", "branch", message)
+        trainer.run.events.write(loaded.step, "branch", "branch", message)
     root = trainer.run.folder.root
     place = f"step {trainer.step:,} ({trainer.tokens:,} tokens)"
     if not trainer.done or start.is_branch:

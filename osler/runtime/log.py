@@ -141,7 +141,8 @@ class TerminalHandler(logging.Handler):
 
 def log_to_terminal() -> None:
     """Send the messages of all of Osler's loggers to the terminal, from the level in ``OSLER_LOG_LEVEL`` on."""
-    osler, level = logging.getLogger("osler"), os.environ.get(LEVEL_VARIABLE, "info").upper()
+    osler = logging.getLogger("osler")
+    level = os.environ.get(LEVEL_VARIABLE, "info").upper()
     if level not in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"):
         raise UserError(f"{LEVEL_VARIABLE} is {level.lower()!r}; it must be debug, info, warning, error or critical.")
     osler.setLevel(level)

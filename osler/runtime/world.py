@@ -186,7 +186,8 @@ def joined(device: str) -> Iterator[World]:
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):  # gloo's errors have no class
             raise
-        left, first_line = None, str(error).partition("\n")[0][:200]
+        first_line = str(error).partition("\n")[0][:200]
+        left = None  # the UserError that another process left
         with suppress(RuntimeError):
             if store is not None and store.check([ERROR_KEY]):
                 left = str(store.get(ERROR_KEY), "utf-8")

@@ -101,7 +101,7 @@ def test_seed_and_folder_are_those_of_every_stage_that_gives_none():
 
 def test_each_stage_is_explained():
     text = show_recipe("quickstart", explain=True)
-    assert "seed: 0  # for every stage and every source of data" in text and "\nexam:" in text and "  of:" in text
+    assert "seed: 0  # for every stage that trains and every source of data" in text and "\nexam:" in text and "  of:" in text
     assert "  total_tokens: 3276800  # tokens to train on" in text
 
 
