@@ -32,11 +32,11 @@ tour: ## Print the ten places in the code that a stranger looks for first
 
 PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal
 
-test: $(VENV)/.installed-test ## Run the test suite with coverage, without the slow tests
-	$(PYTEST) -m "not slow" --cov=osler --cov-report=term --cov-fail-under=$(MIN_COVERAGE) $(TEST_ARGS)
+test: $(VENV)/.installed-test ## Run the test suite without the slow tests
+	$(PYTEST) -m "not slow" $(TEST_ARGS)
 
-test-all: test ## Run the slow tests too
-	$(PYTEST) -m slow $(TEST_ARGS)
+test-all: $(VENV)/.installed-test ## Run the whole test suite and check its coverage
+	$(PYTEST) --cov=osler --cov-report=term --cov-fail-under=$(MIN_COVERAGE) $(TEST_ARGS)
 
 torture: $(VENV)/.installed ## Interrupt and resume 200 small runs at random moments and compare every bit, in minutes
 	$(BIN)/python benchmarks/torture_resume.py $(TORTURE_ARGS)
