@@ -57,6 +57,8 @@ def run(
     needle: bool = False,
 ) -> int:
     """Run the command ``eval`` and return the process's exit code."""
+    if needle and any(text.startswith(("task=", "tasks")) for text in overrides):
+        raise UserError("--needle is an exam, and another is given: name both, as in task=needle,medqa:FILE.")
     config = config_of([*(["task.type=needle"] if needle else []), *overrides])
     if harness is not None:
         if json_file or replace(config, device="auto", which="newest", rows=EvalConfig.rows) != EvalConfig():

@@ -202,6 +202,7 @@ def test_a_needle_test_that_does_not_fit_is_refused_by_name(readers, capsys):
         (["task.depths=[50,101]"], "task.depths[1]"),
         (["task.lengths=[420,420]"], "lengths [420, 420] has a number twice"),
         (["task.split=hay"], "no split 'hay'"),
+        (["task=medqa:x"], "--needle is an exam, and another is given"),
     ):
         assert evaluate(str(readers / "dense"), "--needle", *fields) == 2
         assert said in capsys.readouterr().err
