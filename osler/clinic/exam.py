@@ -1,14 +1,14 @@
 """The clinic's exam, by seed and split: multiple-choice vignettes with four options and a short reasoning, and drills.
 
 An item shows a patient (age, sex, three findings) and asks for one relation of the condition behind them; the reasoning names the
-condition first, then the fact. Distractors are answers of other conditions to the same question; one or two come from the same
-speciality, none is arguable for this condition, none repeats, and none belongs to a condition of the other sex. Two rules keep
-the held-out facts (see `facts.py`) fair:
+condition first, then the fact. Distractors are answers of other conditions to the same question; mostly one or two come from the
+same speciality, none is arguable for this condition, none repeats, and none belongs to a condition of the other sex. Two rules
+keep questions about the held-out facts (see `facts.py`) fair:
 
 - In items about train facts a distractor is always the right answer of some train fact. Otherwise training would teach that the
   held-out answers are wrong whenever they are offered.
-- In items about held-out facts two of the three distractors are answers of held-out facts too, so that "the option never seen in
-  training" does not give the answer away.
+- In items about held-out facts at least two of the three distractors are answers of held-out facts too, so that "the option never
+  seen in training" does not give the answer away.
 """
 
 import random
@@ -21,7 +21,6 @@ from osler.clinic.textbook import join_findings, reasoning
 from osler.runtime.errors import UserError
 
 NUM_OPTIONS = 4
-
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ def exam(seed: int, split: str, n: int) -> list[ClinicItem]:
     """Return `n` items of one of `EXAM_SPLITS`, the same for the same arguments; raises UserError for an unknown split.
 
     Every fact comes once per round, and each round is shuffled. No combination of findings comes with a fact for a second time
-    before the fact has come with every combination of its part.
+    before the fact has come with every combination of the split's part.
     """
     if split not in EXAM_SPLITS:
         raise UserError(f"The clinic has no exam split {split!r}. Choose one of: {', '.join(EXAM_SPLITS)}.")

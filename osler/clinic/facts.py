@@ -1,17 +1,18 @@
 """The facts of the clinic, and which of them are held out: real conditions, their findings, one short answer per relation.
 
 The clinic is a synthetic world, a test bench for training a small language model and not medical advice: facts are true but cut
-down to a few words. They are in YAML files written by hand: `wordings.yaml`, and one per group of specialities in `conditions/`:
+down to a few words. They are in YAML files written by hand, one per group of specialities in `conditions/`; `wordings.yaml` has
+the sentences around them. A condition has:
 
 - `findings`: eight short ones per condition. Two conditions share at most two, so any three name one condition.
 - `cause`, `test`, `treatment`, `complication`, `risk`: one answer each (for `cause` an organism or a mechanism).
 - `accepts`: further answers that would also be right or arguable, per relation. They are never offered as distractors.
 
-The clinic asks two questions of a model. *New findings*: does it recognise a condition by three findings never seen together?
-The 56 combinations of three findings of a condition are ranked by a hash and cut into train, validation and test. *New
-questions*: can it use a fact that it read only in prose? About 12 % and 18 % of the facts (condition, relation) never take exam
-form in training; they occur in the textbook alone. Diagnosis is always a train fact. The five exam splits cross the two
-partitions, so they are disjoint by construction.
+The clinic asks two questions of a model. *New findings*: does it recognise a condition by three findings never seen together? The
+56 combinations of three findings of a condition are ranked by a hash and cut into train, validation and test. *New questions*:
+can it use a fact that it read only in prose? Of the facts (condition, relation), about 12 % for validation and 18 % for test
+never take exam form in training; they occur in the textbook alone. A diagnosis is always a train fact. The five exam splits cross
+the two partitions, so they are disjoint by construction.
 """
 
 import random

@@ -2,8 +2,8 @@
 
 A passage lists some findings of a condition and states all five of its relations, held-out facts included. Here a model meets the
 facts that it will never be asked about in training. Wording varies, but that of the reasoning samples is the most common.
-Sentences never begin with a finding or a condition, so that a small vocabulary needs one spelling of each. Exactly three findings
-in one sentence are always a train combination, so that *new findings* stay new.
+Sentences never begin with a finding or a condition, so that a small vocabulary needs one spelling of each. A sentence with
+exactly three findings always has a train combination, so that *new findings* stay new.
 """
 
 import random

@@ -3,9 +3,9 @@
 Precedence: bases < recipe < overrides. Mappings merge, lists replace, and a mapping with another ``type`` replaces the whole
 mapping, because the fields of the old type mean nothing to the new one.
 
-Scalars are those of YAML 1.2's core schema (https://yaml.org/spec/1.2.2/#103-core-schema), with ``_`` between digits, and a key
-that is given twice is an error. PyYAML follows YAML 1.1: it reads ``1e-3`` as text, ``no`` as false, ``010`` as 8 and ``1:30`` as
-90, and keeps the last of two equal keys.
+Scalars are those of YAML 1.2's core schema (https://yaml.org/spec/1.2.2/#103-core-schema) except octal numbers, with ``_``
+allowed between digits. A key that is given twice is an error. PyYAML follows YAML 1.1: it reads ``1e-3`` as text, ``no`` as
+false, ``010`` as 8 and ``1:30`` as 90, and keeps the last of two equal keys.
 """
 
 import functools
@@ -42,7 +42,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = (), *, othe
 
     A shipped recipe is named as ``osler recipes`` lists it; a name that ends in .yaml or .yml is a file. The keys
     ``base`` and ``description`` belong to the file and are left out. Raises UserError for invalid YAML, a key given twice, a
-    circle of bases, an override that cannot be read, and an unknown recipe. ``others`` are more names that this error proposes.
+    circle of bases, an override that cannot be read, and an unknown recipe; this last error also proposes the names ``others``.
     """
     return override(_load_file(_find(str(name_or_path), others=others), ()), overrides)
 

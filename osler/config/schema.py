@@ -1,8 +1,8 @@
 """Config classes: frozen dataclasses that say which types, choices and ranges their fields have.
 
 A config class is in the package that it configures, and importing one needs neither torch nor pydantic. ``decode`` fills one from
-a mapping, which ``recipe.py`` reads from files and the command line, or lists everything that is wrong with the mapping: pydantic
-finds the errors, and each becomes one line with the path as the user wrote it, the value, and the nearest key that exists.
+a mapping, which ``recipe.py`` reads from files and the command line. If the mapping is wrong, pydantic finds the errors, and
+``decode`` lists them: one line for each, with the path as the user wrote it, what is wrong there, and what may be meant.
 """
 
 import dataclasses
@@ -29,15 +29,15 @@ NonNegativeInt = Annotated[int, Ge(0)]
 PositiveFloat = Annotated[float, Gt(0)]
 NonNegativeFloat = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
-Seed = Annotated[int, Ge(0), Le(2**32 - 1)]  # every generator takes it, and a little more when a constant is added
+Seed = Annotated[int, Ge(0), Le(2**32 - 1)]  # every generator takes it, also after a small number was added to it
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def config(cls: type[T]) -> type[T]:
     """Make ``cls`` a frozen, keyword-only dataclass that ``decode`` reads strictly and that checks the ranges of its numbers.
 
-    A number out of its range is a ValueError; ``decode`` finds the same through pydantic, at every path. The class's own
-    ``__post_init__`` runs after the checks, and raises ValueError for fields that do not fit each other.
+    A number out of its range raises ValueError; ``decode`` lists the same error, found by pydantic. The class's own
+    ``__post_init__`` runs after these checks, and raises ValueError for fields that do not fit each other.
     """
     cls.__pydantic_config__ = {"extra": "forbid", "strict": True, "allow_inf_nan": False}  # type: ignore[attr-defined]
     check_fields_together = getattr(cls, "__post_init__", None)
@@ -62,7 +62,7 @@ class Without(NamedTuple):
 
 
 class _Tagged:
-    """Mark a union of configs that are told apart by their ``type`` field; pydantic asks it for the schema."""
+    """Mark a union of configs that are told apart by their ``type`` field; pydantic asks the mark for the union's schema."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
         from pydantic import Field
@@ -73,11 +73,11 @@ class _Tagged:
 TAGGED = _Tagged()
 
 
-_WORDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}  # as Ge(1).ge and operator.ge are named
+_WORDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}  # as Ge(1).ge and operator.ge are called
 
 
 def is_config_class(annotation: Any) -> bool:
-    """Tell a section of a config from a plain value."""
+    """Return whether an annotation is a config class; a field with it is a section, any other a plain value."""
     return dataclasses.is_dataclass(annotation) and isinstance(annotation, type)
 
 
@@ -128,7 +128,8 @@ def range_of(annotation: Any) -> str:
 def encode(value: Any, *, defaults: bool = True) -> Any:
     """Turn a config into plain dicts, lists and scalars that JSON and YAML can hold; ``decode`` is its inverse.
 
-    Without ``defaults``, fields that have their default are left out, except the type.
+    Without ``defaults``, fields that have their default are left out, except the type. Fields that ``Without`` marks are always
+    left out.
     """
     if is_config_class(type(value)):
         given = {field: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
@@ -167,7 +168,7 @@ def decode(cls: type[T], mapping: Mapping[str, Any], *, source: str = "") -> T:
     try:
         # Strict JSON is exactly the wanted rule: "3" is no integer and 1 no boolean, but a list may become a tuple.
         return cast(T, _adapter(cast(Any, cls)).validate_json(text))
-    except UserError as error:  # of a __post_init__: pydantic files only ValueErrors under their path
+    except UserError as error:  # raised by a __post_init__; pydantic collects only ValueErrors
         raise UserError(f"{source}: {error}") from None
     except ValidationError as error:
         lines = _error_lines(cls, error.errors(include_url=False))
@@ -214,7 +215,7 @@ _SHOULD = {
     **dict.fromkeys(("dataclass_type", "dataclass_exact_type", "dict_type"), "should be a mapping of keys to values"),
 }
 
-# What names of other libraries are called here. Everything is counted in tokens.
+# Names that other libraries use, and what Osler calls the same thing or uses in its place.
 _ELSEWHERE = {
     "learning_rate": ("lr",),
     "batch_size": ("batch_tokens", "prompts_per_step"),
@@ -268,7 +269,7 @@ def _problem(error: Mapping[str, Any], annotation: Any) -> tuple[str, bool]:
 
 
 def _unknown_key(cls: type, path: str, owner: Any) -> str:
-    """Suggest the key that may be meant, written from the top: one of this section, of another, or of another `type`."""
+    """Return the message about an unknown key: which keys may be meant, as full paths, or else the keys of its section."""
     section, _, name = path.rpartition(".")
     keys = _reachable(cls)
     if path in keys:
@@ -287,13 +288,13 @@ def _unknown_key(cls: type, path: str, owner: Any) -> str:
 
 
 def _named(name: str, keys: Iterable[str], above: str) -> list[str]:
-    """Return the keys whose last part is ``name``: the key of the section ``above`` if it has one, else the three highest."""
+    """Return the key ``name`` of the section ``above`` if there is one, else up to three keys that end so, least nested first."""
     found = sorted((key for key in keys if key.rpartition(".")[2] == name), key=lambda key: (key.count("."), key))
     return [above + name] if above + name in found else found[:3]
 
 
 def _reachable(cls: Any, above: str = "") -> dict[str, str]:
-    """Return every key but `type` that an override can name, and the settings it needs where only some types have it."""
+    """Return every key but `type` that an override can name, with the settings that a key of only some types needs."""
     keys: dict[str, str] = {}
     for name, annotation in hints(cls).items():
         if name == "type":
@@ -311,7 +312,10 @@ def _reachable(cls: Any, above: str = "") -> dict[str, str]:
 
 
 def _locate(annotation: Any, loc: Sequence[str | int]) -> tuple[str, Any, Any]:
-    """Return a path as the user wrote it, without pydantic's labels of unions, its annotation, and the config that has it."""
+    """Return where an error is: the path as the user wrote it, the annotation there, and the config class that has the field.
+
+    ``loc`` is pydantic's path, which also has labels of unions.
+    """
     path, owner = "", None
     for part in loc:
         members = members_of(annotation)
@@ -332,7 +336,7 @@ def _locate(annotation: Any, loc: Sequence[str | int]) -> tuple[str, Any, Any]:
 
 
 def nearest(name: str, known: Sequence[str], *, list_all: bool = True) -> str:
-    """Return the end of a message about a name that does not exist: the name that may be meant, or all known names."""
+    """Return the end of a message about a name that does not exist: the name that may be meant, else with ``list_all`` all."""
     close = difflib.get_close_matches(name, known, n=1)
     if close:
         return f"; did you mean `{close[0]}`?"

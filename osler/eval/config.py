@@ -1,4 +1,4 @@
-"""The configuration of `osler eval`, an exam and how it is taken, or a text to predict, and of `osler distill`. Torch-free."""
+"""The configuration of `osler eval` (an exam and how it is taken, or a text to predict) and of `osler distill`. Torch-free."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -22,11 +22,11 @@ class DistillConfig:
     # the questions; a split that models are examined on is allowed, and named in every row
     task: TaskConfig
     samples: PositiveInt = 8  # answers drawn to each question, its options in another order each time
-    keep: PositiveInt = 2  # right answers of a question that are kept at most, each reasoning once
+    keep: PositiveInt = 2  # at most so many right answers of a question are kept, none with the reasoning of another
     reasoning: bool | None = None  # think before the answer; null: as the teacher was trained
     max_new_tokens: PositiveInt = 128  # thinking and answer together
     temperature: float = 0.7  # higher: more varied answers, fewer of them right
-    top_p: Annotated[float, Gt(0), Le(1)] = 0.95  # draw from the fewest likeliest tokens that have this share
+    top_p: Annotated[float, Gt(0), Le(1)] = 0.95  # draw from the fewest likeliest tokens that have this share of the probability
     seed: Seed = 0  # of option orders and sampling
     rows: PositiveInt = 256  # answers written at once; fewer need less memory
 
@@ -43,19 +43,19 @@ class DistillConfig:
 class ExamSettings:
     """Exams, and how they are taken."""
 
-    # the exam; the clinic takes several splits with commas between them, and limit items of each. On the command line also
-    # TYPE:FILE, or the NAME of an exam, or several with commas between them
+    # the exam; the clinic's split may be several with commas between them, each with limit items. On the command line an exam is
+    # also TYPE:FILE, clinic:SPLIT or the NAME of an exam, and several of these have commas between them
     task: TaskConfig | None = None
     tasks: tuple[TaskConfig, ...] = ()  # several exams, one after the other, instead of task
-    root: str = ""  # a folder that has a folder of files for each exam or text by name; empty: the hub
+    root: str = ""  # a folder with a folder of files for each exam or text that is given by name; empty: the hub
     subset: PositiveInt | None = None  # questions of each exam, drawn at random by seed; null: all
-    # generation lets the model write and reads its answer; letters and cloze take the option whose letter, or whose text without
-    # a list of options, it finds most likely; likelihood: the option as it was taught to answer, or without that both of these;
-    # both: generation and likelihood; auto: generation unless the model was trained on plain text alone
+    # generation: the model writes, and its answer is read; letters: the likeliest letter counts; cloze: the likeliest text of an
+    # option, without a list of the options; likelihood: the likeliest answer in the form that is taught, or with a plain prompt
+    # both cloze and letters; both: generation and likelihood; auto: likelihood for options after a plain prompt, else generation
     method: Literal["auto", "generation", "likelihood", "letters", "cloze", "both"] = "auto"
     # taught: the template, if the model learned it; plain: as lm-evaluation-harness asks, with the same score of every item
     prompt: Literal["taught", "plain"] = "taught"
-    permutations: PositiveInt = 1  # option orders in which every question is shown; "All of the above" and the like stay put
+    permutations: PositiveInt = 1  # option orders in which a question is shown; options like "All of the above" fix the order
     samples: PositiveInt = 1  # answers written to each question; two or more, at a temperature, give pass@k and majority vote
     reasoning: bool | None = None  # think before the answer; null: as the model was trained
     max_new_tokens: PositiveInt = 128  # thinking and answer together
@@ -70,6 +70,8 @@ class ExamSettings:
         check_temperature(self.temperature)
         if self.samples > 1 and self.temperature == 0:
             raise ValueError("samples above 1 needs a temperature above 0, for example 0.7: at 0 all samples are the same")
+        if self.task is not None and self.tasks:
+            raise ValueError("task and tasks are both given: put all exams into one of them")
 
     @property
     def exams(self) -> tuple[TaskConfig, ...]:
@@ -79,7 +81,7 @@ class ExamSettings:
 
 @config
 class EvalConfig(ExamSettings):
-    """One evaluation; with neither ``task`` nor ``text`` a model is examined on what it was trained for."""
+    """One evaluation; without an exam, ``text`` and ``source`` a model is examined on what it was trained for."""
 
     text: str | None = None  # a file or folder of text, measured in bits per byte; not one that the model was trained on
     text_field: str = "text"  # the column of tables
@@ -91,9 +93,9 @@ class EvalConfig(ExamSettings):
 
 
 def config_of(overrides: Sequence[str]) -> EvalConfig:
-    """Return the config that the overrides describe; a task without type and path is the clinic's exam with changed fields.
+    """Return the config that the overrides describe. Exams may be texts (``named_task``), several with commas between them.
 
-    Exams may also be given as text (``named_task``), several with commas between them.
+    A task without a path and with the type clinic, or none, is ``CLINIC_EXAM`` with changed fields.
     """
     given = override({}, overrides)
     if {"task", "tasks"} <= given.keys():
@@ -103,12 +105,12 @@ def config_of(overrides: Sequence[str]) -> EvalConfig:
         exams = asked if isinstance(asked, list) else [asked]
         if "subset" in given and any(isinstance(task, dict) and "limit" in task for task in exams):
             raise UserError("subset and limit both say how many questions: give subset for random ones, or limit for the first.")
-        written = [_written_out(task) for task in exams]
-        given |= {key: None, "tasks": written} if isinstance(asked, list) else {key: written[0]}
+        sections = [_section_of(task) for task in exams]
+        given |= {key: None, "tasks": sections} if isinstance(asked, list) else {key: sections[0]}
     return decode(EvalConfig, given)
 
 
-def _written_out(task: Any) -> Any:
+def _section_of(task: Any) -> Any:
     task = named_task(task)
     if isinstance(task, dict) and task.get("type") == NeedleTask.type:
         return {"seed": EXAM_SEED, **task}
@@ -126,7 +128,10 @@ def distill_config_of(overrides: Sequence[str]) -> DistillConfig:
 
 
 def named_task(task: Any) -> Any:
-    """Return the section of a task given as text: TYPE:FILE, ``clinic`` or ``clinic:SPLIT``, ``needle`` likewise, or a NAME."""
+    """Return the section of a task given as text: TYPE:FILE, ``clinic`` or ``clinic:SPLIT``, ``needle`` likewise, or a NAME.
+
+    A task that is no text is returned as it is.
+    """
     if not isinstance(task, str):
         return task
     kind, colon, place = task.strip().partition(":")

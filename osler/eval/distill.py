@@ -57,7 +57,7 @@ def run(checkpoint: str, out: str, overrides: Sequence[str] = ()) -> str:
     if not is_for_training:
         logger.warning(
             f"{exam} does not say that it is for training, and a model that learns these rows can no longer be examined on it. "
-            "If it is for training, say so with task.split=train."
+            "If it is for training, let its split say so: task.type=TYPE task.path=FILE task.split=train."
         )
     items = load_task(config.task, context=ready.context(config.max_new_tokens))
     shown = [permute(item, config.seed, visit) for item in items for visit in range(config.samples)]
@@ -66,7 +66,7 @@ def run(checkpoint: str, out: str, overrides: Sequence[str] = ()) -> str:
         max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_p=config.top_p, seed=config.seed
     )
     teacher = {"teacher": str(ready.path), "fingerprint": fingerprint_of(ready.path)}
-    # Everything that the answers depend on; the path of the teacher is no part of it.
+    # A hash of everything that the answers depend on. The teacher's path is left out, because a teacher may be moved.
     identity = fingerprint([teacher["fingerprint"], [asdict(item) for item in shown], encode(sampling), reasoning])
     head = {"exam": exam, "asked": len(shown), "identity": identity}
     answers_file = rows_file.with_suffix(".answers.jsonl")
@@ -105,9 +105,10 @@ def questions_of(task: Any) -> tuple[str, bool]:
 def select(
     results: Sequence[Result], completions: Sequence[Completion], config: DistillConfig, exam: str, *, reasoning: bool
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Counter[str]]:
-    """Return the rows to learn from, a record of each question, and how many answers were kept, wrong, malformed and so on.
+    """Return the rows to learn from, a record of each question, and how many answers had which fate.
 
-    ``results`` and ``completions`` have ``config.samples`` answers to each question, one question after another.
+    ``results`` and ``completions`` have ``config.samples`` answers to each question, one question after another. A fate is
+    "kept", "wrong", "malformed", "duplicate" (reasoning that is kept already) or "spare" (more than ``config.keep``).
     """
     rows: list[dict[str, Any]] = []
     questions, fates = [], Counter[str]()

@@ -57,13 +57,13 @@ def score_by_generation(
     read: Read = read_answer,
     answers: AnswerLog | None = None,
 ) -> ScoredExam:
-    """Let the model write an answer to every item that is shown and score it; ``answers`` may already hold some of them.
+    """Let the model write an answer to every item that is shown and score it; ``answers`` may already hold some answers.
 
-    Without ``template`` the prompt is ``render_plain``. The answer then ends before one of ``STOPS``, and before the end of its
-    line unless it is a solution or a program.
+    Without ``template`` the prompt is ``render_plain``. The answer then ends before the first of ``STOPS``, and for an item with
+    options or aliases also at the end of its line; other answers may be solutions or programs.
 
-    Prompt and completion must fit the model's ``max_seq_len``; a context passage is shortened from its front to fit, a question
-    is not.
+    Prompt and completion must fit the model's ``max_seq_len``. A context passage is shortened from its front to fit. A question
+    is not, and one that does not fit counts as wrong. Raises UserError when ``max_new_tokens`` leaves no room for a question.
     """
     answers = AnswerLog() if answers is None else answers
     longest = engine.model.config.max_seq_len
@@ -90,7 +90,8 @@ def score_by_generation(
 
     results = [Result(item, TOO_LONG, right=False) for item in shown]
     waiting: list[tuple[int, Request]] = []
-    ends, visits = replace(sampling, stop_ids=(tokenizer.eos_id,)), Counter[str]()
+    sampling = replace(sampling, stop_ids=(tokenizer.eos_id,))
+    visits = Counter[str]()
     for number, item in enumerate(shown):
         fitted = fitting(item, encode, room)
         if fitted is None:
@@ -98,7 +99,7 @@ def score_by_generation(
         elif number in answers.outputs:
             keep(number, answers.outputs[number])
         else:
-            waiting.append((number, Request(tuple(encode(fitted)), ends, _row_number(item, visits[item.id]))))
+            waiting.append((number, Request(tuple(encode(fitted)), sampling, _row_number(item, visits[item.id]))))
         visits[item.id] += 1
     waiting.sort(key=lambda pair: -len(pair[1].prompt))
     for index, continuation in engine.complete([request for _, request in waiting]):
@@ -109,7 +110,7 @@ def score_by_generation(
 
 
 def parse_text(tokenizer: Tokenizer, ids: Sequence[int], stops: Sequence[str]) -> Completion:
-    """Return as an answer the text that was written before the end-of-text token and the first of ``stops``."""
+    """Return the text that was written as an answer, cut at the end-of-text token and before the first of ``stops``."""
     body = list(takewhile(lambda token: token != tokenizer.eos_id, ids))
     whole = tokenizer.decode(body, skip_special=True)
     end = min((whole.index(stop) for stop in stops if stop in whole), default=len(whole))
@@ -117,7 +118,7 @@ def parse_text(tokenizer: Tokenizer, ids: Sequence[int], stops: Sequence[str]) -
 
 
 def _row_number(item: ExamItem, visit: int) -> int:
-    """Return the number that a visit's random numbers belong to; it is the same whatever else is asked."""
+    """Return the ``Request.number`` of an item that is shown for the ``visit``-th time; it depends on nothing else."""
     return int.from_bytes(hashlib.sha256(f"{visit}:{item.id}".encode()).digest()[:4], "big")
 
 
@@ -129,13 +130,14 @@ def shared_exam(
     permutations: int = 1,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Return the shares of the answers that are right and that cannot be read; the ranks share the items.
+    """Return which fractions of the answers are right and cannot be read (unparsed, cut or too long); each rank scores a part.
 
     Raises UserError when there are no items, and AskedToStop when training is to end.
     """
-    share, counts = items[world.rank :: world.size], (0.0, 0.0, 0.0)
-    if share or not items:  # an empty exam is refused with a message
-        found = score(list(presentations(share, permutations, seed)))
+    own = items[world.rank :: world.size]
+    counts = (0.0, 0.0, 0.0)
+    if own or not items:  # without any item ``score`` raises UserError
+        found = score(list(presentations(own, permutations, seed)))
         counts = (found.correct, found.unparsed + found.cut + found.too_long, found.presentations)
     right, unread, shown, left = world.all_reduce_sum(*counts, asked())
     if left:
@@ -146,8 +148,8 @@ def shared_exam(
 def presentations(items: Iterable[ExamItem], permutations: int, seed: int) -> Iterator[ExamItem]:
     """Yield every item in ``permutations`` option orders: as it is, then its rotations, then rotations of shuffled orders.
 
-    An item whose options point at each other is shown the same number of times, always as it is, so that all items weigh the
-    same.
+    An item whose options point at each other is shown as often, but always as it is, so that all items weigh the same. An item
+    without options is shown once.
     """
     for item in items:
         if item.keeps_order:
@@ -176,10 +178,10 @@ def score_by_likelihood(
     normalise: Normalise = "bytes",
     answers: AnswerLog | None = None,
 ) -> ScoredExam:
-    """Choose the option whose ``form`` is most likely after the prompt; ``answers`` may hold some. Items must have options.
+    """Choose the option whose ``form`` is most likely after the prompt; ``answers`` may already hold some answers.
 
-    With ``template`` the prompt is the chat template up to the answer, with no thinking. Without it the prompt is
-    ``render_plain``, where the form "letters" lists the options on lines of their own.
+    With ``template`` the prompt is the chat template up to the answer, with no thinking; without it, ``render_plain``. The form
+    "cloze" lists no options in the prompt. Raises ValueError for an item without options.
 
     The log-likelihood is divided by the UTF-8 bytes of what is scored, by its characters (lm-evaluation-harness's ``acc_norm``),
     by its tokens, or by nothing (the harness's ``acc``, where short options win). Of equal scores the earlier option wins.
@@ -219,11 +221,11 @@ def _likeliest(item: ExamItem, form: Form, output: Sequence[Sequence[float]], no
 def option_rows(
     tokenizer: Tokenizer, item: ExamItem, form: Form, *, template: bool, max_seq_len: int
 ) -> list[tuple[list[int], int]] | None:
-    """Return for every option the ids of prompt and option together and where scoring starts; None when they do not fit.
+    """Return for every option a row of ids, prompt and option together, and where scoring starts; None when they do not fit.
 
-    Plain text is tokenised as a whole, because a merge may straddle the border. Scoring starts where the ids of the options, or
-    those of the prompt alone, first differ, so that it starts at one place in every option. In the template a special token is
-    the border.
+    In the template a special token is the border between prompt and option. Plain text is tokenised as a whole, because a merge
+    may straddle the border. Scoring then starts at the first place where the rows differ from each other or from the prompt
+    alone, which is one place for all options.
     """
     if not item.options:
         raise ValueError(f"item {item.id} has no options to compare")
@@ -251,7 +253,10 @@ def option_rows(
 
 
 def fitting(item: ExamItem, encode: Callable[[ExamItem], list[int]], room: int) -> ExamItem | None:
-    """Return the item with as much of its context's end as fits ``room`` tokens, else None. An abstract ends with its results."""
+    """Return the item, its context cut at the front to fit ``room`` tokens; None if not even the rest fits.
+
+    The end of a context is kept because an abstract ends with its results.
+    """
     if len(encode(item)) <= room:
         return item
     words = item.context.split()

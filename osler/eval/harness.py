@@ -1,10 +1,10 @@
-"""Let lm-evaluation-harness examine a model of Osler's, with its own tasks, prompts and options (extra ``harness``).
+"""Let lm-evaluation-harness examine a model of Osler's, with the harness's tasks, prompts and options (extra ``harness``).
 
     lm_eval.simple_evaluate(model=OslerLM("runs/mine"), tasks=["hellaswag"])
 
 The harness tokenises a prompt and its continuation together, and moves spaces at the end of the prompt to the continuation. This
-file has the methods that it calls. A prompt that several continuations share runs through the model once, as in ``exams.py``, so
-``osler eval prompt=plain`` gives the same sums (``benchmarks/harness_parity.py``).
+file has the methods that the harness calls. A prompt that several continuations share runs through the model once, as in
+``exams.py``, so ``osler eval prompt=plain`` gives the same sums (``benchmarks/harness_parity.py``).
 """
 
 import json
@@ -42,14 +42,15 @@ except ImportError as error:
 logger = logging.getLogger(__name__)
 
 NEW_TOKENS = 256  # most tokens of an answer, unless its task says how long it may be
-MOST_TOGETHER = 64  # continuations of one context
+MOST_TOGETHER = 64  # continuations of one context that are scored in one batch
 Encoded = tuple[tuple[str, str], list[int], list[int]]  # texts of context and continuation, and their ids
 
 
 def run(options: str, device: str, **model: Any) -> int:
     """Run the harness's own command line with ``options``; ``device`` and ``model`` are arguments of ``OslerLM``.
 
-    Raises UserError for what the harness tells by ValueError and ConnectionError: options, tasks and data that it does not find.
+    Return 0. Raises UserError where the harness raises ValueError or ConnectionError: for options, tasks and data that it does
+    not find.
     """
     try:
         given = ["--model", "osler", "--model_args", json.dumps(model), "--device", device, *shlex.split(options)]
@@ -91,8 +92,8 @@ class OslerLM(TemplateLM):
 
     def _loglikelihood_tokens(self, requests: Sequence[Encoded], **options: object) -> list[tuple[float, bool]]:
         """Return each continuation's log-likelihood and whether it is greedy; too long a context loses its beginning."""
-        decoder, found = Decoder(self.model, Layout(self.model.compute_dtype, ITEM_ROWS)), list[tuple[float, bool]]()
-        pairs = []
+        decoder = Decoder(self.model, Layout(self.model.compute_dtype, ITEM_ROWS))
+        pairs, found = [], list[tuple[float, bool]]()
         for (_, text), context, continuation in requests:
             if not 0 < len(continuation) <= self.longest:  # the last token is not fed
                 raise UserError(

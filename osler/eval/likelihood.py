@@ -25,7 +25,7 @@ from osler.runtime.world import World
 
 BATCH_TOKENS = 16_384  # of a forward pass, padding included
 SORTED_WINDOWS = 4096  # windows sorted by length at a time, for less padding; the sum does not depend on the order
-LabelledRow = tuple[list[int], list[int]]  # ids, and for each as its label the id that follows, or -100 for none
+LabelledRow = tuple[list[int], list[int]]  # ids, and a label for each: the id that follows it, or -100 if it is not scored
 
 
 def pad_rows(rows: Sequence[LabelledRow]) -> tuple[Tensor, Tensor]:
@@ -46,8 +46,8 @@ def label_logprobs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return for each label but -100, row by row, its row, log-probability and entropy in nats, and whether it is likeliest.
 
-    Attention stays inside a document where ``document_BT`` is given; ``mask_NV`` is a sampling mask. The inputs lie on the CPU,
-    where the labels' places are found without waiting for a device.
+    Attention stays inside a document where ``document_BT`` is given; ``mask_NV`` is a sampling mask on the model's device. The
+    other inputs lie on the CPU, where the labels' places are found without waiting for a device.
     """
     device = model.embed_tokens.weight.device
     row_N, place_N = (labels_BT != IGNORED).nonzero(as_tuple=True)
@@ -65,7 +65,7 @@ def label_logprobs(
 
 
 def by_length(rows: Sequence[LabelledRow], batch_tokens: int) -> Iterator[list[int]]:
-    """Yield the numbers of rows of similar length: at most ``batch_tokens``, padding included, but at least one row."""
+    """Yield lists of row numbers, similar lengths together: at most ``batch_tokens`` with padding, but at least one row."""
     order = sorted(range(len(rows)), key=lambda row: -len(rows[row][0]))
     while order:
         count = max(1, batch_tokens // len(rows[order[0]][0]))
@@ -75,10 +75,11 @@ def by_length(rows: Sequence[LabelledRow], batch_tokens: int) -> Iterator[list[i
 
 @torch.inference_mode()
 def sum_logprobs(decoder: Decoder, rows: Sequence[list[int]], start: int) -> list[tuple[float, bool]]:
-    """Return for every row of ids the sum of log p(ids[t] | ids[:t]) over t >= start, in nats; before ``start`` rows are alike.
+    """Return for every row of ids the sum of log p(ids[t] | ids[:t]) over t >= start, in nats.
 
-    With each sum comes whether all of these tokens are the likeliest. The beginning that the rows share runs through the model
-    once. ``start`` is at least 1. The sums depend on these rows alone, to the bit, because no other rows share their batch.
+    With each sum comes whether all of these tokens are the likeliest. Before ``start``, which is at least 1, the rows must be
+    alike: this beginning runs through the model once. The sums depend on these rows alone, to the bit, because no other rows
+    share their batch.
     """
     past = decoder.read([rows[0][: start - 1]])[0] if start > 1 else None
     _, hidden_BTD = decoder.read([ids[:-1] for ids in rows], past)
@@ -132,8 +133,8 @@ class TextScore:
 def measure(model: Transformer, batches: Iterable[tuple[Tensor, ...]], total_bytes: int, world: World | None = None) -> TextScore:
     """Return the score of ``batches`` of (ids_BT, labels_BT) or (ids_BT, labels_BT, document_BT), whose text has ``total_bytes``.
 
-    The ranks of ``world`` are given the same batches and share them. Raises UserError without text, AskedToStop when training
-    ends.
+    The ranks of ``world`` are given the same batches and share them. Raises UserError without any label, and AskedToStop when the
+    run is asked to stop.
     """
     world = world or World()
     nats, tokens, right = 0.0, 0, 0
@@ -147,7 +148,7 @@ def measure(model: Transformer, batches: Iterable[tuple[Tensor, ...]], total_byt
     if left:
         raise AskedToStop
     if scored_tokens == 0 or total_bytes <= 0:
-        raise UserError("The held-out set has no text: there is nothing to measure. Hold out a larger part of the data.")
+        raise UserError("There is nothing to measure: no token of the text is scored. Give another text or validation set.")
     return TextScore(nats=nats, tokens=int(scored_tokens), right=int(scored_right), bytes=total_bytes)
 
 
@@ -164,7 +165,7 @@ def windows(documents: Iterable[Sequence[int]], *, seq_len: int, start_id: int) 
 
 
 def batches(rows: Iterable[LabelledRow], *, batch_tokens: int = BATCH_TOKENS) -> Iterator[tuple[Tensor, Tensor]]:
-    """Put windows of similar length together, at most ``batch_tokens`` with padding but at least one window."""
+    """Yield batches of rows of similar length: at most ``batch_tokens`` with padding, but at least one row."""
     remaining = iter(rows)
     while pending := list(islice(remaining, SORTED_WINDOWS)):
         for numbers in by_length(pending, batch_tokens):

@@ -45,7 +45,7 @@ from osler.tokenizer.round_trip import Losses, refuse_missing_bytes
 logger = logging.getLogger(__name__)
 
 CLEAN = ", clean"  # marks the score on an exam's questions that are not in the model's data
-LOOKED_AT = 256  # documents whose start is decoded again, to see what the tokenizer loses
+ROUND_TRIPS = 256  # documents whose start is encoded and decoded again, to see what the tokenizer loses
 FORMS: dict[str, Form] = {"likelihood": "answer", "letters": "letters", "cloze": "cloze"}  # what each method scores
 
 
@@ -125,9 +125,9 @@ def complete(config: EvalConfig, ready: LoadedModel) -> tuple[EvalConfig, Mappin
 def sit(
     config: ExamSettings, ready: LoadedModel, name: str, run: RunFolder | None, *, takes_full: bool = False
 ) -> list[ScoredExam]:
-    """Let the model take every part of the exams with every requested method; ``name`` is its name in the ``run``.
+    """Let the model take every part of the exams with every requested method; ``name`` labels its answers in ``run``.
 
-    The folder of the run keeps the answers, so that an interrupted exam goes on; without one they are kept in memory. With
+    The folder of the run keeps the answers, so that an interrupted exam goes on; without a ``run`` they are kept in memory. With
     ``takes_full`` a part that was finished is not asked again.
     """
     named = parts(config)
@@ -160,9 +160,9 @@ def scores_of(
     *,
     takes_full: bool = False,
 ) -> Iterator[ScoredExam]:
-    """Yield the scores on the items that are shown: one by letters or by writing, else one divided by length and a raw one.
+    """Yield the scores on the items that are shown: one by letters or by writing, else one by ``normalise`` and a raw one.
 
-    After a plain prompt, solutions that end in a number give two more scores, read as lm-evaluation-harness reads them.
+    Written solutions that end in a number, after a plain prompt, are scored twice more, read as lm-evaluation-harness reads them.
     """
     template = uses_template(config, ready)
     settings: dict[str, Any] = {"permutations": config.permutations, "template": template}
@@ -226,7 +226,7 @@ def clean_subset(score: ScoredExam, known: ExamsInData) -> Iterator[ScoredExam]:
 def parts(config: ExamSettings) -> dict[str, Any]:
     """Return the exams by the name they are shown under; each split of an exam that is made is a separate exam.
 
-    A second exam of the same name gets its file in its name.
+    A second exam of the same name gets its file in its name. Raises UserError when that does not tell them apart.
     """
     named: dict[str, Any] = {}
     exams: Sequence[Any] = config.exams
@@ -235,18 +235,21 @@ def parts(config: ExamSettings) -> dict[str, Any]:
             draws = {} if isinstance(task, MadeExam) else {"seed": config.seed}  # the questions of these are drawn anyway
             task = replace(task, limit=config.subset, **draws)
         if isinstance(task, MadeExam):
-            named |= {split.strip(): replace(task, split=split.strip()) for split in task.split.split(",")}
+            for split in map(str.strip, task.split.split(",")):
+                if split in named:
+                    raise UserError(f"The split {split} of the exam {task.exam} is given twice: leave one out.")
+                named[split] = replace(task, split=split)
             continue
         name = f"{task.exam} {task.split}".strip() + (f", {task.fold}" if task.fold != "all" else "")
         name += (f", {task.shots} shots" if task.shots else "") + (", plain prompt" if config.prompt == "plain" else "")
         if name in named and (name := f"{name} {task.path}") in named:
-            raise UserError(f"The exam {name} is given twice: give each a split of its own, which names it in tables.")
+            raise UserError(f"The exam {name} is given twice: leave one out, or give each a split, which names it in tables.")
         named[name] = task
     return named
 
 
 def uses_template(config: ExamSettings, ready: LoadedModel) -> bool:
-    """Return whether questions are asked in the template; a model that did not learn it is asked as plain text asks."""
+    """Return whether questions are asked in the template; a model that did not learn it gets a plain prompt."""
     return ready.answers_questions and config.prompt == "taught"
 
 
@@ -321,7 +324,7 @@ def remarks(score: ScoredExam) -> Iterator[str]:
     """Yield remarks that the reader of a score should not overlook."""
     name, baseline = f"{score.split}, {score.method}", max(score.chance, score.constant_letter_baseline)
     if score.constant_letter and score.high < baseline:
-        yield f"{name}: below guessing and always answering {score.constant_letter}."
+        yield f"{name}: below guessing or always answering {score.constant_letter}, the better of the two."
     elif score.constant_letter and score.low <= baseline:
         yield f"{name}: not told apart from guessing or always answering {score.constant_letter}."
     if cut := describe_cut(score):
@@ -333,7 +336,7 @@ def remarks(score: ScoredExam) -> Iterator[str]:
 
 
 def label(config: EvalConfig, ready: LoadedModel, checkpoint: str) -> str:
-    """Return the name of the checkpoint in the report: its kind of training, with its step unless it is the run's newest."""
+    """Return the name of the checkpoint in the report: its kind of training, with its step unless a run stands for its newest."""
     kind = ready.kind or "model"
     stands_for_run = ready.run is not None and config.which == "newest" and Path(checkpoint).resolve() != ready.path.resolve()
     return kind if stands_for_run else f"{kind}, step {ready.state.get('step', 0):,}"
@@ -346,7 +349,7 @@ def save_scores(run: RunFolder, name: str, scores: Sequence[ScoredExam], last: s
 
 
 def measured(name: str, read: Callable[[], Iterable[Document]], config: EvalConfig, ready: LoadedModel) -> TextScore:
-    """Measure the documents of a text, which is read twice, and its first documents three times."""
+    """Measure the documents of a text. The text is read twice, and its first documents are read a third time."""
 
     def texts() -> Iterator[str]:
         return islice((document.text for document in read() if not document.is_empty), config.documents)
@@ -357,7 +360,7 @@ def measured(name: str, read: Callable[[], Iterable[Document]], config: EvalConf
     if not count:
         raise UserError(f"{name} holds no text: there is nothing to measure.")
     losses = Losses()
-    losses.look(ready.tokenizer, islice(texts(), LOOKED_AT))
+    losses.look(ready.tokenizer, islice(texts(), ROUND_TRIPS))
     losses.warn()
     ids = ([*ready.tokenizer.encode(text), ready.tokenizer.eos_id] for text in texts())
     return replace(text_score(config, ready, ids, count, num_bytes), words=words)
@@ -381,7 +384,7 @@ def text_score(config: EvalConfig, ready: LoadedModel, documents: Iterator[list[
 
 
 def describe_text(name: str, cost: TextScore, seq_len: int) -> str:
-    """Return the score of a text in a line. Bits per byte and perplexity by words compare models of any tokenizers."""
+    """Return the score of a text as one line. Bits per byte and perplexity by words compare models of any tokenizers."""
     words = f", {cost.word_perplexity:.1f} by words" if cost.words else ""
     return (
         f"{name}: {cost.bits_per_byte:.4f} bits per byte ({cost.bytes:,} bytes; {cost.tokens:,} tokens at {cost.loss:.4f} nats, "

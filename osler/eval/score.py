@@ -28,7 +28,7 @@ CUT = "cut"  # the length limit came before a readable answer
 TOO_LONG = "too_long"  # the question did not fit into the model's context
 COVERAGES = (0.25, 0.5, 0.75)  # shares of the questions that are answered when the model skips those it is least sure of
 BINS = 10  # of confidence
-Z_95 = NormalDist().inv_cdf(0.975)  # 95 % of a normal distribution lies within this many deviations
+Z_95 = NormalDist().inv_cdf(0.975)  # 95 % of a normal distribution lies within so many standard deviations of its mean
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,8 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
 def majority(results: Sequence[Result]) -> float:
     """Return whether the answer that was given most often is right; on a tie, the share of the tied answers that are right.
 
-    Numbers vote by their value, options and other texts by their wording. An answer that cannot be read does not vote.
+    Numbers vote by their value, options and other texts as they are compared with the right one. An answer that cannot be read
+    does not vote.
     """
     votes = Counter(_vote(result) for result in results if result.status == ANSWERED)
     most = max(votes.values(), default=0)
@@ -247,8 +248,8 @@ def wilson(correct: float, n: float) -> tuple[float, float]:
 def mean_interval(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> tuple[float, float]:
     """Return Wilson's interval for the mean of ``values`` in [0, 1], at the effective sample size that the clusters leave.
 
-    This size is never above the number of values. Where the variance is zero, because all are alike, it is the number of
-    clusters.
+    This size is never above the number of values. Where the variance is zero, as of values that are all alike, it is the number
+    of clusters.
     """
     if not values:
         raise ValueError("no items: a mean of nothing has no interval")

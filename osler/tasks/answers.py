@@ -7,8 +7,8 @@ a negation, alternative or doubt ("not (A)", "A or (B)"), a second letter or num
 word.
 
 A number is one word of digits, such as ``-5``, ``$1,080`` or ``72 apples``; units are ignored, because the answers of GSM8K have
-none. Such a word is not read with something glued to it (``5k``, ``1e3``, ``1/2``), other separators or words that change its
-value. Markdown, LaTeX's ``\\boxed{}``, full-width characters and the digits of any one script are understood.
+none. A number is not read if something is glued to it (``5k``, ``1e3``, ``1/2``), if it has other separators, or beside words
+that change its value. Markdown, LaTeX's ``\\boxed{}``, full-width characters and the digits of any one script are understood.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from osler.tasks.programs import NO_CODE, PASSED, complete, run_tests
 if TYPE_CHECKING:
     from osler.tokenizer.chat import Completion
 
-MAX_ANSWER_CHARS = 1000  # beside the longest option; a longer text is not read, which also bounds the time of a pattern
+MAX_ANSWER_CHARS = 1000  # beside those of the longest option; a longer answer is unread, which bounds the time of a pattern
 
 # The ASCII form of full-width characters, the minus sign and Arabic separators.
 _ASCII = {0xFF01 + k: 0x21 + k for k in range(94)} | {0x2212: "-", 0x066B: ".", 0x066C: ",", 0x066A: "%"}
@@ -73,7 +73,8 @@ _OTHER_NUMBER = re.compile(  # words beside a number that change it
 )
 
 
-# How lm-evaluation-harness reads GSM8K (its filters of these names), which is less careful than ``read_answer``.
+# How lm-evaluation-harness reads GSM8K (its filters of these names), which is less careful than ``read_answer``. Each pattern
+# has two groups, so that both find pairs.
 PUBLISHED = {"strict-match": r"#### (-?[0-9.,]+)()", "flexible-extract": r"(-?[$0-9.,]{2,})|(-?[0-9]+)"}
 
 
@@ -143,11 +144,11 @@ def _choice(text: str, options: Sequence[str]) -> int | None:
         text = verdict[1]
         whole = _matching(text, options)
     letter, beside, after = "", "", ""
-    misspelt = False  # whether the text beside the letter may differ from the option's
+    may_differ = False  # whether the text beside the letter may differ from the option's
     if found := _LONE.fullmatch(_QUOTES.sub("", text)):
         letter = found[1] or found[2]
     elif found := _TAIL.fullmatch(text):
-        letter, beside, misspelt = found[2], found[1], True
+        letter, beside, may_differ = found[2], found[1], True
     elif whole:
         pass  # "E. coli" and "Vitamin (A): deficiency" may be texts of options
     elif found := _HEAD.fullmatch(text):
@@ -161,7 +162,7 @@ def _choice(text: str, options: Sequence[str]) -> int | None:
     if whole and index not in whole:
         return None  # the letter of one option and the text of another
     matching = _matching(beside, options)
-    allowed = index in matching if matching or not misspelt else _is_free_of_doubt(beside, index, options)
+    allowed = index in matching if matching or not may_differ else _is_free_of_doubt(beside, index, options)
     return index if (allowed or not beside.strip()) and _is_free_of_doubt(after, index, options) else None
 
 

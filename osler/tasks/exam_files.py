@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 _KINDS = {str: "text", int: "a whole number", float: "a number", dict: "an object", list: "a list"}
 _DECISIONS = ("yes", "no", "maybe")  # the options of PubMedQA
-_ROWS_THAT_TELL = 32  # about a third of all answers are A: 32 rows without an A happen by chance once in 100,000 files
+_ROWS_THAT_TELL = 32  # about a third of all answers are A: by chance, fewer than one of 100,000 files has 32 rows without an A
 # The opening of an explanation: "Ans. (B) ", "Answer- C. ", "Ans. BSolitary bone cyst" (glued to the first word).
 _STUB = re.compile(r"^\W*(?i:ans(?:wer)?s?\b)\W*(?:(?i:is\b)\W*)?(?:(?i:[a-d])\b\W*|[A-D](?=[A-Z][a-z]))?")
 _NAMES_A_LETTER = re.compile(r"\b(?:ans(?:wer)?|option|choice)s?\b\W*(?:is\b\W*)?[a-d1-4]\b|\([a-d]\)", re.IGNORECASE)
@@ -128,7 +128,10 @@ def with_shots(items: Sequence[ExamItem], shots: Sequence[ExamItem], task: ExamF
 
 
 def read_exam(task: ExamFile, given: Iterable[Row]) -> list[ExamItem]:
-    """Return the items in the rows of an exam; ``task.path`` is for messages."""
+    """Return the items in the rows of an exam that ``task`` asks for; its path is only named in messages.
+
+    Raises UserError for a row that cannot be read, and when no item is left.
+    """
     rows, schema = [ExamRow(row, task) for row in given], SCHEMAS[type(task)]
     if not rows:
         raise UserError(f"{shown(task.path)} has no rows.")
@@ -173,7 +176,7 @@ def medmcqa_item(row: ExamRow) -> ExamItem:
     assert isinstance(row.task, MedmcqaTask)
     subject, options = row.values.get("subject_name"), tuple(row.text(name) for name in ("opa", "opb", "opc", "opd"))
     if row.values.get("cop") == 4 and row.task.first_option == 0:
-        hub = "and the hub's files count from 0: give the exam first_option=1, or write every 'cop' of data one less"
+        hub = "and the hub's files count from 0: give an exam first_option=1; in data to learn from, write every 'cop' one less"
         raise row.error(f"'cop' is 4, so this file counts its options from 1, as the authors' original does, {hub}.")
     return ExamItem(
         id=f"medmcqa-{row.text('id')}",
@@ -286,7 +289,7 @@ def questions_item(row: ExamRow) -> ExamItem:
 
 
 class Schema(NamedTuple):
-    """The fields of an exam's rows, the function that reads a row, and the split for exams of models with its size."""
+    """The fields of an exam's rows, the function that reads a row, and the split that models are examined with and its size."""
 
     fields: str
     read: Callable[[ExamRow], ExamItem]

@@ -89,7 +89,8 @@ def render_question(item: ExamItem) -> str:
 def render_plain(item: ExamItem, form: Form) -> str:
     """Return the text of a prompt without the template, as lm-evaluation-harness writes it: solved examples, then the item.
 
-    That is "Question: ... Answer:", with a list of the options in the form "letters". A story or a program stands as it is.
+    An item is "Question: ... Answer:", with a list of the options in the form "letters". A program stands as it is, and so does a
+    story in the other forms.
     """
 
     def alone(item: ExamItem) -> str:
@@ -187,7 +188,7 @@ def shared_questions(items: Sequence[ExamItem], others: Iterable[ExamItem]) -> l
 
     Context and question identify an item: its options may be fewer, more, reworded or in another order, and case, white space,
     punctuation and Unicode form do not matter. A question that says little by itself ("Which of the following is true?",
-    "6 x 7?") is the same only when half of the options agree too, or the answers when there are no options.
+    "6 x 7?") is the same only when at least half of the options agree too, or the answers when there are no options.
     """
     known: dict[str, list[ExamItem]] = {}
     for other in others:

@@ -11,7 +11,7 @@ import pytest
 from osler.cli import main as cli
 from osler.config.recipe import load_yaml
 from osler.config.schema import decode
-from osler.eval.config import EXAM_SEED, EvalConfig, config_of
+from osler.eval.config import CLINIC_EXAM, EXAM_SEED, EvalConfig, ExamSettings, config_of
 from osler.eval.exams import greedy, presentations, score_by_generation, score_by_likelihood
 from osler.eval.run import complete, parts, remarks, table
 from osler.eval.score import Result, ScoredExam, summarise
@@ -312,6 +312,10 @@ def test_a_task_without_type_is_the_clinic_with_some_fields_changed():
     twice = "{type: medqa, path: a.jsonl, split: dev}"
     with pytest.raises(UserError, match=r"medqa dev a\.jsonl is given twice"):
         parts(config_of([f"tasks=[{twice}, {twice}, {twice}]"]))
+    with pytest.raises(UserError, match="new_findings of the exam clinic is given twice"):
+        parts(config_of(["tasks=[clinic, {type: clinic, split: new_findings, seed: 1}]"]))
+    with pytest.raises(ValueError, match="task and tasks are both given"):
+        ExamSettings(task=CLINIC_EXAM, tasks=(CLINIC_EXAM,))
 
 
 def test_an_exam_is_known_by_its_name(runs, tmp_path, capsys):
