@@ -2,7 +2,7 @@
 
 Norms without a weight are written with ones, a factorized embedding as one matrix, and rows past the vocabulary are left out.
 Fields that changed their name in ``transformers`` 5 are written under both names, because an older release takes a default where
-it does not find its own. Shapes: V vocabulary, D hidden, R rank of a factorized embedding.
+it does not find the old name. Shapes: V vocabulary, D hidden, R rank of a factorized embedding.
 """
 
 from __future__ import annotations

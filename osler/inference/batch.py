@@ -21,7 +21,7 @@ from osler.ops.sampling import RowSampling
 from osler.ops.sampling_params import SamplingParams
 
 _PREFILL_TOKENS = 16_384  # tokens of prompts that run through the model at a time
-_WORTH_SHARING = 16  # equal tokens at least, and at least half of the prompt
+_WORTH_SHARING = 16  # a prompt starts from a row that has at least so many of its tokens, and at least half of them
 
 Prompt = tuple[int, ...]
 
@@ -32,14 +32,14 @@ class _Place:
 
     number: int = -1
     request: Request | None = None  # None: the row is free
-    drawn: int = 0  # tokens drawn, at most
-    tokens: Prompt = ()  # the tokens whose keys and values are in the cache
+    drawn: int = 0  # an upper bound of the tokens drawn, exact after ``collect``
+    tokens: Prompt = ()  # tokens that the cache has: of a running row its prompt, of a finished one all but the last
 
 
 class Batch:
-    """At most ``max_rows`` rows of at most ``slots`` tokens, ``new_tokens`` of them drawn; other requests wait their turn.
+    """At most ``max_rows`` rows of at most ``slots`` tokens, of which at most ``new_tokens`` are drawn; other requests wait.
 
-    It grows when requests wait. When none waits, it shrinks to the smallest power of two that holds the rows that run.
+    The batch grows when requests wait. When none waits, it shrinks to the smallest power of two that holds the rows that run.
     """
 
     def __init__(self, decoder: Decoder, slots: int, new_tokens: int, max_rows: int, can: Capabilities) -> None:
@@ -72,7 +72,7 @@ class Batch:
 
     @torch.inference_mode()
     def step(self, count: int = 1) -> None:
-        """Let waiting requests join, each with its first token, and then draw ``count`` more tokens for every row that runs."""
+        """Let waiting requests join, each with its first token, and then draw up to ``count`` more for every row that runs."""
         self._join()
         left = max((place.request.sampling.max_new_tokens - place.drawn for place in self._places if place.request), default=0)
         for _ in range(min(count, left)):
@@ -181,16 +181,16 @@ class Batch:
         rows_by_beginning: dict[Prompt, list[int]] = {}
         for row, place in enumerate(self._places):
             rows_by_beginning.setdefault(place.tokens[:_WORTH_SHARING], []).append(row)
-        parts: dict[int | None, list[Prompt]] = {}
-        shared: dict[int | None, int] = {}
+        parts: dict[int | None, list[Prompt]] = {}  # by the row that they start from
+        shared: dict[int | None, int] = {}  # tokens that the row has in common with all prompts of its part
         for prompt in prompts:
             rows = rows_by_beginning.get(prompt[:_WORTH_SHARING], [])
             count, best = max(((_num_equal(prompt[:-1], self._places[row].tokens), row) for row in rows), default=(0, -1))
-            of = best if count >= max(_WORTH_SHARING, len(prompt) // 2) else None
-            parts.setdefault(of, []).append(prompt)
-            shared[of] = min(shared.get(of, count), count)
-        for of, own in sorted(parts.items(), key=lambda part: part[0] is None):
-            past = None if of is None else self._cache.beginning(of, shared[of])
+            start_row = best if count >= max(_WORTH_SHARING, len(prompt) // 2) else None
+            parts.setdefault(start_row, []).append(prompt)
+            shared[start_row] = min(shared.get(start_row, count), count)
+        for start_row, own in sorted(parts.items(), key=lambda part: part[0] is None):
+            past = None if start_row is None else self._cache.beginning(start_row, shared[start_row])
             chunk = max(_PREFILL_TOKENS // (max(map(len, own)) - (past.filled if past else 0)), 1)
             for start in range(0, len(own), chunk):
                 yield own[start : start + chunk], past

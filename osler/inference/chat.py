@@ -36,9 +36,8 @@ def chat(checkpoint: str, sampling: SamplingParams, stop: Sequence[str] = (), *,
     """Answer the questions of stdin until it ends: the command ``chat``.
 
     The answer to question k (from 0) is drawn with the seed plus k. So the same question may later get another answer, while a
-    whole session can be repeated.
-    With ``reasoning`` None the model thinks first if it learned to. Ctrl-C stops an answer, or the session if questions are piped
-    in.
+    whole session can be repeated. With ``reasoning`` None the model thinks first if it learned to. Ctrl-C stops an answer, or the
+    session if questions are piped in.
     """
     ready = open_model(checkpoint)
     reasoning = ready.reasons if reasoning is None else reasoning

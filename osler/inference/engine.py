@@ -64,7 +64,7 @@ class InferenceEngine:
     ) -> list[Continuation]:
         """Draw ``samples_per_prompt`` completions of every prompt; result r (from 0) continues prompt r // samples_per_prompt.
 
-        Its random numbers are those of row ``first_row`` + r, so several calls can share a larger one and draw the same.
+        Result r has the random numbers of row ``first_row`` + r, so several calls can share a larger one and draw the same.
         Raises UserError where ``check_request`` does.
         """
         for index, prompt in enumerate(prompts):

@@ -99,7 +99,7 @@ class Rows:
         *,
         mask_places: int | None = None,
     ) -> None:
-        """Rows keep sampling masks, which are large, for ``mask_places`` of their tokens; None: for all."""
+        """Rows keep sampling masks, which are large, for their first ``mask_places`` tokens; None: for all."""
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(rows, *shape, dtype=dtype, device=device)

@@ -12,7 +12,7 @@ from osler.ops.sampling_params import SamplingParams
 from osler.tokenizer.bpe import Tokenizer
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what the bytes of half a character decode to
-_END = -1  # stands behind the last token
+_END = -1  # the marker behind the last token
 
 
 def pieces(
@@ -23,9 +23,10 @@ def pieces(
     markers: Set[int],
     stops: Sequence[str] = (),
 ) -> Iterator[str | int]:
-    """Yield text as soon as it is certain, and markers as ids; a character that never gets its bytes is shown at the end.
+    """Yield text as soon as it is certain, and markers as ids; at the end, unless a stop string came, -1.
 
-    New tokens are cut to what the model's ``max_seq_len`` leaves. The text ends before the first of the ``stops``.
+    A character that never gets all of its bytes is shown as a replacement character before the next marker. New tokens are cut to
+    what the model's ``max_seq_len`` leaves. The text ends before the first of the ``stops``.
     """
     room = engine.model.config.max_seq_len - len(prompt)
     sampling = replace(sampling, max_new_tokens=max(min(sampling.max_new_tokens, room), 1), stop_ids=(tokenizer.eos_id,))

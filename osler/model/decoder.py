@@ -81,7 +81,7 @@ class Decoder:
         for attention, feed_forward in self._layers:
             x_BD = x_BD + attention.step(x_BD, rope, cached)
             x_BD = x_BD + feed_forward(x_BD)
-        cache.length_B += running_B  # the other rows write over their last token in the next step
+        cache.length_B += running_B  # a row that has ended writes into the same slot again
         return self.logits(x_BD)
 
     def _rope_at(self, positions: Tensor) -> tuple[Tensor, Tensor]:

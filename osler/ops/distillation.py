@@ -92,7 +92,7 @@ def _of_logits(
 
 
 def _of_chunk(logits_CV: Tensor, teacher_CV: Tensor, label_C: Tensor, scale_C: Tensor, mix: Mix) -> tuple[Tensor, Tensor, Tensor]:
-    """Do the same, on a CPU by blocks of rows that stay in the cache. A compiler fuses the operations instead."""
+    """Do the same as ``_of_logits``, on a CPU by blocks of rows that stay in the cache; a compiler fuses the operations."""
     rows = max(1, BLOCK_LOGITS.get(logits_CV.device.type, logits_CV.numel()) // logits_CV.shape[1])
     if torch.compiler.is_compiling() or rows >= logits_CV.shape[0]:
         return _of_logits(logits_CV, teacher_CV, label_C, scale_C, mix)

@@ -1,10 +1,9 @@
-"""AdamW for weights in bf16: it computes the update in fp32 and rounds everything it keeps stochastically to bf16.
+"""AdamW for weights in bf16: it computes the update in fp32 and rounds everything that it keeps to bf16, stochastically.
 
 Weight, gradient and moments take eight bytes per parameter instead of sixteen. Rounding to the nearest would lose updates smaller
-than half a step; a step of bf16 is 0.4 to 0.8 % of a number. Rounding at random makes the number the mean of many roundings
-(arXiv 1502.02551, 2010.06192, 2502.20566). The random bits are a hash of (seed, number of the parameter, step, position), so
-resume is exact, and skipped steps and micro-batches change nothing. Gradients of several micro-batches are summed in fp32 and
-rounded once.
+than half a step; a step of bf16 is 0.4 to 0.8 % of a number. Rounded at random, a number is right on average (arXiv 1502.02551,
+2010.06192, 2502.20566). The random bits are a hash of (seed, number of the parameter, step, position), so resume is exact, and
+skipped steps and micro-batches change nothing. Gradients of several micro-batches are summed in fp32 and rounded once.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -99,7 +98,7 @@ class Bf16AdamW(torch.optim.Optimizer):
     found_inf: Tensor | None = None
 
     def __init__(self, groups: Iterable[dict[str, Any]], *, betas: tuple[float, float], eps: float, seed: int = 0) -> None:
-        # A checkpoint must know that steps are counted on the device.
+        # With `capturable` a loaded state keeps the counts of steps on the device.
         defaults = {"lr": 1e-3, "betas": betas, "eps": eps, "weight_decay": 0.0, "capturable": True}
         super().__init__(groups, defaults)
         self.seed = seed

@@ -29,7 +29,7 @@ def group_of(parameter_name: str) -> str:
 def grouped(
     model: nn.Module, matrices: Mapping[str, Any], embeddings: Mapping[str, Any], vectors: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Return the parameter groups that are not empty with their settings; ``base_lr`` keeps a group's full learning rate."""
+    """Return the parameter groups that are not empty with their settings; ``base_lr`` keeps a group's peak learning rate."""
     groups = []
     for name, settings in {"matrices": matrices, "embeddings": embeddings, "vectors": vectors}.items():
         parameters = [parameter for of, parameter in model.named_parameters() if group_of(of) == name]

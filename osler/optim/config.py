@@ -8,7 +8,7 @@ from osler.optim.schedule import ConstantWeightDecay, Momentum, MomentumWarmup, 
 
 @config
 class AdamWConfig:
-    """AdamW (arXiv 1711.05101) in three groups: matrices decayed, embeddings and head, vectors undecayed."""
+    """AdamW (arXiv 1711.05101) in three groups: matrices, embeddings with the head, and vectors; only matrices decay."""
 
     type: Literal["adamw"] = "adamw"
     lr: PositiveFloat = 2.5e-3  # peak learning rate of matrices and vectors
@@ -22,9 +22,10 @@ class AdamWConfig:
 
 @config
 class MuonConfig:
-    """Muon (see ``optim/muon.py``) for matrices; embeddings, head and vectors have AdamW, undecayed.
+    """Muon (see ``optim/muon.py``) for matrices; embeddings, head and vectors have AdamW without decay.
 
-    A step changes a matrix by about ``lr`` in spectral norm. The learning rates of both follow the run's schedule.
+    A step changes a matrix by about ``lr`` in spectral norm, or by ``lr * sqrt(rows / columns)`` if it is tall. The learning
+    rates of Muon and AdamW follow the run's schedule.
     """
 
     type: Literal["muon"] = "muon"

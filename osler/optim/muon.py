@@ -6,9 +6,9 @@ singular values end between about 0.7 and 1.2, which learns as well as exactly 1
 columns))``, which makes its effect on the outputs the same for every shape, so one learning rate serves all matrices and widths
 (arXiv 2310.17813). Embeddings, head and vectors do not map hidden states to each other and stay with AdamW.
 
-Matrices of equal shape are orthogonalised in one batched call; the ranks of a process group share that and gather the same bits.
-Sharded parameters (DTensor, from FSDP2) are gathered for it. A step with ``found_inf`` = 1 changes nothing, without waiting for
-it.
+Matrices of equal shape are orthogonalised in one batched call. The ranks of a process group share its work and gather the same
+bits; sharded parameters (DTensor, from FSDP2) are gathered before it. A step with ``found_inf`` = 1 changes nothing, and the host
+does not wait for that tensor.
 
 Shapes: S matrices of a stack, M rows, N columns (of the shard, where parameters are sharded).
 """
@@ -148,9 +148,10 @@ def fused_descent(
 
 
 def equal_shapes(parameters: Iterable[Tensor], multiple: int) -> Iterator[list[Tensor]]:
-    """Yield lists of matrices that can be stacked: equal shape, dtype and device, at most ``STACK_ELEMENTS`` together.
+    """Yield lists of matrices that can be stacked: equal shape, dtype and device.
 
-    The length of a list is a multiple of ``multiple``, except for the last list of a shape.
+    A list has at most ``STACK_ELEMENTS``, but at least ``multiple`` matrices if there are so many. Its length is a multiple of
+    ``multiple``, except for the last list of a shape.
     """
     by_shape: dict[Any, list[Tensor]] = {}
     for parameter in parameters:

@@ -1,6 +1,6 @@
 """All use of ``torch.compile``: whether it works here and is worth its time, what is compiled, how many shapes are kept.
 
-Shapes are static, because a training step has one in each stage of a curriculum, and code for a known shape is faster.
+Shapes are static, because a training step has one shape in each stage of a curriculum, and code for a known shape is faster.
 """
 
 import functools
@@ -20,7 +20,10 @@ COMPILED_SHAPES = 64  # of one function at most; torch's own limit is 8, and a c
 
 
 def should_compile(mode: str, device: torch.device, *, steps: int) -> bool:
-    """Return whether a run of ``steps`` steps compiles; ``auto`` compiles where that works and pays."""
+    """Return whether a run of ``steps`` steps compiles; ``auto`` compiles where that works and pays.
+
+    Raises UserError when ``mode`` is "always" and compilation does not work here.
+    """
     if mode == "never" or (mode == "auto" and steps < COMPILE_MIN_STEPS):
         return False
     works, reason = compile_works(device)
@@ -32,9 +35,9 @@ def should_compile(mode: str, device: torch.device, *, steps: int) -> bool:
 
 
 def compile_loss(loss: SummedLoss, *, by_block: bool) -> None:
-    """Compile ``loss`` in place for every shape: as one graph, or each block and what follows the last block as their own.
+    """Compile ``loss`` in place for every shape: as one graph, or ``by_block``: each block, and what follows the last one.
 
-    Separate blocks share one graph, and ranks can exchange a block's gradient while the block before it still computes.
+    Blocks then share one graph, and ranks can exchange a block's gradient while the block before it still computes.
     """
 
     def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -2,7 +2,7 @@
 
 Both average gradients during the backward pass. FSDP2 shards a model on the ``meta`` device, so no rank ever holds all weights
 before evaluation gathers them. While micro-batches accumulate, a rank keeps whole gradients. Weights are gathered in the compute
-dtype and gradients reduced in fp32, as wide as with one process; only FP8 gets weights that were rounded to bf16 before.
+dtype and gradients reduced in fp32, as precisely as with one process; only FP8 gets weights that were rounded to bf16 before.
 https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 """
 

@@ -37,7 +37,7 @@ def switched_off(switch: Callable[[bool], Any]) -> Iterator[None]:
 class ParallelEngine:
     """Training on one process, or by a strategy that leaves averaged gradients in ``parameter.grad``."""
 
-    leaves_gradients = True
+    leaves_gradients = True  # in ``parameter.grad``, from the backward pass to the update
 
     def __init__(self, loss: LossFunction, world: World | None = None, accumulating: Accumulating = nullcontext) -> None:
         """``loss`` sums over this rank's rows. Within ``accumulating()`` a backward pass leaves its gradient on the rank."""

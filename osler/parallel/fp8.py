@@ -26,7 +26,7 @@ FIRST_CAPABILITY = (8, 9)  # Ada, the first CUDA devices with FP8; 9.0 is Hopper
 
 
 def convert_to_fp8(model: Transformer, device: torch.device, *, tokens: Sequence[int]) -> None:
-    """Let the projections of ``model`` train in FP8, in place; ``tokens`` has the count of a forward pass in each stage."""
+    """Let the projections of ``model`` train in FP8, in place; ``tokens`` are those of a forward pass in each stage."""
     check_shapes(model.config, tokens)
     on_gpu = device.type == "cuda"
     if on_gpu:
@@ -50,7 +50,7 @@ def check_shapes(config: ModelConfig, tokens: Sequence[int]) -> None:
     uneven = [f"{name} {size:,}" for name, size in sizes if size % TILE]
     if uneven:
         raise UserError(
-            f"precision=fp8 needs multiples of {TILE}, and these are none: {', '.join(uneven)}. Change them, or use "
+            f"precision=fp8 needs multiples of {TILE}, and these are not: {', '.join(uneven)}. Change them, or use "
             "precision=bf16."
         )
 

@@ -1,7 +1,7 @@
 """The configuration of GRPO: the algorithm, the sampler it draws from, and the filters of its samples. Torch-free.
 
 The defaults are the published choices of DeepSeek-V3.2 (arXiv 2512.02556, section 3.1): advantages without the division by the
-standard deviation, the unbiased KL estimate, and the off-policy sequence mask off until ``opsm_delta`` is given.
+standard deviation, and the unbiased KL estimate. Its off-policy sequence mask is off until ``opsm_delta`` is given.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class QualityConfig:
     # zero gives a bad sample reward 0 and leaves it in its group; drop takes it out of group and loss, which biases the
     # baseline; off only measures
     action: Literal["zero", "drop", "off"] = "zero"
-    require_answer: bool = True  # whether a sample without an answer is bad
+    require_answer: bool = True  # whether a sample without an answer that can be read is bad
     ngram: PositiveInt = 4  # length in tokens of the n-grams whose repeats are counted
     max_repeated_frac: Fraction = 0.5  # share of n-grams that may repeat an earlier one; a sample with more is degenerate
     min_tokens: PositiveInt = 32  # shorter samples are never degenerate
@@ -92,8 +92,8 @@ class AlgorithmConfig:
     reference_refresh_steps: PositiveInt | None = None
 
     dynamic_sampling: bool = False  # whether groups whose rewards are all equal are replaced
-    max_refills: NonNegativeInt = 3  # rollouts more, at most, to replace them
-    # difficulty pools: a question whose samples were all right, or all wrong, is left out of the next epoch; the second time
+    max_refills: NonNegativeInt = 3  # at most so many more rollouts of a step to replace them
+    # difficulty pools: a question whose samples all earned the same is left out of the next epoch; the second time
     # in a row, of the next two; and so on up to this number. Others are asked in its place. 0: every epoch asks every question
     most_rested_epochs: NonNegativeInt = 0
     # a completion cut at the length limit: mask gives it no gradient but keeps it in the baseline and in the denominators,
@@ -132,7 +132,7 @@ class ServerRollout:
 
     type: Literal["server"] = "server"
     urls: tuple[str, ...]  # of the servers, such as http://localhost:8000; each gets its share of a step's questions
-    # folder in which the run makes one for its weights, which the servers read under the same path; null: the run folder
+    # where the run makes a folder for its weights, which the servers read under the same path; null: in the run folder
     weights_dir: str | None = None
     timeout_seconds: PositiveFloat = 600.0  # of one request; a server that takes longer is asked again
     retry_seconds: PositiveFloat = 300.0  # how long a server that cannot be reached is waited for, while it starts anew

@@ -203,7 +203,7 @@ class RolloutWorker:
     servers: RolloutServers | None = None  # draw in place of the engine
 
     def step(self, step: int) -> tuple[list[Group], int]:
-        """Return the groups of a step and how many completion tokens were sampled for them, refilled ones included."""
+        """Return the groups of a step and how many completion tokens were sampled for them, those of refills included."""
         algorithm, groups = self.algorithm, self.ask(step)
         sampled_tokens = count_tokens(groups)
         asked, resting = list(groups), self.resting(step)

@@ -2,7 +2,7 @@
 
 A checkpoint holds model, reference, tokenizer and optimizer, so a moved run folder needs neither recipe nor ``init_from``.
 
-A new run begins with a preflight: the policy answers the questions of the first step once ahead of it, at the run's own sampling
+A new run begins with a preflight: before the first step the policy answers that step's questions, at the run's own sampling
 settings. A model that never saw the template earns nothing, every advantage is zero, and the run would go through its time
 without an error and without learning. So such a model is refused before the run takes its folder. A draw belongs to (seed, row,
 position), so the first step draws the same completions again, and a run is the same with and without its preflight.

@@ -220,7 +220,7 @@ class RolloutServers:
     def _ask(self, server: _Server, path: str, body: dict[str, Any] | None = None, final: int | None = None) -> dict[str, Any]:
         """Return the JSON object that a server answers with; a request with a body is a POST.
 
-        Raises Unavailable when the server may answer later, and UserError for any other status, and for ``final``.
+        Raises Unavailable when the server may answer later, and UserError for other statuses and ``final``.
         """
         data = None if body is None else json.dumps(body).encode()
         request = Request(server.url + path, data, {"Content-Type": "application/json"})
@@ -229,7 +229,7 @@ class RolloutServers:
                 told = answer.read()
         except HTTPError as error:
             said = ""
-            with contextlib.suppress(OSError, HTTPException):  # it may break off in the middle of that, too
+            with contextlib.suppress(OSError, HTTPException):  # the connection may also break while this is read
                 said = error.read(1000).decode("utf-8", "replace").strip()
             if error.code in TRANSIENT and error.code != final:
                 raise Unavailable(f"answered {path} with {error.code} ({said})") from error

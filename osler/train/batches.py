@@ -20,14 +20,14 @@ def make_loader(
     *,
     pin_memory: bool = False,
 ) -> Loader:
-    """Return the loader of this rank's batches. In each source a stage begins where the last stage ended.
+    """Return the loader of this rank's batches. In each source a stage begins where the stage before it ended.
 
     Raises UserError when the sources that a stage names are not those of the data.
     """
     orders = {source.name: Order(source.train, config.seed) for source in prepared.sources}
     # The shards may have been prepared under other names, with other weights.
     of_data = {name: s.weight for name, s in config.sources.items()} or {s.name: s.weight for s in prepared.sources}
-    prompt_loss = config.kind == "pretrain"  # it learns every token; fine-tuning, those that loss masks select
+    prompt_loss = config.kind == "pretrain"  # pretraining learns every token, fine-tuning those that loss masks select
     first_tokens = dict.fromkeys(orders, 0)
     stages = []
     for span in config.timeline.spans:

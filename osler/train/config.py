@@ -81,7 +81,7 @@ class TrainConfig(RunConfig):
     init_from: str | None = None  # run folder or checkpoint to start from; its model and tokenizer replace those given here
     model: ModelConfig = ModelConfig()
     tokenizer: TokenizerConfig = BPEConfig()
-    # a model to learn from besides the data; a run without init_from and tokenizer.path takes its tokenizer; null: none
+    # a model to learn from besides the data; a run without init_from, shards and tokenizer.path takes its tokenizer; null: none
     teacher: TeacherConfig | None = None
     data: DataConfig = ClinicData()
     # sets that the run is evaluated on, each by itself and all together; none: what is held out of each source of data. An
@@ -92,7 +92,7 @@ class TrainConfig(RunConfig):
     # examples whose answer does not fit into a row with its question (sft, packing whole): refuse to begin, or drop them
     too_long: Literal["refuse", "drop"] = "refuse"
     document_mask: bool = False  # whether attention stays inside a document
-    seq_len: PositiveInt = 128  # tokens in a row: with a curriculum in its longest, and in those of held-out text
+    seq_len: PositiveInt = 128  # tokens in a row; with a curriculum in its longest rows, and in rows of held-out text
     batch_tokens: PositiveInt = 8_192  # tokens per optimizer step
     micro_batch_tokens: PositiveInt | None = None  # tokens per forward pass of one process; null: its whole batch at once
     curriculum: tuple[CurriculumStage, ...] = ()  # stages of shorter rows and other batches; none: the same throughout

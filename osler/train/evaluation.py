@@ -53,7 +53,7 @@ def held_out_scores(
 def heads(config: TrainConfig, sets: Mapping[str, ShardSet]) -> dict[str, ShardSet]:
     """Return the first shards of each set that has a document, also while later ones are being prepared.
 
-    A set without a document counts on no rank, because some ranks may know that it is empty before they open the data.
+    A set without a document is left out, because a rank that opens finished data does not see it, and all ranks must agree.
     """
     sets = {name: shards for name, shards in sets.items() if shards.head(1).num_documents}
     return {name: shards.head_within(config.evaluated_tokens(len(sets))) for name, shards in sets.items()}
@@ -72,7 +72,7 @@ def held_out_batches(config: TrainConfig, shards: ShardSet) -> Iterator[tuple[Te
 
 
 def values_of(config: TrainConfig, score: TextScore) -> dict[str, float]:
-    """Return the values of a score that are told. If only answers are learned, their bytes are not known."""
+    """Return the values of a score that are reported; in fine-tuning not the bits per byte, as nobody counts answers' bytes."""
     values = {"loss": score.loss, "bits_per_byte": score.bits_per_byte, "token_accuracy": score.token_accuracy}
     return {name: value for name, value in values.items() if config.kind == "pretrain" or name != "bits_per_byte"}
 
@@ -80,7 +80,7 @@ def values_of(config: TrainConfig, score: TextScore) -> dict[str, float]:
 def as_metrics(config: TrainConfig, prepared: Prepared, scores: Mapping[str, TextScore]) -> dict[str, float]:
     """Return the metrics of an evaluation: `eval/loss` and the like for all sets together, `eval/SET/loss` for each set.
 
-    A single set without a name is not told twice.
+    A single set without a name is not reported twice.
     """
     if not scores:
         return {}

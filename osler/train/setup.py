@@ -48,14 +48,14 @@ logger = logging.getLogger(__name__)
 
 DATA = "data"  # in the run folder: the shards that are prepared for it
 ROUND_LENGTH = 64  # a proposed row length is a multiple of this
-# A run with more passes over the data than this is told so at the start. Muennighoff et al. 2023, arXiv 2305.16264, found up to
+# The start of a run with more passes over the data than this says so. Muennighoff et al. 2023, arXiv 2305.16264, found up to
 # 4 passes over text nearly as good as new text, and hardly a gain after 16. Fine-tuning often repeats few examples many times.
 WORTHWHILE_EPOCHS = {"pretrain": 4, "sft": 16}
-LOOKED_AT = 64  # before a run begins, so many documents show what its tokenizer loses
+ROUND_TRIPS = 64  # before a run begins, so many documents are encoded and decoded, to see what its tokenizer loses
 
 
 def check_plan(config: TrainConfig, *, is_new: bool) -> None:
-    """Raise UserError when something that a run needs besides data is missing: device, packages, tokenizer, trackers."""
+    """Raise UserError when something that a run needs besides data is missing: device, disk budget, packages, tokenizer."""
     device = pick_device(config.device)
     check_disk_budget(config)
     if config.precision == "fp8":
@@ -65,8 +65,8 @@ def check_plan(config: TrainConfig, *, is_new: bool) -> None:
     if is_new and config.init_from is None and (tokenizer := tokenizer_at_hand(config)) is not None:
         fitted(config.model, refuse_missing_bytes(tokenizer))
         for corpus in open_corpora(config.text).values() if config.text else ():
-            looked_at = islice(corpus.documents(), LOOKED_AT)
-            Losses().look(tokenizer, (part for document in looked_at for part in document.parts))
+            first = islice(corpus.documents(), ROUND_TRIPS)
+            Losses().look(tokenizer, (part for document in first for part in document.parts))
 
 
 def check_distillation(config: TrainConfig, start: store.Loaded | None) -> None:
@@ -151,8 +151,8 @@ def make_model(
 ) -> tuple[Transformer, Tokenizer | None, Callable[[], None]]:
     """Return the model to train and its tokenizer: from ``checkpoint``, from ``init_from``, or new (no tokenizer).
 
-    The weights of ``checkpoint`` are loaded later, by ``Loop.restore``. A model that FSDP is going to shard is on ``meta``. The
-    third value is a function that fills in its weights after the sharding.
+    The weights of ``checkpoint`` are loaded later, by ``Loop.restore``. A model that FSDP is going to shard is on ``meta``, and
+    the function that is returned fills in its weights after the sharding; for another model it does nothing.
     """
     source = checkpoint
     if checkpoint is None and config.init_from is not None:
@@ -199,7 +199,7 @@ def pass_tokens(config: TrainConfig, processes: int) -> list[int]:
 
 
 def make_tokenizer(config: TrainConfig, given: Tokenizer | None, kept: Path) -> Tokenizer:
-    """Return the run's tokenizer: the model's (``given``), ``kept``, the one at hand, or a new one."""
+    """Return the run's tokenizer: the model's (``given``), else that in ``kept``, else the one at hand, else a new one."""
     if given is not None:
         return given
     if kept.exists():
@@ -243,8 +243,8 @@ def fitted(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
 def check_prepared(config: TrainConfig, prepared: Prepared, max_seq_len: int) -> None:
     """Raise UserError for examples whose answers would be cut from their questions, or warn how many ``too_long=drop`` drops.
 
-    ``max_seq_len`` is the limit of the model. Raises UserError also when a split would be left empty, or when early stopping is
-    asked for and nothing is held out to measure progress on.
+    ``max_seq_len`` is the limit of the model. Also raises UserError when nothing would be left of the training data or of a
+    validation set, or when early stopping is asked for and nothing is held out to measure progress on.
     """
     if config.early_stopping_patience is not None and not prepared.validation_sets:
         raise UserError(

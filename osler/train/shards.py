@@ -1,7 +1,7 @@
-"""The shards that a run learns from: prepared in its folder, copied from the run that it branches from, or given to it.
+"""The shards that a run learns from: prepared in its folder, taken over from the run that it branches from, or given.
 
-They belong to the run from its first step on. So a run can be resumed when the source files of the shards are gone, or when a
-relative path to them is not valid in the current folder.
+Shards in its folder belong to the run from its first step on. So a run can be resumed when the source files of the shards are
+gone, or when a relative path to them is not valid in the current folder.
 """
 
 from __future__ import annotations
@@ -116,10 +116,11 @@ def _open(
 
 
 def exams_in_data(config: TrainConfig, shards: Path, start: store.Loaded | None) -> Callable[[], Mapping[str, bytes]]:
-    """Return a function that gives the file of a checkpoint about exam items in the data that the model has learned from.
+    """Return a function that gives a checkpoint's file on which exam items are in the data that the model has learned from.
 
-    The model has learned from the data of this run, and before from the data of the model that the run begins with. The run
-    continues from `start`, which knows of all data up to there. Nothing is known of data while they are being prepared.
+    The model learns from the data of this run, and may have learned from others before. What is known of those is in the same
+    file of ``start``, the checkpoint that the run continues from, or at its beginning of ``init_from``. The function gives no
+    file while the data of this run are being prepared.
     """
     before = None
     if start is not None and (EXAMS_FILE in start.files or config.allow_data_change):
@@ -173,7 +174,7 @@ def _open_given(config: TrainConfig, tokenizer: Tokenizer, whose: str) -> Prepar
 
 
 def is_source_gone(config: TrainConfig, run: RunFolder) -> bool:
-    """Whether source files of the shards are missing. A path that differs from the run's must exist."""
+    """Return whether sources of the shards are missing. Of a run that has begun, only those in its own config may be."""
     missing = _missing(config)
     if not missing or not run.config.exists():
         return bool(missing)
@@ -184,7 +185,7 @@ def is_source_gone(config: TrainConfig, run: RunFolder) -> bool:
 def shards_at_hand(config: TrainConfig, run: RunFolder, start: store.Loaded | None) -> Path | None:
     """Return the folder of shards that are the run's: in its own folder, or in that of the run that it branches from."""
     own = shards_of(config, run)
-    if start is None:  # the config is written after the shards are whole
+    if start is None:  # config.yaml is written after the shards, or once their preparation runs beside the training
         return own if run.config.exists() and (own / DATA_MANIFEST).is_file() else None
     candidates = [own]
     if not own.exists():

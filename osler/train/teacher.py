@@ -49,7 +49,7 @@ class Teacher:
 
     def __init__(self, path: Path, fingerprint: str, machine: Machine) -> None:
         self.fingerprint = fingerprint
-        # In the dtype that it computes in: its layers would cast every weight to that anyway.
+        # The weights are kept in the compute dtype, because the layers would cast them to it anyway.
         self.model = load_model(path, device=machine.device, compute_dtype=machine.dtype).model.to(machine.dtype)
         self.model.requires_grad_(False)
         self._hidden = compile_forward(self.model) if machine.compile else self.model.forward

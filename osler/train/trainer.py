@@ -71,7 +71,8 @@ class TrainStep:
 
         ``mark`` is called at the end of each part of a step: forward, backward, optimizer.
 
-        ``around_update`` returns a context for the update, while the gradients exist. Its function returns the batch's rows.
+        ``around_update`` returns a context for the update, while the gradients exist. It is given a function that returns the
+        rows of the batch.
         """
         self.parameters = [parameter for parameter in learner.model.parameters() if parameter.requires_grad]
         self.optimizer, self.engine, self.device = learner.optimizer, learner.engine, learner.device
