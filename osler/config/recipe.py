@@ -110,6 +110,7 @@ def _set(node: Any, keys: Sequence[str], value: Any) -> None:
 
 
 def _load_file(path: Path, users: tuple[Path, ...]) -> dict[str, Any]:
+    """Return the recipe in a file, laid over its bases; ``users`` are the recipes that are built on it, outermost first."""
     if path in users:
         circle = " → ".join(item.stem for item in [*users[users.index(path) :], path])
         raise UserError(f"{path}: recipes may not be their own base ({circle})")

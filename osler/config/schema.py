@@ -184,7 +184,7 @@ def _adapter(cls: Any) -> Any:
 
 
 def _complete(annotation: Any, given: Any, default: Any = None) -> Any:
-    """Return the given value of a field, completed at every depth with the field's default where that has the same type."""
+    """Return the given value of a field, completed at every depth with the field's default where that default has its type."""
     members = members_of(annotation)
     if isinstance(given, list) and len(members) == 1 and get_origin(members[0]) in (list, tuple):
         return [_complete(get_args(members[0])[0], item) for item in given]

@@ -38,7 +38,7 @@ from osler.tokenizer.chat import Completion, encode_prompt, parse_completion
 Normalise = Literal["bytes", "characters", "tokens", "none"]
 Read = Callable[[ExamItem, Completion], Reading]
 STOPS = ("Question:", "</s>", "<|im_end|>")  # what ends a written answer to a plain prompt
-ITEM_ROWS = 256  # about how many rows of hidden states one item has
+ITEM_ROWS = 256  # rows of hidden states of one item, roughly, for which the weights are laid out
 
 
 def greedy(max_new_tokens: int) -> SamplingParams:

@@ -65,7 +65,7 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Build the optimizer of ``config`` over all of ``model``'s parameters; ``seed`` is for stochastic rounding.
 
-    The ranks of ``process_group`` hold the same model and gradients, and may share an update's work.
+    The ranks of ``process_group`` hold the same model and gradients, whole or sharded, and may share an update's work.
     """
     return OPTIMIZERS[type(config)](model, config, seed, process_group)
 

@@ -48,8 +48,8 @@ def orthogonalize(matrices_SMN: Tensor, steps: int, dtype: torch.dtype) -> Tenso
 class Muon(torch.optim.Optimizer):
     """Muon on the group named ``matrices``, torch's fused AdamW on all others; these have AdamW's options.
 
-    Newton-Schulz runs in ``dtype``. The ranks of ``process_group`` hold the same parameters and gradients and share the
-    work; without a group every rank does all of it.
+    Newton-Schulz runs in ``dtype``. The ranks of ``process_group`` hold the same parameters and gradients, whole or
+    sharded, and share the work; without a group every rank does all of it.
     """
 
     found_inf: Tensor | None = None

@@ -35,7 +35,7 @@ def should_compile(mode: str, device: torch.device, *, steps: int) -> bool:
 
 
 def compile_loss(loss: SummedLoss, *, by_block: bool) -> None:
-    """Compile ``loss`` in place for every shape: as one graph, or ``by_block``: each block, and what follows the last one.
+    """Compile ``loss`` in place, anew for every shape: as one graph, or ``by_block``: each block, and what follows the last one.
 
     Blocks then share one graph, and ranks can exchange a block's gradient while the block before it still computes.
     """

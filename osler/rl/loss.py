@@ -1,4 +1,4 @@
-"""The mathematics of GRPO (arXiv 2402.03300) as pure functions of tensors: advantages, and the loss of log-probabilities.
+"""The mathematics of GRPO (arXiv 2402.03300) as pure functions of tensors: advantages of rewards, a loss of log-probabilities.
 
     w      = exp(logp - logp_old)                                          never detached
     kl     = w * (exp(logp_ref - logp) - (logp_ref - logp) - 1)            unbiased k3: value and gradient
@@ -37,7 +37,7 @@ def group_advantages(
 
     "mean" subtracts the group mean; "mean_std" also divides by the group's standard deviation (n - 1 in its
     denominator); "leave_one_out" subtracts the mean of the *other* samples (RLOO, arXiv 2402.14740). Samples where
-    ``valid_PG`` is False take no part in any statistic and get advantage 0; so does the only valid sample of a group.
+    ``valid_PG`` is False take no part in any statistic and get advantage 0. The only valid sample of a group gets 0 too.
     A group whose valid rewards are all equal gets exact zeros.
     """
     valid_PG = torch.ones_like(rewards_PG, dtype=torch.bool) if valid_PG is None else valid_PG
@@ -119,7 +119,7 @@ def grpo_loss(inputs: LossInputs, algorithm: AlgorithmConfig) -> tuple[Tensor, d
     if algorithm.opsm_delta is not None:
         on_policy_B = ~((inputs.advantages_B < 0) & (seq_kl_B > algorithm.opsm_delta))
     per_token_BT = surrogate_BT * on_policy_B[:, None]
-    undrifted_BT = -advantages_B1 * on_policy_B[:, None]  # the same with every ratio at 1
+    undrifted_BT = -advantages_B1 * on_policy_B[:, None]  # the surrogate with every ratio at 1
 
     kl_BT = torch.zeros_like(log_ratio_BT)
     if algorithm.beta > 0.0:
@@ -170,7 +170,7 @@ def add_sums(total: dict[str, Tensor], part: dict[str, Tensor]) -> dict[str, Ten
 
 
 def loss_metrics(sums: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Turn the sums of one update into its metrics, under the names of the metrics table; they stay on the device."""
+    """Turn the sums of one update into its metrics, under the names of ``monitor/metrics.py``; they stay on the device."""
     tokens, rows = sums["tokens"].clamp(min=1), sums["rows"].clamp(min=1)
     metrics = {
         "loss": sums["loss"],

@@ -339,7 +339,7 @@ def count_tokens(groups: Sequence[Group]) -> int:
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Return the metrics of a batch of groups, under the names of the metrics table."""
+    """Return the metrics of a batch of groups, under the names of ``monitor/metrics.py``."""
     samples = [sample for group in groups for sample in group.samples]
     count, lengths = len(samples), [len(sample.ids) for sample in samples]
     effective = sum(group.effective for group in groups)

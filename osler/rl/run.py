@@ -195,8 +195,9 @@ def next_steps(config: GrpoConfig, folder: RunFolder) -> str:
 def preflight(groups: Sequence[Group], config: GrpoConfig) -> str:
     """Show the answers to the first step's questions and refuse a hopeless start. Return the lines of the samples file.
 
-    Raises UserError, on every rank, when no completion earned a reward and none keeps to the template with an answer that can be
-    read. (A model that draws at random hits a marker and a letter now and then, and hardly ever all of the template.)
+    Where no completion earned a reward, and none keeps to the template with an answer that can be read, ``preflight=refuse``
+    raises UserError on every rank, and ``preflight=warn`` warns. (A model that draws at random hits a marker and a letter now and
+    then, and hardly ever all of the template.)
     """
     shown = [(group, group.samples[0]) for group in groups[:SAMPLES_SHOWN]]
     shown += [(groups[0], sample) for sample in groups[0].samples[1 : 1 + SAMPLES_SHOWN - len(shown)]]

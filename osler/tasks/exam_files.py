@@ -118,7 +118,10 @@ class ExamRow:
 
 
 def with_shots(items: Sequence[ExamItem], shots: Sequence[ExamItem], task: ExamFile) -> list[ExamItem]:
-    """Return the items of an exam with the solved examples that ``task`` asks for; raises UserError if they are too few."""
+    """Return the items of an exam with the solved examples that ``task`` asks for.
+
+    Raises UserError if they are too few, or if one of them is also an item.
+    """
     if len(shots) < task.shots:
         raise UserError(f"{shown(task.shots_path)} has {len(shots)} questions, fewer than shots={task.shots}.")
     if shared := shared_questions(shots, items):

@@ -1,10 +1,10 @@
 """Run a program that a model wrote, such as an answer to HumanEval, with the tests that judge it, in a process of its own.
 
 The process has limits of time, memory, files and processes where the system knows them, an empty folder to work in and hardly any
-environment. An audit hook refuses networks, other processes and signals, and changes to files outside of that folder. This is
-isolation against accidents, such as a loop that never ends or a program that removes files. It is no security boundary, because
-Python code can get around a hook of its own process. Run programs of a model that you do not trust in a container or on a machine
-that has nothing to lose.
+environment variables. An audit hook refuses networks, other processes and signals, and changes to files outside of that folder.
+This is isolation against accidents, such as a loop that never ends or a program that removes files. It is no security boundary,
+because Python code can get around a hook of its own process. Run programs of a model that you do not trust in a container or on a
+machine that has nothing to lose.
 
 This file is also the program of that process. It imports nothing of Osler and no other package.
 """
@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 PASSED = "passed"
 TIMED_OUT = "timed out"
-NO_CODE = ("SyntaxError", "IndentationError", "TabError")
+NO_CODE = ("SyntaxError", "IndentationError", "TabError")  # what ends an answer that is no program
 CPU_SECONDS = 5
 WALL_SECONDS = 30  # for a program that waits; a busy machine uses up this time too
 MEMORY_BYTES, FILE_BYTES, OPEN_FILES = 1 << 30, 1 << 20, 32

@@ -1,6 +1,7 @@
 """The configuration of pretraining and fine-tuning. Torch-free.
 
-Time is tokens seen: every interval and schedule is in tokens. Defaults run on a laptop's CPU with the built-in clinic.
+Time is tokens seen: schedules and intervals are in tokens, and only the interval of metrics is in steps. Defaults run on a
+laptop's CPU with the built-in clinic.
 """
 
 from __future__ import annotations
