@@ -133,8 +133,8 @@ class TextScore:
 def measure(model: Transformer, batches: Iterable[tuple[Tensor, ...]], total_bytes: int, world: World | None = None) -> TextScore:
     """Return the score of ``batches`` of (ids_BT, labels_BT) or (ids_BT, labels_BT, document_BT), whose text has ``total_bytes``.
 
-    The ranks of ``world`` are given the same batches and share them. Raises UserError without any label, and AskedToStop when the
-    run is asked to stop.
+    The ranks of ``world`` are given the same batches and share them. Raises UserError without text, and AskedToStop when
+    the run is asked to stop.
     """
     world = world or World()
     nats, tokens, right = 0.0, 0, 0
@@ -148,7 +148,7 @@ def measure(model: Transformer, batches: Iterable[tuple[Tensor, ...]], total_byt
     if left:
         raise AskedToStop
     if scored_tokens == 0 or total_bytes <= 0:
-        raise UserError("There is nothing to measure: no token of the text is scored. Give another text or validation set.")
+        raise UserError("There is no text to measure, or none of its tokens is scored: give another text or validation set.")
     return TextScore(nats=nats, tokens=int(scored_tokens), right=int(scored_right), bytes=total_bytes)
 
 

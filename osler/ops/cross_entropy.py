@@ -71,7 +71,7 @@ def linear_logprobs(
 
 
 def default_chunk_tokens(vocab_size: int, logit_bytes: int = 4, most_tokens: int = 2048, most_bytes: int = CHUNK_BYTES) -> int:
-    """Return how many tokens' logits fit in ``most_bytes``, in multiples of 64."""
+    """Return how many tokens' logits fit in ``most_bytes``: a multiple of 64, at least 64 and at most ``most_tokens``."""
     return max(64, min(most_tokens, most_bytes // (logit_bytes * vocab_size) // 64 * 64))
 
 

@@ -81,14 +81,14 @@ class AlgorithmConfig:
     # token ratio
     ratio: Literal["token", "sequence"] = "token"
     clip: ClipConfig = ClipConfig()
-    # unbiased is the importance-weighted k3; k3, k2, k1 are the plain estimates, whose gradients are those of other quantities:
-    # k1's is zero on average on-policy, and k3's is that of the reversed divergence
+    # unbiased is the importance-weighted k3; k3, k2, k1 are the plain estimates. On-policy the gradient of k2 is right as well,
+    # that of k1 is zero on average, and that of k3 belongs to the reversed divergence
     kl: Literal["unbiased", "k3", "k2", "k1"] = "unbiased"
     beta: NonNegativeFloat = 0.01  # weight of the KL to the reference in the loss
-    beta_schedule: ScheduleConfig = ConstantConfig()  # of beta, as that of the learning rate
-    # off-policy sequence mask: completions with a negative advantage and a KL per token above this get no gradient; null: off
-    opsm_delta: NonNegativeFloat | None = None
-    # steps after which the reference becomes the model as it is; null: it stays the first
+    beta_schedule: ScheduleConfig = ConstantConfig()  # factor on beta over the run, as on the learning rate
+    # off-policy sequence mask: a completion with a negative advantage and more KL per token than this keeps its KL term alone
+    opsm_delta: NonNegativeFloat | None = None  # null: no mask
+    # steps after which the reference becomes the model as it is then; null: it stays the model that the run began with
     reference_refresh_steps: PositiveInt | None = None
 
     dynamic_sampling: bool = False  # whether groups whose rewards are all equal are replaced
@@ -215,7 +215,7 @@ class GrpoConfig(RunConfig):
     eval_every_steps: PositiveInt = 20  # steps between two exams
     checkpoint: StepCheckpoints = StepCheckpoints()
     # before a run begins, the model answers the first step's questions: refuse ends a run whose model then neither earns a reward
-    # nor gives an answer that can be read, warn says so and starts, off asks nothing; changes nothing in the run
+    # nor gives an answer that can be read, warn says so and starts, off asks nothing; the run itself is the same
     preflight: Literal["refuse", "warn", "off"] = "refuse"
     zero_reward_patience: PositiveInt = 5  # so many steps in a row without a reward are worth a warning
 

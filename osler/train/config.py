@@ -86,7 +86,7 @@ class TrainConfig(RunConfig):
     teacher: TeacherConfig | None = None
     data: DataConfig = ClinicData()
     # sets that the run is evaluated on, each by itself and all together; none: what is held out of each source of data. An
-    # evaluation reads a million tokens of each at most, and of all of them a fifth of what is learned until the next one
+    # evaluation reads of all of them a fifth of what is learned until the next one, but of each 131,072 to a million tokens
     validation: ValidationSets = ()
     # stream cuts documents anywhere, whole keeps them whole and pads; auto: whole for sft
     packing: Literal["auto", "stream", "whole"] = "auto"

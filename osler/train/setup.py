@@ -139,7 +139,7 @@ def check_branch(config: TrainConfig, start: store.Loaded) -> None:
 
 
 def _shares_until(config: TrainConfig, tokens: int) -> list[dict[str, float]]:
-    """Return the share of each source in every stage that begins before ``tokens``; empty if only the shards tell it."""
+    """Return the share of each source in every stage that begins before ``tokens``; {} where only shards tell."""
     of_data = {name: source.weight for name, source in config.sources.items()}
     reached = len(config.timeline.shares(tokens))
     weights = [stage.weights or of_data for stage in config.curriculum[:reached]] or [of_data]
@@ -290,6 +290,6 @@ def tell_of_repeats(config: TrainConfig, prepared: Prepared, loader: Loader) -> 
     if config.max_minutes is None and epochs > most:
         what = f"its {tokens:,} tokens" if len(by_source) == 1 else f"the source {name}"
         logger.info(
-            f"Note: the run reads {what} {epochs:.1f} times. Up to about {most} times, data are worth nearly what new data are; "
-            f"after that ever less. Give more data, or set total_tokens={int(config.total_tokens * most / epochs)}."
+            f"Note: the run reads {what} {epochs:.1f} times. Repeats are worth nearly what new data are up to about 4 times, and "
+            f"hardly anything after 16. Give more data, or set total_tokens={int(config.total_tokens * most / epochs)}."
         )
