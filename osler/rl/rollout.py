@@ -2,8 +2,8 @@
 
 The questions and the random numbers are a pure function of (seed, step) and of the questions that rest. Every task goes through
 its own items epoch by epoch, in a new order each epoch; the weights fix its share of a step. The options of an item are permuted
-each time it is asked, because with a fixed order the cheapest gain is to learn letters by heart. Refills of dynamic sampling use
-separate orders, so they never shift the main order; they replace whole groups.
+each time it is asked, because with a fixed order the cheapest gain is to learn letters by heart. Refills of dynamic sampling
+replace whole groups; the refills have orders of their own, so the main order never shifts.
 
 A question rests when its latest samples all earned the same (``algorithm.most_rested_epochs``). Another question is asked in its
 place, so the order itself does not change. A resumed run must know which questions rest, and nothing else.

@@ -4,7 +4,7 @@ A server is started on the folder that ``osler export hf`` wrote, with ``VLLM_SE
 that training needs (https://docs.vllm.ai/en/latest/training/weight_transfer/), and with ``--logprobs-mode processed_logprobs``,
 so that log-probabilities are at the sampling temperature. vLLM's backends of ``/update_weights`` move tensors between GPUs (NCCL,
 CUDA IPC). What works on any machine is a file: the weights are written once, ``/pause`` lets a server come to rest,
-``/collective_rpc`` has it call ``reload_weights`` on the file, ``/update_weight_version`` names the weights, ``/resume`` goes on.
+``/collective_rpc`` has it call ``reload_weights`` on the file, ``/resume`` goes on, ``/update_weight_version`` names the weights.
 
 ``/weight_info`` is looked at before every request: a server that was started anew has other weights, and gets ours again. So a
 server may be lost and come back at any time. A group is one request with ``n`` completions. vLLM gives completion i of a request

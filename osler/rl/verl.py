@@ -1,8 +1,8 @@
 """The same GRPO for verl (https://verl.readthedocs.io), for those who outgrow one machine: model, questions, reward and options.
 
-The folder holds the model as Hugging Face's Qwen3, ``train.parquet`` with a row for every question of every step in the order and
-with the options in which this run would ask them, ``validation.parquet``, ``reward.py``, and ``run.sh`` with the options under
-verl's names (those of its version 0.8). What has no counterpart there is named in ``run.sh`` and on the terminal.
+The folder holds the model as Hugging Face's Qwen3, ``train.parquet`` with a row for each question as this run would ask it, step
+after step, ``validation.parquet``, ``reward.py``, and ``run.sh`` with the options under verl's names (those of its version 0.8).
+What has no counterpart there is named in ``run.sh`` and on the terminal.
 """
 
 from __future__ import annotations

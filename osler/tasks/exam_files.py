@@ -1,7 +1,7 @@
 """Exams in files, each in the schema of its dataset on the Hugging Face hub, and questions of one's own.
 
-``SCHEMAS`` lists them. Fields are checked as they are read. A file in another schema is refused, with its file, line and
-field. It never gives a smaller exam.
+``SCHEMAS`` lists them. Fields are checked as they are read. A file in another schema is refused, with its name, line and
+field, so it never gives a smaller exam.
 """
 
 import hashlib

@@ -106,7 +106,7 @@ def check_disk_budget(config: TrainConfig) -> None:
         raise UserError(
             f"data.disk_budget_gb={budget:g} is too small: what lies between the oldest of "
             f"checkpoint.keep_last={checkpoint.keep_last} checkpoints and two windows of shards ahead{waits} takes up to "
-            f"{least:.3g} GB."
+            f"{least:.3g} GB: set it to that."
         )
 
 

@@ -38,7 +38,7 @@ from osler.train.setup import DATA, check_disk_budget, check_prepared
 logger = logging.getLogger(__name__)
 
 PARTIAL = ".data.partial"  # in the run folder: shards that are taken over from another run
-CHECKED_BYTES = 4 * 2**30  # larger shards are not read when a process starts; reading takes 1 s for about 0.7 GB
+CHECKED_BYTES = 4 * 2**30  # if shards are larger together, a start does not read them; reading takes 1 s for about 0.7 GB
 
 
 def shards_of(config: TrainConfig, run: RunFolder) -> Path:
@@ -67,7 +67,7 @@ def prepare_run(
         check_fingerprints(start, current)
     if prepared.reused:
         _check_bytes(prepared, run)
-    if config.allow_data_change or not run.config.exists():  # a run that has begun continues
+    if config.allow_data_change or not run.config.exists():  # a run that has begun is not refused any more
         check_prepared(config, prepared, model.max_seq_len)
     claim(run, config)
     kept = run.root / TOKENIZER_FILE
