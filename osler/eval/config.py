@@ -21,7 +21,7 @@ class DistillConfig:
 
     # the questions; a split that models are examined on is allowed, and named in every row
     task: TaskConfig
-    samples: PositiveInt = 8  # answers drawn to each question, its options in another order each time
+    samples: PositiveInt = 8  # answers drawn to each question, each with its options in another order
     keep: PositiveInt = 2  # at most so many right answers of a question are kept, none with the reasoning of another
     reasoning: bool | None = None  # think before the answer; null: as the teacher was trained
     max_new_tokens: PositiveInt = 128  # thinking and answer together
@@ -43,8 +43,8 @@ class DistillConfig:
 class ExamSettings:
     """Exams, and how they are taken."""
 
-    # the exam; the clinic's split may be several with commas between them, each with limit items. On the command line an exam is
-    # also TYPE:FILE, clinic:SPLIT or the NAME of an exam, and several of these have commas between them
+    # the exam; the clinic's split takes several names with commas between them, each with limit items. In a command an exam
+    # may be TYPE:FILE, clinic:SPLIT or the NAME of an exam, or several of these with commas between them
     task: TaskConfig | None = None
     tasks: tuple[TaskConfig, ...] = ()  # several exams, one after the other, instead of task
     root: str = ""  # a folder with a folder of files for each exam or text that is given by name; empty: the hub
@@ -60,7 +60,7 @@ class ExamSettings:
     reasoning: bool | None = None  # think before the answer; null: as the model was trained
     max_new_tokens: PositiveInt = 128  # thinking and answer together
     temperature: float = 0.0  # 0: always the likeliest token
-    # divides an option's log-likelihood; the raw score is shown beside. lm-evaluation-harness's acc_norm divides by characters
+    # divides an option's log-likelihood; the raw score is shown beside it. lm-evaluation-harness's acc_norm divides by characters
     normalise: Literal["bytes", "characters", "tokens", "none"] = "bytes"
     seed: Seed = 0  # of option orders, subsets and sampling
     rows: PositiveInt = 256  # answers written at once; fewer need less memory
