@@ -43,7 +43,8 @@ logger = logging.getLogger(__name__)
 def run(checkpoint: str, out: str, overrides: Sequence[str] = ()) -> str:
     """Run the command ``distill``; return a summary of the answers. Raises UserError when no answer can be learned from."""
     require_one_process("distill")
-    config, rows_file = distill_config_of(overrides), Path(out)
+    config = distill_config_of(overrides)
+    rows_file = Path(out)
     check_task(config.task, "task")
     if rows_file.suffix != ".jsonl" or not rows_file.absolute().parent.is_dir():
         raise UserError(f"--out {out}: give a file that ends with .jsonl, in a folder that exists.")
@@ -113,7 +114,8 @@ def select(
     rows: list[dict[str, Any]] = []
     questions, fates = [], Counter[str]()
     for start in range(0, len(results), config.samples):
-        known, found = set[tuple[str, str]](), Counter[str]()
+        known = set[tuple[str, str]]()
+        found = Counter[str]()
         for result, completion in zip(results[start:][: config.samples], completions[start:], strict=False):
             item, thinking, answer = result.item, completion.thinking, completion.answer or ""
             # The right option has another letter in each order, but the same text.

@@ -117,7 +117,8 @@ class OslerLM(TemplateLM):
         """Return the log-likelihood of each text, cut into windows as the harness cuts it."""
         sums = []
         for (text,) in (request.args for request in requests):
-            ids, total = self.tokens.encode(text), 0.0
+            ids = self.tokens.encode(text)
+            total = 0.0
             for window in get_rolling_token_windows(ids, self.prefix_token_id, self.longest, context_len=1):
                 before, scored = make_disjoint_window(window)
                 row = [*before, *scored[:-1]], [*[IGNORED] * (len(before) - 1), *scored]

@@ -288,7 +288,8 @@ def table(scores: Sequence[ScoredExam]) -> str:
     grids: list[str] = []
     notes: list[str] = []
     for score in scores:
-        orders, whose = score.presentations // score.n, (score.split, score.method)
+        orders = score.presentations // score.n
+        whose = (score.split, score.method)
         for name, found in score.measures.items():
             ends = fmt.MISSING if isnan(found["interval"][0]) else " – ".join(f"{end:.1%}" for end in found["interval"])
             more.append((*whose, name, f"{found['value']:.1%}", ends, f"{found['n']:,}"))
@@ -322,7 +323,8 @@ def grid(score: ScoredExam) -> Iterator[str]:
 
 def remarks(score: ScoredExam) -> Iterator[str]:
     """Yield remarks that the reader of a score should not overlook."""
-    name, baseline = f"{score.split}, {score.method}", max(score.chance, score.constant_letter_baseline)
+    name = f"{score.split}, {score.method}"
+    baseline = max(score.chance, score.constant_letter_baseline)
     if score.constant_letter and score.high < baseline:
         yield f"{name}: below guessing or always answering {score.constant_letter}, the better of the two."
     elif score.constant_letter and score.low <= baseline:

@@ -124,7 +124,8 @@ def _measures(results: Sequence[Result]) -> Iterator[tuple[str, dict[str, Any]]]
     if len(orders) > len(items):
         right = [float(all(result.right for result in own)) for own in items.values()]
         yield "right in all orders", _measure(right, [own[0].cluster for own in items.values()])
-    clusters, samples = [own[0].cluster for own in orders.values()], min(map(len, orders.values()))
+    clusters = [own[0].cluster for own in orders.values()]
+    samples = min(map(len, orders.values()))
     for k in sorted({*(1 << power for power in range(1, samples.bit_length())), samples} - {1}):
         passed = [pass_at_k(len(own), sum(result.right for result in own), k) for own in orders.values()]
         yield f"pass@{k}", _measure(passed, clusters)

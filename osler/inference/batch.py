@@ -60,7 +60,8 @@ class Batch:
         Raises UserError where ``check_request`` does, and ValueError when the batch was not made for such requests.
         """
         check_request(self.decoder.config, request)
-        new_tokens, needed = request.sampling.max_new_tokens, Capabilities.needed([request], self.decoder.config.vocab_size)
+        new_tokens = request.sampling.max_new_tokens
+        needed = Capabilities.needed([request], self.decoder.config.vocab_size)
         if new_tokens > self.new_tokens or len(request.prompt) + new_tokens > self.slots or not self.can.cover(needed):
             raise ValueError(
                 f"{len(request.prompt)} + {new_tokens} tokens with {needed}: the batch has {self.slots} slots, draws "

@@ -78,7 +78,8 @@ class InferenceEngine:
         request = Request(tuple(prompt), sampling)
         can = Capabilities.needed([request], self.model.config.vocab_size)
         batch = self.open(len(prompt) + sampling.max_new_tokens, sampling.max_new_tokens, 1, can)
-        number, shown = batch.add(request), 0
+        number = batch.add(request)
+        shown = 0
         while batch:
             batch.step(min(shown, 1))  # the first token is drawn when the request joins the batch
             yield from batch.so_far(number, shown)

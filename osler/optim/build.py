@@ -43,7 +43,8 @@ def build_adamw(model: nn.Module, config: AdamWConfig, seed: int, _: dist.Proces
     embedding_lr = config.lr if config.embedding_lr is None else config.embedding_lr
     matrices = {"lr": config.lr, "weight_decay": config.weight_decay}
     embeddings, vectors = {"lr": embedding_lr, "weight_decay": 0.0}, {"lr": config.lr, "weight_decay": 0.0}
-    groups, betas = grouped(model, matrices, embeddings, vectors), (config.beta1, config.beta2)
+    groups = grouped(model, matrices, embeddings, vectors)
+    betas = (config.beta1, config.beta2)
     if any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
         return Bf16AdamW(groups, betas=betas, eps=config.eps, seed=seed)
     return torch.optim.AdamW(groups, betas=betas, eps=config.eps, fused=True)

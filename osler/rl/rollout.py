@@ -204,9 +204,11 @@ class RolloutWorker:
 
     def step(self, step: int) -> tuple[list[Group], int]:
         """Return the groups of a step and how many completion tokens were sampled for them, those of refills included."""
-        algorithm, groups = self.algorithm, self.ask(step)
+        algorithm = self.algorithm
+        groups = self.ask(step)
         sampled_tokens = count_tokens(groups)
-        asked, resting = list(groups), self.resting(step)
+        asked = list(groups)
+        resting = self.resting(step)
         for refill in range(1, algorithm.max_refills + 1 if algorithm.dynamic_sampling else 1):
             dead = [index for index, group in enumerate(groups) if not group.effective]
             if not dead:

@@ -98,7 +98,8 @@ def train(config: GrpoConfig, folder: RunFolder, world: World | None = None) -> 
     else:
         loop = Loop(trainer)
         warn_of_endless_warmup(config.schedule, config.budget_tokens, "steps x completions x max_new_tokens =")
-        algorithm, questions = config.algorithm, ", ".join(f"{len(task.items):,} of {task.name}" for task in tasks)
+        algorithm = config.algorithm
+        questions = ", ".join(f"{len(task.items):,} of {task.name}" for task in tasks)
         logger.info(
             f"grpo: {model.config.num_parameters:,} parameters from {loaded.path}; questions: {questions}; "
             f"{config.steps:,} steps of {algorithm.prompts_per_step} x {algorithm.samples_per_prompt} completions; "
@@ -207,7 +208,8 @@ def preflight(groups: Sequence[Group], config: GrpoConfig) -> str:
         logger.info(f"  answer:   {sample.completion.answer or '(none)'}")
         logger.info(f"  right:    {render_answer(group.prompt.item)}   (reward {sample.reward:g})")
     samples = [sample for group in groups for sample in group.samples]
-    count, found = len(samples), rollout_metrics(groups)
+    count = len(samples)
+    found = rollout_metrics(groups)
     solved = sum(any(sample.reading.right for sample in group.samples) for group in groups)
     logger.info(
         f"Before training: pass@1 {found['answer/correct_frac']:.3f}, pass@{len(groups[0].samples)} {solved / len(groups):.3f} "
@@ -241,7 +243,8 @@ def preflight(groups: Sequence[Group], config: GrpoConfig) -> str:
 
 def refusal(samples: Sequence[Sample], config: GrpoConfig) -> str:
     """Return why GRPO learns nothing when no completion earned a reward or kept to the template, and what to do."""
-    count, limit = len(samples), config.algorithm.max_new_tokens
+    count = len(samples)
+    limit = config.algorithm.max_new_tokens
     cut = sum(not sample.completion.finished for sample in samples)
     answered = sum(sample.completion.answer is not None for sample in samples)
     if cut > MOST_CUT * count:

@@ -117,7 +117,8 @@ class RolloutServers:
 
     def _write(self) -> None:
         """Write the model's weights into a new folder, and delete the folder of the weights before."""
-        before, model = self.folder / self.version, self.engine.model
+        before = self.folder / self.version
+        model = self.engine.model
         if not self._count:
             shutil.rmtree(self.folder, ignore_errors=True)  # of a process of this run that was killed
         self._count += 1
@@ -199,8 +200,10 @@ class RolloutServers:
     def _continuation(self, server: _Server, choice: dict[str, Any], stop_ids: Sequence[int]) -> Continuation:
         ids: list[int] = choice.get("token_ids") or []
         logprobs: list[float] = (choice.get("logprobs") or {}).get("token_logprobs") or []
-        reason, finished = choice["finish_reason"], bool(ids) and ids[-1] in stop_ids
-        vocab_size, problem = self.engine.model.config.vocab_size, ""
+        reason = choice["finish_reason"]
+        finished = bool(ids) and ids[-1] in stop_ids
+        vocab_size = self.engine.model.config.vocab_size
+        problem = ""
         if reason not in ("stop", "length"):
             raise Unavailable(f"ended a completion with {reason!r}")
         if not ids:

@@ -70,14 +70,17 @@ class GrpoTrainer(Trainer):
 
     def advance(self) -> dict[str, float]:
         """Ask the questions of the current step, learn from the answers, and count the step as done."""
-        config, algorithm, started = self.config, self.config.algorithm, time.perf_counter()
+        config = self.config
+        algorithm = self.config.algorithm
+        started = time.perf_counter()
         with self._whole_model():
             groups, sampled_tokens = self.worker.step(self.step + self.incidents.data_offset)
         rollout_seconds = time.perf_counter() - started
         self.asked = [group.prompt.item.id for group in groups]
         metrics = rollout_metrics(groups)
 
-        budget, optimizer = config.budget_tokens_per_step, self.learner.optimizer
+        budget = config.budget_tokens_per_step
+        optimizer = self.learner.optimizer
         middle = self.step * budget + budget // 2  # as in train/: the first step has a rate above 0, and so has the last
         scale = lr_scale(config.schedule, middle, config.budget_tokens)
         set_hyperparameters(optimizer, config.optim, scale, middle, config.budget_tokens)

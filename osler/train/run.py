@@ -151,7 +151,8 @@ def warn_of_plan(config: TrainConfig) -> None:
 
 def probe_items(config: TrainConfig, tokenizer: Tokenizer, max_seq_len: int) -> dict[str, list[ExamItem]]:
     """Return the questions of each exam that is sat during training, by its name in metrics."""
-    probe, root = config.exam, getattr(config.data, "root", "")
+    probe = config.exam
+    root = getattr(config.data, "root", "")
     if not probe.tasks:
         return {split: load_clinic(split=split, limit=probe.items) for split in probe.splits}
     new_tokens = probe.max_new_tokens if probe.method in ("auto", "generation") else 0
@@ -175,7 +176,8 @@ def exam_probe(
 
     def sit() -> dict[str, float]:
         model = plain_model()
-        engine, sampling = InferenceEngine(model), greedy(probe.max_new_tokens)
+        engine = InferenceEngine(model)
+        sampling = greedy(probe.max_new_tokens)
 
         def score(shown: Sequence[ExamItem]) -> ScoredExam:
             has_options = all(item.options for item in shown)

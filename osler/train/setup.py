@@ -182,7 +182,8 @@ def make_model(
 def check_processes(config: TrainConfig, processes: int) -> None:
     """Raise UserError for a config that this number of processes cannot train together."""
     check_strategy(config.parallel, processes)
-    strategy, optimizer = config.parallel.type, "pure-bf16" if config.precision == "pure-bf16" else config.optim.type
+    strategy = config.parallel.type
+    optimizer = "pure-bf16" if config.precision == "pure-bf16" else config.optim.type
     # These optimizers need whole parameters.
     if processes > 1 and (strategy, optimizer) in (("fsdp", "pure-bf16"), ("deepspeed", "pure-bf16"), ("deepspeed", "muon")):
         name = "precision=pure-bf16" if optimizer == "pure-bf16" else f"optim.type={optimizer}"
@@ -278,7 +279,8 @@ def tell_of_repeats(config: TrainConfig, prepared: Prepared, loader: Loader) -> 
     """Warn when the data are less than one row; note when the run repeats them so often that repeats teach little."""
     if not prepared.is_complete:  # the number of tokens becomes known later
         return
-    tokens, most = prepared.num_tokens, WORTHWHILE_EPOCHS[config.kind]
+    tokens = prepared.num_tokens
+    most = WORTHWHILE_EPOCHS[config.kind]
     if tokens < config.seq_len:
         logger.warning(
             f"the data are {tokens:,} tokens, less than one row of seq_len {config.seq_len}. Give more data, or set a "

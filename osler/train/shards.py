@@ -89,7 +89,8 @@ def fingerprints_of(prepared: Prepared, tokenizer: Tokenizer, start: store.Loade
 def _open(
     config: TrainConfig, run: RunFolder, tokenizer: Tokenizer, start: store.Loaded | None
 ) -> tuple[Prepared, Preparer | None]:
-    folder, data = shards_of(config, run), config.text
+    folder = shards_of(config, run)
+    data = config.text
     if data is None:
         whose = "of the run" if start is not None or config.init_from is None else f"of {config.init_from}"
         return _open_given(config, tokenizer, whose), None
@@ -202,7 +203,8 @@ def shards_at_hand(config: TrainConfig, run: RunFolder, start: store.Loaded | No
 
 def _is_data_of(folder: Path, start: store.Loaded, *, whole: bool) -> bool:
     """Return whether a folder holds the shards of a checkpoint's run; with ``whole`` all must be there, none deleted."""
-    manifest, of_start = read_data_manifest(folder), start.state["fingerprints"]
+    manifest = read_data_manifest(folder)
+    of_start = start.state["fingerprints"]
     shards = [ShardSet.open(folder, source, SPLITS[0], growing=True) for source in manifest["sources"]]
     if manifest["tokenizer_fingerprint"] != of_start.get("tokenizer"):
         return False

@@ -214,7 +214,8 @@ class SupervisedTrainer(Trainer):
 
     def details(self, step: int) -> dict[str, Any]:
         """Return the details of an incident at ``step``; its rows are counted in its stage, without skipped data."""
-        rows, learning_rate = self.timeline.rows_at(step - 1), self.config.optim.lr * self._schedule(step - 1)[1]
+        rows = self.timeline.rows_at(step - 1)
+        learning_rate = self.config.optim.lr * self._schedule(step - 1)[1]
         place = {"rows": [rows.start, rows.stop - 1], "data_offset": self.incidents.data_offset}
         return {"tokens": self.timeline.tokens_before(step), "lr": learning_rate, **place}
 
