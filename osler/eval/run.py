@@ -183,8 +183,8 @@ def scores_of(
             answers = AnswerLog(run.answers / f"{file}.jsonl", first, progress.update, takes_full=takes_full)
         if method == "generation":
             engine = InferenceEngine(ready.model, max_rows=config.rows)
-            asked: dict[str, Any] = {"reasoning": reasoning, "template": template, "answers": answers}
-            written = partial(score_by_generation, engine, ready.tokenizer, shown, sampling, **asked)
+            how: dict[str, Any] = {"reasoning": reasoning, "template": template, "answers": answers}
+            written = partial(score_by_generation, engine, ready.tokenizer, shown, sampling, **how)
             yield replace(written(), split=head["exam"], method=method, settings=settings)
             is_worked = all(item.thinking and not item.options for item in shown)
             for rule in PUBLISHED if is_worked and not template else ():

@@ -74,16 +74,16 @@ def train(config: GrpoConfig, folder: RunFolder, world: World | None = None) -> 
     if isinstance(config.rollout, ServerRollout):
         servers = RolloutServers(config.rollout, sampler, folder.root, world)
     worker = RolloutWorker(sampler, tokenizer, tasks, config.algorithm, config.seed, world, servers=servers)
-    samples = ""
+    sample_lines = ""
     if world.broadcast_from_first(lambda: start.checkpoint is None) and config.preflight != "off":
-        samples = preflight(worker.ask(0), config)
+        sample_lines = preflight(worker.ask(0), config)
     run.fingerprints = {"tokenizer": tokenizer.fingerprint, "data": fingerprint_of(tasks)}
     described = start.load(names=[])
     if described is not None and not config.allow_data_change:  # with it the resumed run records the change
         check_fingerprints(described, run.fingerprints)
     world.broadcast_from_first(lambda: claim(folder, config))
-    if samples and world.is_first:
-        write_or_warn(folder.samples, samples)  # a new start in the same folder replaces the file
+    if sample_lines and world.is_first:
+        write_or_warn(folder.samples, sample_lines)  # a new start in the same folder replaces the file
     trained_on = frozenset(item.id for task in tasks for item in task.items)
     exams = ExamsInData.from_files(loaded.files)
     run.describe(machine, model.config, tokenizer)
