@@ -29,9 +29,9 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
 TENSORS_SUFFIX = ".safetensors"
-BEST = "best.json"  # in the root, beside the checkpoints
+BEST = "best.json"  # in the root (the folder of a run's checkpoints), beside them
 HIDDEN = ".tmp-"  # the names of folders that are being written or deleted begin with it
-# A checkpoint's name ends with this while another of its step takes its place; it is a full checkpoint until then.
+# A checkpoint's name ends with this while another of its step takes its place; it is a full checkpoint all the while.
 REPLACED_SUFFIX = ".replaced"
 FOLDER_NAME = re.compile(r"step-(\d{9,})(\.replaced)?")
 
@@ -57,7 +57,7 @@ class Manifest:
     step: int
     sequence: int
     files: dict[str, FileRecord]
-    milestone: bool = False  # rotation never deletes it
+    milestone: bool = False  # whether rotation must never delete the checkpoint
 
     def write(self, folder: Path) -> None:
         """Write ``manifest.json`` into a folder, durably, with a hash of its own content."""
@@ -194,9 +194,9 @@ class Best(NamedTuple):
 
 
 def root_of(path: str | Path) -> Path:
-    """Return the checkpoints folder, given its path or that of its run folder.
+    """Return the checkpoints folder, given its path or that of its run folder. Any other folder is returned as it is.
 
-    Raises UserError when it is no folder, or that of several runs, such as a pipeline's.
+    Raises UserError when the path is no folder, or a folder of several runs, such as a pipeline's.
     """
     path = Path(path)
     if not path.is_dir():
@@ -275,7 +275,7 @@ def newest_checkpoint(root: Path, on_damage: Callable[[Damaged], object] = lambd
 
 
 def best_checkpoint(root: str | Path) -> Best | None:
-    """Return the checkpoint marked best, or None when none is or it is gone; raises UserError when ``best.json`` is torn."""
+    """Return the checkpoint marked best, or None when there is no mark or no such folder; raises UserError for a torn mark."""
     pointer = Path(root) / BEST
     if not pointer.exists():
         return None
@@ -310,9 +310,9 @@ def rotate(
     """Delete checkpoints that need not be kept, and return those that proved to be damaged.
 
     ``newest`` is kept; it was verified when it was saved. Also kept are the best, the milestones, the last ``keep_last`` good
-    ones, and for a rollback the newest good one up to ``good_step``. Checkpoints that are counted on are read before anything is
-    deleted, each once in a process; ``pause`` is called after each block. A checkpoint that cannot be read is kept, because it
-    may be readable later.
+    ones, and for a rollback the newest good one up to ``good_step``. To find the good ones, checkpoints are read before anything
+    is deleted, each once in a process; ``pause`` is called after each block. A checkpoint that cannot be read is kept, because
+    it may be readable later.
     """
     damaged: Damaged = []
     try:
@@ -320,12 +320,12 @@ def rotate(
         kept = {newest} | ({marked.path} if marked else set())
         entries = by_age(root)
         whole = [entry for entry in entries if looks_whole(entry.path) and not entry.path.name.endswith(REPLACED_SUFFIX)]
-        steps: list[int] = []  # steps of the checkpoints that are counted on
+        good_steps: list[int] = []  # of the last good checkpoints, and of the one for a rollback
         for entry in whole:
             if entry.milestone:
                 kept.add(entry.path)
-            is_rollback = good_step is not None and entry.step <= good_step < min(steps, default=good_step + 1)
-            if len(steps) >= keep_last and not is_rollback:
+            is_rollback = good_step is not None and entry.step <= good_step < min(good_steps, default=good_step + 1)
+            if len(good_steps) >= keep_last and not is_rollback:
                 continue
             problems: list[str] | None = []
             if entry.path != newest and len(whole) > keep_last and (problems := known_problems(entry.path)) is None:
@@ -335,7 +335,7 @@ def rotate(
                     if known_problems(entry.path) is None:  # a network disk may be back in a moment
                         kept.add(entry.path)
             if not problems:
-                steps.append(entry.step)
+                good_steps.append(entry.step)
                 kept.add(entry.path)
         for entry in entries:
             if entry.path not in kept and not entry.path.is_symlink():

@@ -68,8 +68,8 @@ class Saver:
     def to_host(self, part: str, name: str, tensor: Tensor) -> Tensor:
         """Copy a tensor into its buffer on the host, without waiting for a GPU, and return the buffer.
 
-        ``save`` does this with all tensors that are not in their buffers. Call it between ``wait`` and ``save`` for tensors that
-        were gathered for the checkpoint, to free the device from them.
+        ``part`` names the tensor's file in the checkpoint. ``save`` does this with all tensors that are not in their buffers.
+        Call it between ``wait`` and ``save`` for tensors that were gathered for the checkpoint, to free the device from them.
         """
         buffer = self._buffers.get((part, name))
         if buffer is tensor:

@@ -47,8 +47,8 @@ def program() -> NoReturn:
     code: int | str | None = 1
     try:
         code = main()
-    except SystemExit as left:
-        code = left.code
+    except SystemExit as exit_:
+        code = exit_.code
     finally:
         end(code)
 

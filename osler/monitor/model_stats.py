@@ -83,10 +83,10 @@ def gradient_stats(gradients: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]
     count = 0
     for name, shard in gradients:
         gradient = whole(shard).float()
-        zeros, odd = (gradient == 0).sum().float(), (~gradient.isfinite()).sum().float()
-        rows[name] = torch.stack([gradient.square().sum(), gradient.sum(), gradient.abs().amax(), zeros, odd])
+        zeros, nonfinite = (gradient == 0).sum().float(), (~gradient.isfinite()).sum().float()
+        rows[name] = torch.stack([gradient.square().sum(), gradient.sum(), gradient.abs().amax(), zeros, nonfinite])
         count += gradient.numel()
-    square, total, peak, zeros, odd = torch.stack(list(rows.values())).unbind(1)
+    square, total, peak, zeros, nonfinite = torch.stack(list(rows.values())).unbind(1)
     mean = total.sum() / count
     return {
         **{f"grad/norm/{part}": norm for part, norm in norms({name: row[0] for name, row in rows.items()}).items()},
@@ -94,7 +94,7 @@ def gradient_stats(gradients: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]
         "grad/std": (square.sum() / count - mean.square()).clamp_min(0).sqrt(),
         "grad/max_abs": peak.amax(),
         "grad/zero_frac": zeros.sum() / count,
-        "grad/nonfinite_frac": odd.sum() / count,
+        "grad/nonfinite_frac": nonfinite.sum() / count,
     }
 
 

@@ -29,7 +29,7 @@ class Rule(NamedTuple):
 
 
 def exploding(past: History) -> Iterator[str]:
-    """The norm is above clip_norm and, for three lines, 4 times the usual or 10 times the calmest; for one line, 50 times."""
+    """Above clip_norm, the norm is 4 times the usual or 10 times the calmest for three lines, or 50 times the usual for one."""
     norms, clip = past.last("train/grad_norm", 53), past.settings.clip_norm
     now, before = min(norms[-3:]), [norm for norm in norms[:-3] if norm > 0.0]  # 0: nothing to learn from in GRPO
     if len(before) < CALM:
@@ -163,11 +163,11 @@ def dead_units(past: History) -> Iterator[str]:
 def cut_off(past: History) -> Iterator[str]:
     """No gradient reaches a layer while others get some. (A head that begins at zero lets none through in the first step.)"""
     parts = [name.rpartition("/")[2] for name, norm in past.line.items() if name.startswith("grad/norm/") and norm == 0.0]
-    still = [f"layer {part}" if part.isdigit() else part for part in parts]
-    if still and past.line.get("train/grad_norm", 0.0) > 0.0 and past.step > 1:
+    unreached = [f"layer {part}" if part.isdigit() else part for part in parts]
+    if unreached and past.line.get("train/grad_norm", 0.0) > 0.0 and past.step > 1:
         yield (
-            f"no gradient reaches {', '.join(still[:4])}{' and others' if len(still) > 4 else ''}, while the rest learns (norm "
-            f"{past.line['train/grad_norm']:.3g}). The layer is dead or cut off: look at its weights, and at what detaches it."
+            f"no gradient reaches {', '.join(unreached[:4])}{' and others' if len(unreached) > 4 else ''}, while the rest learns "
+            f"(norm {past.line['train/grad_norm']:.3g}). The layer is dead or cut off: look at its weights, and at what detaches it."
         )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from osler.checkpoint.optimizer_state import flatten_optimizer, restore_optimizer
 from osler.model.transformer import Transformer
 from osler.optim.bf16 import Bf16AdamW, Fp32GradientSums
-from osler.runtime.sharded import gathered, load_whole, whole
+from osler.runtime.sharded import gather_whole, load_whole, whole
 from osler.runtime.world import World
 
 ToHost = Callable[[str, str, Tensor], Tensor]
@@ -71,11 +71,11 @@ class ParallelEngine:
     ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Return the parts of a checkpoint: whole tensors of model and optimizer, on rank 0 only, and the optimizer's JSON.
 
-        ``to_host(part, name, tensor)`` copies a gathered tensor off the device; see ``gathered``.
+        ``to_host(part, name, tensor)`` copies a gathered tensor off the device; see ``gather_whole``.
         """
         weights, moments, state = self._tensors(model, optimizer)
         parts = {
-            part: gathered(tensors, keep=self.world.is_first, to_host=partial(to_host, part) if to_host else None)
+            part: gather_whole(tensors, keep=self.world.is_first, to_host=partial(to_host, part) if to_host else None)
             for part, tensors in {"model": weights, "optimizer": moments}.items()
         }
         return parts, state

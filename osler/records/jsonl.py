@@ -143,7 +143,7 @@ class MetricsFile:
     """Appends to ``metrics.jsonl``; after a kill it continues at the step of the checkpoint."""
 
     def __init__(self, path: str | Path, *, last_step: float = math.inf) -> None:
-        """Cut the file after the lines of steps up to ``last_step``, that of the checkpoint; -1 leaves no line."""
+        """Cut the file behind the lines of steps up to ``last_step``, the checkpoint's step; -1 leaves no line."""
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.rewind(last_step)

@@ -23,6 +23,7 @@ from osler.runtime import format as fmt
 from osler.tasks.needle import cells_in
 
 COLOURS = 8  # colours in the palette
+# How the values of a unit are written; the values of other units are plain numbers.
 KINDS = {"fraction": "percent", "tokens": "count", "tokens/s": "count", "steps": "count", "number": "count", "bytes": "bytes"}
 EXACT = ("eval/", "train/lr", "train/stage", "train/seq_len", "train/batch_tokens")  # metrics without noise to smooth
 
@@ -144,20 +145,20 @@ def charts_of(
     palette = [colour, *(c for c in (2, 1, 0, 3, 4, 6, 7, 5) if c != colour)]
     left = dict.fromkeys(sorted(run.curves))  # the metrics that no chart has drawn yet
 
-    def drawn(spec: Spec, names: Iterable[tuple[str, str]]) -> Figure:
+    def draw(spec: Spec, names: Iterable[tuple[str, str]]) -> Figure:
         lines = [line_of(run, name, label, c) for (name, label), c in zip(names, cycle(palette), strict=False)]
         return figure(spec, lines, marks=marks)
 
-    def filled(specs: Iterable[Spec]) -> Iterator[Figure]:
+    def draw_specs(specs: Iterable[Spec]) -> Iterator[Figure]:
         rows = by_row(left)
         for spec in specs:
             names = [(name, label or inner(row, name)) for row, label in spec.lines for name in rows.get(row, [])]
             for name, _ in names:
                 left.pop(name, None)
-            yield drawn(spec, names)
+            yield draw(spec, names)
 
-    def left_over(family: Family, names: Iterable[str]) -> Iterator[Figure]:
-        yield from filled(family.charts)
+    def draw_rest(family: Family, names: Iterable[str]) -> Iterator[Figure]:
+        yield from draw_specs(family.charts)
         whole, layers = by_layer(name for name in names if name in left)
         for base, of in sorted(layers.items()):
             spec = spec_of(next(iter(of.values())))
@@ -169,16 +170,16 @@ def charts_of(
                 some = alike[start : start + COLOURS]
                 labels = [inner(row, name) if len(some) > 1 else name.split("/")[-1] for name in some]
                 spec = replace(spec_of(some[0]), title=row if len(some) > 1 else some[0])
-                yield drawn(spec, zip(some, labels, strict=True))
+                yield draw(spec, zip(some, labels, strict=True))
 
-    main = list(filter(None, filled(SPECS)))
-    return main, [(family, list(filter(None, left_over(family, names)))) for family, names in in_families(left)]
+    main = list(filter(None, draw_specs(SPECS)))
+    return main, [(family, list(filter(None, draw_rest(family, names)))) for family, names in in_families(left)]
 
 
 def heat_maps(scores: Iterable[tuple[str, int, ExamScore]]) -> dict[str, list[Figure]]:
     """Draw needle tests by length and depth: of each exam one map for every checkpoint, given by its title, colour and score.
 
-    Of a likelihood that was divided by a length the raw score has no map of its own.
+    The raw score beside a likelihood that was divided by a length gets no map.
     """
     found: dict[str, list[Figure]] = {}
     for title, colour, score in scores:

@@ -218,7 +218,7 @@ def _groups(runs: Mapping[str, RunRecord]) -> dict[str, list[Member]]:
 def _curves(members: Sequence[Member]) -> tuple[list[Figure], list[tuple[charts.Family, list[Figure]]]]:
     """Draw each metric that two runs or more have as one chart: the usual ones, then the others by family."""
 
-    def overlaid(spec: Spec, name: str) -> Figure:
+    def overlay(spec: Spec, name: str) -> Figure:
         lines = [charts.line_of(m.stage, name, m.name, m.colour, "tokens") for m in members if name in m.stage.curves]
         return charts.figure(spec, [line for line in lines if len(line.x)], over="tokens")
 
@@ -234,9 +234,9 @@ def _curves(members: Sequence[Member]) -> tuple[list[Figure], list[tuple[charts.
                 one = replace(spec, lines=((row, line),))
                 if len(spec.lines) > 1 or not label:  # the chart's sentence is about several lines side by side
                     one = replace(one, title=f"{spec.title}: {line}", good=charts.spec_of(name).good)
-                main.append(overlaid(one, name))
+                main.append(overlay(one, name))
     whole, _ = charts.by_layer(left)  # layers of several runs over one another could not be told apart
-    rest = [(family, [overlaid(charts.spec_of(name), name) for name in names]) for family, names in charts.in_families(whole)]
+    rest = [(family, [overlay(charts.spec_of(name), name) for name in names]) for family, names in charts.in_families(whole)]
     return list(filter(None, main)), [(family, list(filter(None, drawn))) for family, drawn in rest]
 
 

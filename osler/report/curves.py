@@ -19,7 +19,7 @@ from osler.records.jsonl import MetricsLine
 from osler.runtime.errors import UserError
 
 MARK_BYTES = 64  # bytes kept from the end of what was read: while they are in their place, the file is the same
-PAUSE_SECONDS, PAUSE_GAPS = 60.0, 30  # a longer gap, by both so many seconds and so many usual gaps, is a pause
+PAUSE_SECONDS, PAUSE_GAPS = 60.0, 30  # a gap above both, so many seconds and so many times the usual gap, is a pause
 
 Floats = npt.NDArray[np.float64]
 
@@ -65,7 +65,7 @@ class MetricsLog:
         self.tokens = Series()  # tokens seen
         self.times: Floats = np.array([])  # in unix seconds, of every line that has one, in the order of the file
         self.unreadable = 0  # lines
-        self._position, self._mark = 0, b""
+        self._position, self._mark = 0, b""  # bytes read, and the last ``MARK_BYTES`` of them
 
     def poll(self) -> None:
         """Read what is new; raises UserError when the file is there and cannot be read."""
@@ -90,8 +90,8 @@ class MetricsLog:
                 break
             if line := MetricsLine.parse(raw):
                 for name, value in line.values.items():
-                    own, values = found.setdefault(name, (array("q"), array("d")))
-                    own.append(line.step)
+                    logged_steps, values = found.setdefault(name, (array("q"), array("d")))
+                    logged_steps.append(line.step)
                     values.append(value)
                 steps.append(line.step)
                 tokens.append(line.tokens)

@@ -152,7 +152,7 @@ def line_chart(
 def heat_map(cells: Mapping[tuple[str, str], tuple[float, str]], *, title: str, base: float) -> dict[str, Any]:
     """Return the parts of a heat map of shares; nothing when no cell has a finite share.
 
-    cells: by column and row, a share and what it means, in words. base: the share without colour, which is that of guessing.
+    cells: a share and its meaning in words, by (column, row). base: the share without colour, which is that of guessing.
     """
     known = {place: cell for place, cell in cells.items() if math.isfinite(cell[0])}
     if not known:

@@ -63,7 +63,7 @@ def claim(folder: RunFolder, config: Any) -> None:
     moved = refuse_another(folder, config)
     wanted = encode(config)
     if not folder.config.exists():
-        given_once = {"allow_data_change": False} if "allow_data_change" in wanted else {}
+        given_once = {"allow_data_change": False} if "allow_data_change" in wanted else {}  # it holds for one start
         write_atomic(folder.config, dump_yaml(wanted | given_once))
         return
     if moved:

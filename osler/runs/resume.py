@@ -57,7 +57,7 @@ class Start(NamedTuple):
 def find_start(
     config: Any, run: Run, check_branch: Callable[[Any, store.Loaded], None], back_to: int | None = None
 ) -> Start:
-    """Check that the folder may hold this run, and return where it continues, or the checkpoint of step ``back_to``.
+    """Check that the folder may hold this run, and return where it continues: at the checkpoint of step ``back_to`` if given.
 
     All ranks return the same. Raises UserError when the folder holds another run, or when ``check_branch`` refuses a branch that
     begins. Raises it also when the ranks found different checkpoints, because their machines do not share the disk of the folder.

@@ -85,16 +85,16 @@ def fastest(works: Sequence[Callable[[], object]], device: torch.device, seconds
     """Return the seconds of each work's fastest call. The works take turns for ``seconds`` in all, and at least three times."""
     for work in works:
         work()  # the first call pays for kernels and memory
-    taken: list[list[float]] = [[] for _ in works]
+    times: list[list[float]] = [[] for _ in works]
     deadline = time.perf_counter() + seconds
-    while len(taken[-1]) < 3 or time.perf_counter() < deadline:
-        for work, times in zip(works, taken, strict=True):
+    while len(times[-1]) < 3 or time.perf_counter() < deadline:
+        for work, own in zip(works, times, strict=True):
             synchronize(device)
             start = time.perf_counter()
             work()
             synchronize(device)
-            times.append(time.perf_counter() - start)
-    return list(map(min, taken))
+            own.append(time.perf_counter() - start)
+    return list(map(min, times))
 
 
 def synchronize(device: torch.device) -> None:

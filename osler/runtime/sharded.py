@@ -21,7 +21,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def gathered(
+def gather_whole(
     tensors: Mapping[str, Tensor], *, keep: bool, to_host: Callable[[str, Tensor], Tensor] | None = None
 ) -> dict[str, Tensor]:
     """Return whole tensors, or none on a rank that does not ``keep`` them.

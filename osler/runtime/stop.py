@@ -27,7 +27,7 @@ REQUESTS = [  # SIGHUP last; Windows has only the first two
 
 _entered: list[StopFlag] = []
 _ending = False  # whether this process was asked to stop, and is about to end
-_interrupted = (0, 0.0)  # the last signal that interrupted this process, and its time.monotonic()
+_last_interrupt = (0, 0.0)  # the number of the last signal that interrupted this process, and its time.monotonic()
 
 
 class Terminated(KeyboardInterrupt):
@@ -48,8 +48,8 @@ def hear_requests() -> dict[int, Any]:
 
     An entered ``StopFlag`` handles all of them instead. Signals that have a handler or are ignored stay so, as under ``nohup``.
     """
-    global _ending, _interrupted
-    _ending, _interrupted = False, (0, 0.0)
+    global _ending, _last_interrupt
+    _ending, _last_interrupt = False, (0, 0.0)
     if threading.current_thread() is not threading.main_thread():
         return {}
     standard = (signal.SIG_DFL, signal.default_int_handler)
@@ -89,11 +89,12 @@ def ignore_requests() -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    global _interrupted
-    (last, when), now = _interrupted, time.monotonic()
+    global _last_interrupt
+    last, when = _last_interrupt
+    now = time.monotonic()
     if _ending or (number == last and now - when <= SAME_REQUEST_SECONDS):
         return
-    _interrupted = (number, now)
+    _last_interrupt = (number, now)
     raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
 

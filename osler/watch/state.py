@@ -83,25 +83,25 @@ class WatchedRun(StageLog):
 
     def state(self, now: float) -> State:
         """Return whether the run runs, and what its silence means."""
-        silent = max(0.0, now - self.newest_sign)
+        silent_seconds = max(0.0, now - self.newest_sign)
         kept = f"saved at step {self.checkpoints[0].step:,}" if self.checkpoints else "nothing saved"
         event = newest_lifetime_event(self.events)
         if event and event.kind == END:  # the last process ended, in its own words
             ago = f"{'early ' if self.stopped_early else ''}{fmt.duration(max(0.0, now - event.time))} ago"
             return State(event.name, f"{event.name} {ago} at step {event.step:,}, {kept}: {event.message}")
         if not self.has_lines:
-            begun = f"no metrics yet; begun {fmt.duration(silent)} ago"
+            begun = f"no metrics yet; begun {fmt.duration(silent_seconds)} ago"
             nothing = "nothing here yet: waiting for a run to write its config.yaml here (Ctrl-C leaves)"
             return State("waiting", begun if self.folder.config.is_file() else nothing)
         locked = is_locked(self.folder.root)
         # A process that began here writes its end and then unlocks the folder. Without an end in current events it was killed.
         killed = locked is False and event is not None and event.details.get("host") == gethostname()
         killed = killed and stamp(self.folder.events) == self._stamps.get(self.folder.events)
-        for_so_long = f"no sign of it for {fmt.duration(silent)}"
-        if killed or (not locked and silent > DEAD_SECONDS):
+        for_so_long = f"no sign of it for {fmt.duration(silent_seconds)}"
+        if killed or (not locked and silent_seconds > DEAD_SECONDS):
             guess = "killed, or the machine went down"
             return State("dead", f"dead: {for_so_long} ({guess}); last line at step {self.last_step:,}, {kept}")
-        return State("running", f"running, {for_so_long}" if silent > QUIET_SECONDS else "running")
+        return State("running", f"running, {for_so_long}" if silent_seconds > QUIET_SECONDS else "running")
 
 
 class WatchedFolder:
