@@ -167,7 +167,7 @@ def cut_off(past: History) -> Iterator[str]:
     if unreached and past.line.get("train/grad_norm", 0.0) > 0.0 and past.step > 1:
         yield (
             f"no gradient reaches {', '.join(unreached[:4])}{' and others' if len(unreached) > 4 else ''}, while the rest learns "
-            f"(norm {past.line['train/grad_norm']:.3g}). The layer is dead or cut off: look at its weights, and at what detaches it."
+            f"(norm {past.line['train/grad_norm']:.3g}). It is dead or cut off: look at its weights, and at what detaches it."
         )
 
 
