@@ -30,7 +30,7 @@ class Rule(NamedTuple):
 
 def exploding(past: History) -> Iterator[str]:
     """Above clip_norm, the norm is 4 times the usual or 10 times the calmest for three lines, or 50 times the usual for one."""
-    norms, clip = past.last("train/grad_norm", 53), past.settings.clip_norm
+    norms, clip = past.last("train/grad_norm", 50 + 3), past.settings.clip_norm
     now, before = min(norms[-3:]), [norm for norm in norms[:-3] if norm > 0.0]  # 0: nothing to learn from in GRPO
     if len(before) < CALM:
         return
@@ -48,7 +48,7 @@ def exploding(past: History) -> Iterator[str]:
 
 def vanishing(past: History) -> Iterator[str]:
     """The norm is below 1 % of the usual for three lines, with something to learn. (GRPO, without train/loss, is left out.)"""
-    norms = past.last("train/grad_norm", 53)
+    norms = past.last("train/grad_norm", 50 + 3)
     if past.line.get("train/loss", 0.0) < LEARNED or len(norms) < 3:
         return
     now, before = max(norms[-3:]), norms[:-3]
@@ -62,7 +62,7 @@ def vanishing(past: History) -> Iterator[str]:
 
 
 def guessing(past: History) -> Iterator[str]:
-    """For three lines the loss is a fifth above guessing, as no new model's is; or after the warm-up no better than guessing."""
+    """For three lines the loss is a fifth above guessing, where a new model begins, or after the warm-up it is no better."""
     settings, losses = past.settings, past.last("train/loss", 5)
     if not settings.vocab_size or len(losses) < 3:
         return
@@ -167,7 +167,8 @@ def cut_off(past: History) -> Iterator[str]:
     if unreached and past.line.get("train/grad_norm", 0.0) > 0.0 and past.step > 1:
         yield (
             f"no gradient reaches {', '.join(unreached[:4])}{' and others' if len(unreached) > 4 else ''}, while the rest learns "
-            f"(norm {past.line['train/grad_norm']:.3g}). It is dead or cut off: look at its weights, and at what detaches it."
+            f"(norm {past.line['train/grad_norm']:.3g}). What gets none is dead or cut off: look at the weights, and at what "
+            "detaches them."
         )
 
 
@@ -234,7 +235,7 @@ def stalled(past: History) -> Iterator[str]:
         )
 
 
-def cut(past: History) -> Iterator[str]:
+def cut_completions(past: History) -> Iterator[str]:
     """Hardly a completion ends by itself. When most did at first, the steps since have broken the model."""
     share, least = past.line["completions/clipped_ratio"], min(past.first["completions/clipped_ratio"])
     if share > 0.9:
@@ -349,7 +350,7 @@ RULES: tuple[Rule, ...] = (
     Rule("perf/tokens_per_second", "slow-run", "warning", slowed),
     Rule("train/loss", "stalled-loss", "warning", stalled),
     Rule("eval/loss", "memorising", "warning", memorising),
-    Rule("completions/clipped_ratio", "cut-completions", "warning", cut),
+    Rule("completions/clipped_ratio", "cut-completions", "warning", cut_completions),
     Rule("reward", "no-reward", "warning", unrewarded),
     Rule("frac_reward_zero_std", "equal-rewards", "warning", equal_rewards),
     Rule("entropy", "no-exploration", "warning", silent),

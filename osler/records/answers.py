@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class AnswerLog:
-    """The outputs of a model so far, by the number of the question. They are kept in a file too if there is a ``path``.
+    """The outputs of a model so far, by the number of the question. With ``path`` a file with the first line ``head`` keeps them.
 
     After each answer ``tell`` is called with the number of answers. A file that has all answers, or those of another exam, is
     begun again; if it cannot be written, the exam goes on without it. With ``takes_full`` a file that has all answers is taken as

@@ -177,7 +177,7 @@ def charts_of(
 
 
 def heat_maps(scores: Iterable[tuple[str, int, ExamScore]]) -> dict[str, list[Figure]]:
-    """Draw needle tests by length and depth: of each exam one map for every checkpoint, given by its title, colour and score.
+    """Draw needle tests by length and depth, a map for each of the ``scores`` (title and colour of a checkpoint, score), by exam.
 
     The raw score beside a likelihood that was divided by a length gets no map.
     """

@@ -26,7 +26,7 @@ def gather_whole(
 ) -> dict[str, Tensor]:
     """Return whole tensors, or none on a rank that does not ``keep`` them.
 
-    Sharded ones are gathered and put on the host one at a time, by ``to_host`` if there is one, which is given name and tensor.
+    Sharded ones are gathered and put on the host one at a time, by ``to_host(name, tensor)`` if it is given.
     """
     kept: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

@@ -26,7 +26,7 @@ EXIT_TERMINATED = 143
 def run(folder: str, *, every_seconds: float = 2.0, once: bool = False) -> int:
     """Show a run until the reader leaves, or once in plain text where there is no terminal; return the exit code.
 
-    Of a folder that is no run but holds several, it prints a line for each.
+    For a folder that is no run but holds several, print one line for each run.
     """
     if not every_seconds > 0:
         raise UserError(f"--every {every_seconds:g} must be above 0: the seconds between two frames.")
