@@ -58,7 +58,7 @@ class Collector:
         self.steps = 0  # steps since the last line, or since the clock was restarted
         self.is_probing = False
         self.probed: dict[str, Tensor] = {}
-        self.forward_only: ModelConfig | None = None  # of a teacher, which reads every token too
+        self.forward_only: ModelConfig | None = None  # of a teacher, whose forward pass reads every token too
         self.cpus = read_cpus()  # as they were when the last line was written
 
     def fetch(self, batches: Iterator[T], step: int) -> T:

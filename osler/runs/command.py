@@ -57,7 +57,7 @@ class Job:
 
     config_class: type[RunConfig]
     default_name: Callable[[Any], str]  # the name of a run whose config has no recipe
-    check: Callable[[Any, RunFolder, store.Loaded | None], None]  # checks a start, which continues from the checkpoint
+    check: Callable[[Any, RunFolder, store.Loaded | None], None]  # checks a start, from the checkpoint if any
     check_branch: Callable[[Any, store.Loaded], None]  # checks that this config can continue from another run's checkpoint
     check_processes: Callable[[Any, int], None]  # checks that so many processes can share the run
     train: Callable[[Any, RunFolder, World], bool]  # returns False when the run was asked to stop
@@ -72,8 +72,8 @@ def carry_out(job: Job, request: Request) -> int:
     name = run_name(request.recipe, request.kind) if request.recipe else job.default_name(config)
     folder = RunFolder(Path(request.run_dir or Path("runs") / name))
     refuse_checkpoint(folder.root)
-    has_model = config.init_from is not None or config.branch_from is not None
-    if has_model and any(override.startswith("model.") for override in request.overrides):
+    has_origin = config.init_from is not None or config.branch_from is not None
+    if has_origin and any(override.startswith("model.") for override in request.overrides):
         logger.warning("model.* changes nothing here, because the model comes from the checkpoint that the run starts from.")
     if request.dry_run:
         print(describe_plan(job, config, folder, request.back_to))

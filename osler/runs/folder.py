@@ -76,7 +76,7 @@ def claim(folder: RunFolder, config: Any) -> None:
 def refuse_another(folder: RunFolder, config: Any) -> dict[str, str]:
     """Raise UserError when the folder holds a run with another config.
 
-    Return the paths of files that differ from the run's, as key to words; the contents of the files may not differ.
+    Paths of files may differ, the contents of the files may not. Return the keys of such paths, each with a phrase about both.
     """
     if not folder.config.exists():
         return {}

@@ -145,7 +145,7 @@ class Incidents:
             tried = "There is no good checkpoint from before that to go back to."
         else:
             tried = "With recovery.max_rollbacks=0 a run does not go back."
-        saved = "" if good else f" What was saved in {self.run.folder.checkpoints} is damaged or from the middle of the trouble."
+        saved = "" if good else f" Any checkpoint in {self.run.folder.checkpoints} is damaged or from the middle of the trouble."
         details = dict(self.details(step))
         batch = ", ".join(f"{name} {values[0]} ... {values[-1]}" for name, values in details.items() if isinstance(values, list))
         if details.get("data_offset"):
