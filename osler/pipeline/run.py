@@ -94,8 +94,8 @@ def run(
         pipeline.check(stored)
         print(pipeline.describe())
         return 0
-    trained = [stage.device for stage in config.stages.values() if not isinstance(stage, ExamStage)]
-    with joined(trained[0] if trained else "auto") as world, taken(folder, world):
+    devices = [stage.device for stage in config.stages.values() if not isinstance(stage, ExamStage)]
+    with joined(devices[0] if devices else "auto") as world, taken(folder, world):
         return Pipeline(config, folder, world).run_stages(stored)
 
 
