@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from dataclasses import replace
 from functools import cache
+from itertools import islice
 
 import pytest
 
@@ -20,6 +21,7 @@ from osler.runtime.errors import UserError
 from osler.tasks.item import ExamItem, render_answer, render_plain, render_question
 from osler.tasks.needle import Context, cells_in, lengths_within
 from osler.tasks.registry import NeedleTask
+from osler.tokenizer import superbpe
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.chat import Turn, encode_examples
 from tests.models import tiny_model
@@ -40,7 +42,7 @@ def items(tokenizer: Tokenizer) -> list[ExamItem]:
 
 @cache
 def case_of(item: ExamItem) -> Case:
-    return next(case for case in cases(TASK.seed, item.split, CASES) if case.id == item.cluster)
+    return next(case for case in cases(int(item.id.split("-")[1]), item.split, CASES) if case.id == item.cluster)
 
 
 def told(item: ExamItem) -> tuple[list[str], int]:
@@ -49,6 +51,13 @@ def told(item: ExamItem) -> tuple[list[str], int]:
     telling = re.compile(re.escape(case_of(item).telling).replace(r"\{date\}", r"\d{4}-\d\d-\d\d"))
     [place] = [number for number, visit in enumerate(visits) if telling.fullmatch(visit)]
     return visits, place
+
+
+def row_tokens(tokenizer: Tokenizer, item: ExamItem) -> int:
+    """Of a row with the longest of the answers."""
+    answers = [render_answer(replace(item, answer_index=index)) for index in range(4)]
+    rows = encode_examples(tokenizer, [Turn(render_question(item), None, answer) for answer in answers])
+    return max(len(ids) for ids, _ in rows)
 
 
 def read(item: ExamItem, text: str) -> list[float]:
@@ -65,16 +74,22 @@ def test_rows_are_as_long_as_asked_and_the_telling_visit_is_as_deep(items: list[
         found = re.fullmatch(r"(\d+) tokens, (\d+)% deep", item.group)
         assert found and item.id == f"{item.cluster}-{found[1]}-{found[2]}"
         length, depth = int(found[1]), int(found[2])
-        answers = [render_answer(replace(item, answer_index=index)) for index in range(4)]
-        rows = [len(ids) for ids, _ in encode_examples(tokenizer, [Turn(render_question(item), None, text) for text in answers])]
         visits, place = told(item)
         sizes = [len(tokenizer.encode(f" {visit}")) for visit in visits]
-        assert length - max(sizes) < max(rows) <= length
+        assert length - max(sizes) < row_tokens(tokenizer, item) <= length
         before, others = sum(sizes[:place]), sum(sizes) - sizes[place]
         assert abs(before - depth / 100 * others) <= max(sizes) / 2
         assert visits == sorted(visits, key=lambda visit: visit[3:13]) and len(set(visits)) == len(visits) >= 5
-        longest = max(len(tokenizer.encode(f" {text}")) for text in answers)
+        longest = max(len(tokenizer.encode(f" {text} (A)")) for text in item.options)
         assert length - max(sizes) < len(tokenizer.encode(render_plain(other, "letters"))) + longest + 1 <= length
+
+
+def test_superwords_that_span_visits_make_no_row_shorter() -> None:
+    texts = [" ".join(map(str, islice(case.visits(), 12))) for case in cases(9, "needle", 30)]
+    tokenizer = superbpe.train(texts, 800, 600)
+    for item in load_task(NeedleTask(lengths=LENGTHS, depths=(50,), limit=2), context=Context(tokenizer, 1024)):
+        length, longest = int(item.group.split()[0]), max(len(tokenizer.encode(f" {visit}")) for visit in told(item)[0])
+        assert length - longest < row_tokens(tokenizer, item) <= length
 
 
 def test_nothing_but_the_telling_visit_speaks_for_an_option(items: list[ExamItem]) -> None:
