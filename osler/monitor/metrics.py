@@ -119,8 +119,9 @@ METRICS: dict[str, Metric] = {
     "sampling/sampling_logp_difference/mean": Metric("nats", "gap between sampler's and trainer's log-prob, mean"),
     "sampling/sampling_logp_difference/max": Metric("nats", "gap between sampler's and trainer's log-prob, largest"),
     # reinforcement learning, ours
-    "opsm/updates": Metric("updates", "optimizer updates on the batch, until max_masked_frac ended them"),
+    "opsm/updates": Metric("updates", "optimizer updates on the batch, until max_masked_frac or target_kl ended them"),
     "opsm/masked_frac": Metric("fraction", "completions whose surrogate the off-policy sequence mask removed"),
+    "approx_kl": Metric("nats/token", "distance of the policy that drew the samples from the policy as it is; never negative"),
     "opsm/seq_kl_mean": Metric("nats/token", "mean over completions of old minus current log-prob"),
     "groups/effective": Metric("groups", "groups of the batch whose rewards differ, so that they teach"),
     "groups/resting": Metric("questions", "questions that are left out for a while, because their samples all earned the same"),

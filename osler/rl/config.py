@@ -61,9 +61,10 @@ class AlgorithmConfig:
 
     prompts_per_step: PositiveInt = 8  # questions in one rollout
     samples_per_prompt: Annotated[int, Ge(2)] = 8  # completions of each question: the group; one alone has no advantage
-    updates_per_batch: PositiveInt = 1  # optimizer updates on each rollout batch; every update uses the whole batch
-    # share of completions under the off-policy mask (opsm_delta) that ends the updates on a batch early; null: never
-    max_masked_frac: Fraction | None = None
+    updates_per_batch: PositiveInt = 1  # optimizer updates on each rollout batch at most; every update uses the whole batch
+    # how far the policy may move from the one that drew a batch: the update that finds it farther away is the batch's last
+    max_masked_frac: Fraction | None = None  # share of completions under the off-policy mask (opsm_delta); null: any
+    target_kl: PositiveFloat | None = None  # KL in nats per token (approx_kl); null: any
     balanced_letters: bool = False  # whether the right answers of a step's questions are spread evenly over the letters
     max_new_tokens: PositiveInt = 128  # tokens of a completion at most
 

@@ -144,6 +144,7 @@ def grpo_loss(inputs: LossInputs, algorithm: AlgorithmConfig) -> tuple[Tensor, d
             "clip_high": clipped_high_BT.sum(),
             "opsm_masked": (~on_policy_B & row_B).sum(),
             "seq_kl": (seq_kl_B * row_B).sum(),
+            "approx_kl": kl_estimate(log_ratio_BT, ratio_BT, "k3").sum(),  # of the policy that drew the tokens to this one
             "logp_difference": log_ratio_BT.detach().abs().sum(),
             "logp_difference_max": log_ratio_BT.detach().abs().max(),
         }
@@ -180,6 +181,7 @@ def loss_metrics(sums: dict[str, Tensor]) -> dict[str, Tensor]:
         "clip_ratio/high_mean": sums["clip_high"] / tokens,
         "opsm/masked_frac": sums["opsm_masked"] / rows,
         "opsm/seq_kl_mean": sums["seq_kl"] / rows,
+        "approx_kl": sums["approx_kl"] / tokens,
         "sampling/sampling_logp_difference/mean": sums["logp_difference"] / tokens,
         "sampling/sampling_logp_difference/max": sums["logp_difference_max"],
     }

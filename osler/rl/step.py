@@ -190,10 +190,9 @@ def update_policy(
         with collector.update(lambda: probe_rows(rows)) if collector else nullcontext():
             updates.append(torch.stack(engine.update(optimizer, parameters)))
         mark("optimizer")
-        is_last, most = len(updates) == algorithm.updates_per_batch, algorithm.max_masked_frac
-        if most is not None and not is_last and _masked_frac(sums, world) > most:
+        if len(updates) < algorithm.updates_per_batch and has_moved_too_far(sums, algorithm, world):
             break
-    # Without max_masked_frac nothing was fetched from the device until here.
+    # Without a limit on how far the policy may move, nothing was fetched from the device until here.
     own = {name: torch.stack([sums[name] for sums in history]).cpu().double() for name in history[0]}
     by_update = loss_metrics(reduce(add_sums, world.all_gather(own)))
     norms, skipped = torch.stack(updates).cpu().T
@@ -204,10 +203,18 @@ def update_policy(
     return metrics | norm_stats(norms.tolist(), learner.clip_norm) | {"data/padding_frac": padding_frac}
 
 
-def _masked_frac(sums: dict[str, Tensor], world: World) -> float:
-    """Return which share of the completions of all ranks the off-policy mask took out of the latest update."""
-    masked, rows = world.all_reduce_sum(float(sums["opsm_masked"]), float(sums["rows"]))
-    return masked / max(rows, 1.0)
+def has_moved_too_far(sums: dict[str, Tensor], algorithm: AlgorithmConfig, world: World) -> bool:
+    """Return whether an update with these sums found the policy farther from the one that drew the rows than it may be.
+
+    All ranks get the same answer. With a limit this waits once for the device; without one it does nothing.
+    """
+    limits = {"opsm_masked": algorithm.max_masked_frac, "approx_kl": algorithm.target_kl}
+    if all(limit is None for limit in limits.values()):
+        return False
+    totals = torch.stack([sums[name].double() for name in (*limits, "rows", "tokens")]).tolist()
+    *found, rows, tokens = world.all_reduce_sum(*totals)
+    most = zip(found, limits.values(), (rows, tokens), strict=True)
+    return any(limit is not None and total > limit * count for total, limit, count in most)
 
 
 def probe_rows(rows: Sequence[TrainingRow]) -> ProbeRows:

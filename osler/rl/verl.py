@@ -39,7 +39,7 @@ AGGREGATES = {"sequence_mean": "seq-mean-token-mean", "token_mean": "token-mean"
 KLS = {"unbiased": "k2", "k3": "k3", "k2": "k2", "k1": "k1"}  # k2 has the right gradient on the policy's own samples, too
 OFF = {  # options that verl does not have, and the values at which they do nothing
     "opsm_delta": None, "reference_refresh_steps": None, "dynamic_sampling": False, "overlong": "keep",
-    "beta_schedule": ConstantConfig(), "most_rested_epochs": 0,
+    "beta_schedule": ConstantConfig(), "most_rested_epochs": 0, "target_kl": None,
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from osler.optim.build import build_optimizer
 from osler.optim.config import AdamWConfig
 from osler.parallel.engine import ParallelEngine
 from osler.rl.config import AlgorithmConfig
-from osler.rl.step import PolicyLoss, TrainingRow, assign_to_ranks, micro_batches, update_policy
+from osler.rl.step import PolicyLoss, TrainingRow, assign_to_ranks, completion_logprobs, micro_batches, update_policy
 from osler.runs.process import Learner
 
 
@@ -98,6 +99,21 @@ def test_a_batch_whose_policy_has_moved_too_far_gets_no_further_update(make_poli
     assert moved(make_policy, rows, algorithm)[1]["opsm/updates"] == updates
     with pytest.raises(ValueError, match="opsm_delta"):
         AlgorithmConfig(max_masked_frac=0.5)
+
+
+def test_updates_go_on_until_the_policy_is_farther_from_the_sampler_than_it_may_be(make_policy):
+    """The policy itself drew these rows, so it moves away from them update by update."""
+    rows = [row(3, 4, advantage=advantage) for advantage in (1.0, 0.5, -0.5, -1.0)]
+    with torch.no_grad():
+        logp, _, _ = completion_logprobs(make_policy(), rows, temperature=1.0)
+    rows = [replace(one, logprobs=drawn) for one, drawn in zip(rows, logp.tolist(), strict=True)]
+    algorithm = AlgorithmConfig(beta=0.0)
+    means = [moved(make_policy, rows, replace(algorithm, updates_per_batch=n))[1]["approx_kl"] for n in (1, 2, 3, 4)]
+    found = [means[0], *(n * now - (n - 1) * before for n, (before, now) in enumerate(pairwise(means), start=2))]
+    assert found[0] == pytest.approx(0.0, abs=1e-6) and found == sorted(found), "each update moves it further"
+    for updates, (nearer, farther) in enumerate(pairwise(found), start=2):
+        limited = replace(algorithm, updates_per_batch=9, target_kl=(nearer + farther) / 2)
+        assert moved(make_policy, rows, limited)[1]["opsm/updates"] == updates
 
 
 def test_only_rows_with_something_to_learn_are_backpropagated(make_policy, monkeypatch):
