@@ -23,7 +23,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
@@ -39,13 +39,14 @@ from osler.ops.sampling_params import SamplingParams
 from osler.rl.config import ServerRollout
 from osler.runtime.errors import UserError
 from osler.runtime.files import fingerprint
-from osler.runtime.stop import asked
+from osler.runtime.stop import AskedToStop, asked
 from osler.runtime.world import World
 
 logger = logging.getLogger(__name__)
 
 MOST_REQUESTS = 64  # under way at a time; the server queues what it cannot take yet
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 15.0  # between two tries
+LOOK_SECONDS = 0.2  # between two looks whether the run was asked to stop
 TRANSIENT = (408, 429, 500, 502, 503, 504)  # statuses of a server that may answer later
 CERTAIN = -1e-3  # the log-probability of a token that is sure to be drawn is 0, or with rounding at least this
 
@@ -87,15 +88,19 @@ class RolloutServers:
         """Draw completions as ``InferenceEngine.generate`` does; row r has the seed ``sampling.seed`` + r.
 
         Raises UserError, with the server's address and what to do, when a server cannot be reached for ``retry_seconds``, or
-        answers in a way that cannot be learned from.
+        answers in a way that cannot be learned from; and AskedToStop on every rank when the run is asked to stop meanwhile,
+        because a server that hangs would keep it for ``timeout_seconds``. The resumed run draws the same completions.
         """
         shares = self.world.all_gather([list(prompt) for prompt in prompts])
         asked_for = [prompt for share in shares for prompt in share]
         drawn = self.world.broadcast_from_first(lambda: self._draw(asked_for, sampling, samples_per_prompt))
+        if drawn is None:
+            raise AskedToStop
         return drawn[first_row : first_row + len(prompts) * samples_per_prompt]
 
-    def _draw(self, prompts: Sequence[list[int]], sampling: SamplingParams, size: int) -> list[Continuation]:
-        model = self.engine.model
+    def _draw(self, prompts: Sequence[list[int]], sampling: SamplingParams, size: int) -> list[Continuation] | None:
+        """Return the completions of all prompts, or None when the run is asked to stop before they are there."""
+        model, drawn = self.engine.model, list[Continuation]()
         if self._written() is not model:
             self._write()
             self._written = weakref.ref(model)
@@ -106,14 +111,18 @@ class RolloutServers:
                 pool.submit(self._group, self.servers[number % len(self.servers)], prompt, sampling, number * size, size)
                 for number, prompt in enumerate(prompts)
             ]
-            return [row for group in groups for row in group.result()]
-        except BaseException:  # a run that is refused at its start leaves nothing behind
-            _remove(self.folder, self._name)
-            self._written = lambda: None
-            raise
+            for group in groups:
+                while not wait([group], LOOK_SECONDS).done:
+                    if asked():
+                        return None
+                drawn += group.result()
+            return drawn
         finally:
             self._given_up.set()  # after an error or Ctrl-C no thread goes on waiting
             pool.shutdown(wait=False, cancel_futures=True)
+            if len(drawn) < len(prompts) * size:  # a run that is refused at its start leaves nothing behind
+                _remove(self.folder, self._name)
+                self._written = lambda: None
 
     def _write(self) -> None:
         """Write the model's weights into a new folder, and delete the folder of the weights before."""
@@ -136,7 +145,7 @@ class RolloutServers:
             "temperature": sampling.temperature,
             "stop_token_ids": list(sampling.stop_ids),
         }
-        deadline, wait = 0.0, FIRST_WAIT_SECONDS
+        deadline, pause = 0.0, FIRST_WAIT_SECONDS
         while True:
             try:
                 self._give_weights(server, prompt)
@@ -151,17 +160,15 @@ class RolloutServers:
                         patience = f"trying again for {self.config.retry_seconds:g} s"
                         logger.warning(f"The rollout server {server.url} {error}; {patience}.")
                     server.is_lost = True
-                if now + wait > deadline:
+                if now + pause > deadline:
                     raise UserError(
                         f"The rollout server {server.url} {error}, and did not recover for {self.config.retry_seconds:g} "
                         "seconds. Start it again; the same command then goes on from the newest checkpoint. "
                         "(rollout.retry_seconds sets how long a run waits for a server.)"
                     ) from error
-                if self._given_up.wait(wait):
+                if self._given_up.wait(pause):
                     raise
-                if asked():  # without the server the step cannot be finished
-                    raise KeyboardInterrupt from None
-                wait = min(2 * wait, LONGEST_WAIT_SECONDS)
+                pause = min(2 * pause, LONGEST_WAIT_SECONDS)
             except (LookupError, TypeError, AttributeError) as error:
                 raise UserError(f"The rollout server {server.url} answers in another form than vLLM: {error!r}.") from error
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import socket
 import threading
 import time
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 
 import pytest
@@ -20,7 +20,7 @@ from osler.rl.config import AlgorithmConfig, GrpoConfig, QualityConfig, ServerRo
 from osler.rl.rollout import RolloutWorker
 from osler.rl.servers import RolloutServers
 from osler.runtime.errors import UserError
-from osler.runtime.stop import StopFlag
+from osler.runtime.stop import AskedToStop, StopFlag
 from osler.runtime.world import World
 
 ALGORITHM = AlgorithmConfig(
@@ -183,7 +183,7 @@ def test_what_cannot_be_learned_from_is_refused_and_leaves_nothing(make_worker, 
     assert server.url in str(refusal.value) and list(tmp_path.iterdir()) == []
 
 
-def test_a_server_that_is_silent_or_gone_ends_the_run_in_time_and_a_request_to_stop_at_once(make_worker, serve, caplog):
+def test_a_server_that_is_silent_or_gone_ends_the_run_in_time(make_worker, serve, caplog):
     worker = make_worker((server := serve()).url, timeout_seconds=0.1, retry_seconds=0.3)
     with server.lock, pytest.raises(UserError, match="timed out"):
         worker.step(0)
@@ -191,11 +191,21 @@ def test_a_server_that_is_silent_or_gone_ends_the_run_in_time_and_a_request_to_s
     with pytest.raises(UserError, match="Connection refused"):
         make_worker(server.url, retry_seconds=0.3).step(0)
     assert caplog.text.count("Connection refused") == 1, "five groups wait for one server"
-    patient = make_worker(server.url, retry_seconds=600.0)
-    with StopFlag() as flag, pytest.raises(KeyboardInterrupt):
-        flag.requested = True
-        patient.step(0)
     server.start()
+
+
+@pytest.mark.parametrize("gone", [True, False], ids=["gone", "hanging"])
+def test_a_request_to_stop_ends_the_wait_for_a_server_at_once(make_worker, serve, tmp_path, gone):
+    worker = make_worker((server := serve()).url, retry_seconds=600.0)
+    if gone:
+        server.stop()
+    with StopFlag() as flag, nullcontext() if gone else server.lock:
+        flag.requested = True
+        with pytest.raises(AskedToStop):
+            worker.step(0)
+    assert list(tmp_path.iterdir()) == []
+    if gone:
+        server.start()
 
 
 @pytest.mark.parametrize(
@@ -211,7 +221,7 @@ def test_what_is_no_answer_of_vllm_is_told(make_worker, raw, told):
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
         def answer():
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 while True:
                     connection, _ = listening.accept()
                     connection.recv(65536)
