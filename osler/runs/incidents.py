@@ -73,10 +73,7 @@ class Incidents:
             self.first_skipped = self.first_skipped if self.skipped_in_a_row else step
             self.skipped_in_a_row += 1
             if self.skipped_in_a_row >= self.limits.max_skipped_steps:
-                self.cause = (
-                    f"The gradient was not finite for {self.skipped_in_a_row} steps in a row (steps "
-                    f"{self.first_skipped} to {step}); those steps changed nothing."
-                )
+                self.cause = self._skips(step)
             return
         self.skipped_in_a_row = 0
         value, what = (loss, "loss") if drift is None else (drift, "loss beyond the samples' own (loss/drift)")
@@ -92,6 +89,18 @@ class Incidents:
         self._record(step, "loss-spike", message, loss, grad_norm, loudly=spike.in_a_row == 1, deviations=spike.deviations)
         if self.limits.spike.action == "rollback" and spike.in_a_row == 1:
             self.cause = f"Step {step}: {message}"
+
+    def _skips(self, step: int) -> str:
+        return (
+            f"The gradient was not finite for {self.skipped_in_a_row} steps in a row (steps {self.first_skipped} to {step}); "
+            "those steps changed nothing."
+        )
+
+    def finish(self, step: int) -> None:
+        """Raise UserError on every rank when the run ends with ``step`` and all of its steps were skipped."""
+        if self.skipped_in_a_row and not self.before:
+            self.cause = self._skips(step)
+            raise UserError(self._diagnosis(step, None))
 
     def _record(self, step: int, name: str, message: str, loss: float, grad_norm: float, *, loudly: bool, **more: Any) -> None:
         if not self.run.world.is_first:
@@ -147,7 +156,8 @@ class Incidents:
             tried = "With recovery.max_rollbacks=0 a run does not go back."
         saved = "" if good else f" Any checkpoint in {self.run.folder.checkpoints} is damaged or from the middle of the trouble."
         details = dict(self.details(step))
-        batch = ", ".join(f"{name} {values[0]} ... {values[-1]}" for name, values in details.items() if isinstance(values, list))
+        lists = {name: values for name, values in details.items() if isinstance(values, list) and values}  # empty after a resume
+        batch = ", ".join(f"{name} {values[0]} ... {values[-1]}" for name, values in lists.items())
         if details.get("data_offset"):
             batch += f", {details['data_offset']:,} tokens further on in the data"
         before = [f"step {number}: loss {loss:.4g}, gradient norm {norm:.4g}" for number, loss, norm in self.before]

@@ -116,7 +116,8 @@ class Trainer(ABC):
     def advance(self) -> dict[str, float] | None:
         """Make one step. Return the metrics if a line of metrics is due, else None.
 
-        Raises AskedToStop, on every rank and before the step, when the run is asked to stop while it waits for data.
+        Raises AskedToStop, on every rank and before the step, when the run is asked to stop while it waits for data or for
+        completions of servers.
         """
 
     @abstractmethod
@@ -194,6 +195,7 @@ class Loop:
             while not (trainer.done or self.evaluation_interrupted):
                 if not self._iterate():
                     return False
+            self.incidents.finish(trainer.step)
         return not self.evaluation_interrupted
 
     def _iterate(self) -> bool:
@@ -201,7 +203,7 @@ class Loop:
         trainer = self.trainer
         try:
             line = trainer.advance()
-        except AskedToStop:  # the run was waiting for data
+        except AskedToStop:  # the run was waiting
             self.save()
             self.world.broadcast_from_first(lambda: self.saver.wait(needed=True))
             return False

@@ -81,7 +81,10 @@ def content(folder, step):
 
 
 def test_a_resumed_run_is_the_same_run(make_trainer, short_task, tmp_path):
-    """As if killed in step 4: only what was saved up to step 3 is left, and a metrics file that is ahead. Two questions rest."""
+    """As if killed in step 4: only what was saved up to step 3 is left, and a metrics file that is ahead.
+
+    Two questions rest, and the number of updates differs between steps.
+    """
 
     def rewarded(item, completion):
         return term.function(item, completion) if item.id > "q1" else 0.0
@@ -89,11 +92,12 @@ def test_a_resumed_run_is_the_same_run(make_trainer, short_task, tmp_path):
     (term,) = short_task.rewards
     task = replace(short_task, rewards=(RewardTerm("rewarded", rewarded),))
     whole = tmp_path / "whole"
-    assert Loop(make_trainer(whole, task=task)).fit()
+    config = replace(CONFIG, algorithm=replace(ALGORITHM, updates_per_batch=4, target_kl=1e-3))
+    assert Loop(make_trainer(whole, config=config, task=task)).fit()
     parts = Path(shutil.copytree(whole, tmp_path / "parts"))
     for step in (4, 5):
         shutil.rmtree(parts / "checkpoints" / folders.folder_name(step))
-    resumed = Loop(make_trainer(parts, task=task))
+    resumed = Loop(make_trainer(parts, config=config, task=task))
     resumed.restore(store.load(folders.newest_good(parts / "checkpoints")[0]))
     assert resumed.trainer.step == 3 and resumed.fit()
     assert_same_tensors(parts, whole)
@@ -101,6 +105,7 @@ def test_a_resumed_run_is_the_same_run(make_trainer, short_task, tmp_path):
     (tensors, state), (_, whole_state) = content(parts, 5), content(whole, 5)
     assert state == whole_state and tensors.keys() == {"model", "optimizer", "reference"}
     assert [*map(untimed, logged(parts))] == [*map(untimed, logged(whole))]
+    assert len({line["opsm/updates"] for line in logged(whole) if "opsm/updates" in line}) > 1
 
 
 def test_every_metric_is_declared_and_the_policy_moves(make_trainer, tmp_path):
@@ -294,6 +299,18 @@ def test_steps_without_anything_to_learn_do_not_end_a_row_of_skipped_ones(make_t
     trainer = make_trainer(tmp_path, config=config, task=rewarded_by_step(short_task, lambda step: step % 2 == 0))
     with pytest.raises(UserError, match=r"not finite for 2 steps in a row \(steps 1 to 3\)"):
         Loop(trainer).fit()
+
+
+def test_a_short_run_that_only_skipped_ends_with_an_error_each_time_it_is_started(make_trainer, tmp_path, fault):
+    fault("train-loss:nan:1-")
+    config = replace(CONFIG, steps=2)
+    told = r"not finite for 2 steps in a row \(steps 1 to 2\); those steps changed nothing"
+    with pytest.raises(UserError, match=told):
+        Loop(make_trainer(tmp_path, config=config)).fit()
+    again = Loop(make_trainer(tmp_path, config=config))
+    again.restore(store.load(folders.newest_good(tmp_path / "checkpoints")[0]))
+    with pytest.raises(UserError, match=told):
+        again.fit()
 
 
 def test_the_share_of_the_gpus_peak_follows_from_the_speed_of_the_updates(make_trainer, tmp_path, monkeypatch):

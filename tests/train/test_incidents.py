@@ -145,6 +145,15 @@ def test_no_way_back(make_trainer, fault, tmp_path, fields, reason, advice):
     assert f"`--run NEW_FOLDER {advice}" in told and ("from the middle of the trouble" in told) == ("init_from" not in told)
 
 
+def test_a_run_that_only_skipped_ends_with_an_error_however_short_it_is(make_trainer, fault, tmp_path):
+    fault("train-loss:nan:1-")
+    trainer = make_trainer(tmp_path, recovery={"max_skipped_steps": 20}, **STEADY)
+    with pytest.raises(UserError, match=r"not finite for 12 steps in a row \(steps 1 to 12\)[\s\S]*no good step came before"):
+        Loop(trainer).fit()
+    *_, end = read_events(tmp_path / "events.jsonl")
+    assert (end.kind, end.name, end.step) == ("end", "failed", 12)
+
+
 @pytest.mark.parametrize("action", ["report", "rollback"])
 def test_a_loss_that_spikes(make_trainer, tmp_path, capsys, action):
     """The labels of one batch are scrambled beyond guessing: its loss is far above the others."""
