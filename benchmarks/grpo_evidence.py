@@ -44,11 +44,14 @@ from osler.eval.exams import greedy, score_by_generation
 from osler.eval.score import paired_difference
 from osler.inference.engine import InferenceEngine
 from osler.inference.load import load_model
+from osler.pipeline.config import decode_pipeline
+from osler.pipeline.run import Pipeline
 from osler.records.jsonl import read_metrics
 from osler.rl.config import GrpoConfig
 from osler.rl.run import train as train_grpo
 from osler.runs.folder import taken
 from osler.runtime.files import RunFolder
+from osler.runtime.world import World
 from osler.tasks.registry import load_clinic
 from osler.train.config import TrainConfig
 from osler.train.run import train as train_supervised
@@ -104,16 +107,12 @@ DRAWS = 10_000
 
 def start_of(folder: Path) -> Path:
     """The supervised checkpoint that the quickstart's GRPO starts from; its runs go on where they were interrupted."""
-    stages, runs = load_recipe("quickstart", SHORT_SFT), {name: RunFolder.create(folder / name) for name in ("pretrain", "sft")}
-    for name, run in runs.items():
-        start = {"init_from": str(runs["pretrain"].root)} if name == "sft" else {}
-        with taken(run):
-            if not train_supervised(decode(TrainConfig, {**stages[name], **start}), run):
-                raise SystemExit("stopped; the same command goes on")
-    probes = [f"eval/{split}_accuracy" for split in stages["sft"]["exam"]["splits"]]
-    lines = list(read_metrics(runs["sft"].metrics, having=probes[0]))
-    score = {line.step: statistics.fmean(line.values[name] for name in probes) for line in lines}
-    return runs["sft"].checkpoints / folder_name(min(score, key=lambda step: abs(score[step] - START_ACCURACY)))
+    config = decode_pipeline(load_recipe("quickstart", SHORT_SFT))
+    pipeline = Pipeline(config, RunFolder(folder), World())
+    for name in ("pretrain", "sft"):
+        if not pipeline.train(name, config.stages[name]):
+            raise SystemExit("stopped; the same command goes on")
+    return pipeline.nearest("sft", START_ACCURACY)
 
 
 def train(arm: Arm, start: Path, seed: int, folder: Path, steps: int, tokens: int) -> dict[str, Any]:

@@ -171,7 +171,7 @@ COMMANDS: tuple[Command, ...] = (
         "osler pipeline textbooks/medqa root=shared/data --run runs/medqa",
         "osler.pipeline.run:run",
         (RECIPE, *RUN_FOLDER),
-        "Finished stages are skipped. --dry-run shows every stage, and checks what a later one needs, such as its files.",
+        "Finished stages are skipped. --dry-run lists the stages, and checks what a later one needs, such as its files.",
     ),
     Command("recipes", "List the recipes: name, parameters, what it is", "osler recipes", "osler.cli.show:list_recipes"),
     Command(

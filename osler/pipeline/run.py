@@ -164,13 +164,13 @@ class Pipeline:
                 )
 
     def describe(self) -> str:
-        """Return what ``--dry-run`` prints: the config of every stage, and comments with their state and derived numbers."""
+        """Return what ``--dry-run`` prints: for every stage its state and how long it is. ``osler show`` prints all fields."""
         finished = [stage.name for stage in self.finished]
         said = {"run folder": str(self.run.root)}
         for name in self.config.stages:
             said[name] = "finished" if name in finished else "begun" if self.has_begun(name) else "to come"
         said |= {name: f"{said[name]}; {numbers}" for name, numbers in self.config.numbers().items()}
-        return "\n".join([dump_yaml(encode(self.config)).rstrip(), *as_comments(said)])
+        return "\n".join(as_comments(said))
 
     def run_stages(self, stored: dict[str, Any] | None) -> int:
         """Carry out every stage that is not finished, then write the report; return the process's exit code."""
