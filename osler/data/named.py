@@ -1,12 +1,12 @@
 """The sources that Osler knows by name: where each lies on the hub, its licence, and how a row becomes a document.
 
 Any of them can also be read from local files of the same schema. The facts about datasets come from their cards on the hub;
-sizes are approximate. The error for a row that lacks a field names file, row and field, so no source is silently empty.
+sizes are approximate. A row that lacks a field raises an error with its file, line and field, so no source is silently empty.
 """
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -24,12 +24,7 @@ from osler.files.hub import hub_files, snapshot
 from osler.files.parts import File, LocalFile, Part, Parts, find_local
 from osler.files.rows import Row, read_rows
 from osler.runtime.errors import UserError
-from osler.tasks.config import (
-    MEDICAL_SUBJECTS,
-    ExamFile,
-    Fold,
-    HubExam,
-)
+from osler.tasks.config import MEDICAL_SUBJECTS, ExamFile, Fold, HubExam
 from osler.tasks.exam_files import SCHEMAS, ExamRow, ending_number, with_shots
 from osler.tasks.item import ExamItem, is_in_fold, render_answer, render_question
 from osler.tasks.needle import Context, load_needle
@@ -48,9 +43,11 @@ _SPLITS = {"train": "train", **dict.fromkeys(("validation", "valid", "val", "dev
 
 @dataclass(frozen=True)
 class NamedSource:
-    """A dataset; `files` are patterns of its files, in which {subset} and {split} stand for what was chosen.
+    """A dataset; `files` are patterns of its files on the hub, in which {subset} and {split} stand for those that were chosen.
 
-    `tokens` is about how many millions of tokens the first subset has. Rows that belong together need a file read as a whole.
+    `fields` are the columns that `documents` reads, `tokens` is about how many millions of tokens the first subset has. With
+    `has_small_files` the files are fetched together before they are read. With `reads_whole_files` a file is never cut into
+    parts, because a document takes many of its rows.
     """
 
     repo: str
@@ -92,7 +89,7 @@ def articles(rows: Iterable[Row], data: HubData) -> Iterator[Document]:
 
 
 def synth(rows: Iterable[Row], data: HubData) -> Iterator[Document]:
-    """Yield SYNTH's questions with reasoning and answer; questions made from one page share a side of the split."""
+    """Yield SYNTH's questions with reasoning and answer; questions made from one page are held out together."""
     for row in rows:
         thinking = _text(row, "synthetic_reasoning") or None
         turn = Turn(_text(row, "query"), thinking if data.reasoning else None, _text(row, "synthetic_answer"))
@@ -105,7 +102,7 @@ def questions(rows: Iterable[Row], data: HubData, *, answer: str = "answer") -> 
 
 
 def conversations(rows: Iterable[Row], data: HubData) -> Iterator[Document]:
-    """Yield each message of a user with the answer to it; what stands between <think> and </think> is the reasoning."""
+    """Yield each message of a user with the assistant's answer to it; <think> ... </think> before the answer is the reasoning."""
     for row in rows:
         messages = value_of(row, "messages")
         if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
@@ -121,17 +118,20 @@ def conversations(rows: Iterable[Row], data: HubData) -> Iterator[Document]:
 
 
 def exam(rows: Iterable[Row], data: HubData) -> Iterator[Document]:
-    """Yield the items of an exam as models are shown them; MedMCQA's without a known answer are left out."""
+    """Yield the items of an exam that are in `data.fold`, written as in the exam; rows of MedMCQA without a label are left out.
+
+    PubMedQA's pqa_unlabeled has no labels, and so no items and no folds: its questions come with their long answers.
+    """
     if data.subset == "pqa_unlabeled":
         yield from questions(rows, data, answer="long_answer")
         return
-    for row, item in _learned(rows, data):
+    for row, item in _items_with_rows(rows, data):
         turn = Turn(render_question(item), item.thinking if data.reasoning else None, render_answer(item))
         yield Document(turn=turn, where=row.where)
 
 
-def _learned(rows: Iterable[Row], data: HubData) -> Iterator[tuple[Row, ExamItem]]:
-    kind = examined(data.name)[0]
+def _items_with_rows(rows: Iterable[Row], data: HubData) -> Iterator[tuple[Row, ExamItem]]:
+    kind = exam_by_name(data.name)[0]
     config, read_item = kind(type=data.name, path=data.path or data.name), SCHEMAS[kind].read
     for row in rows:
         if data.name == "medmcqa" and row.values.get("cop", "") in (None, -1):
@@ -142,11 +142,11 @@ def _learned(rows: Iterable[Row], data: HubData) -> Iterator[tuple[Row, ExamItem
 
 
 def learned_items(source: Source, key: str) -> list[ExamItem]:
-    """Return the items of an exam by name that a source teaches from local files; of other sources nothing is known."""
+    """Return the exam items that a source by name teaches, read from its local files; no item for any other source."""
     if not isinstance(source, HubData) or source.name not in EXAMS or source.place == HUB or source.subset == "pqa_unlabeled":
         return []
     rows = (row for file in named_files(source, key)[1] for row in read_rows(Part(file)))
-    return [item for _, item in _learned(rows, source)]
+    return [item for _, item in _items_with_rows(rows, source)]
 
 
 def programs(rows: Iterable[Row], data: HubData) -> Iterator[Document]:
@@ -156,7 +156,7 @@ def programs(rows: Iterable[Row], data: HubData) -> Iterator[Document]:
 
 def endings(rows: Iterable[Row], data: HubData) -> Iterator[Document]:
     """Yield HellaSwag's stories with their right endings."""
-    config = examined(data.name)[0](type=data.name, path=data.path or data.name)
+    config = exam_by_name(data.name)[0](type=data.name, path=data.path or data.name)
     for row in rows:
         asked = ExamRow(row, config)
         choices = asked.options("endings")
@@ -244,11 +244,11 @@ SOURCES: dict[str, NamedSource] = {
 
 
 def read_named(data: HubData, part: Part) -> Iterator[Document]:
-    """Yield the documents of a part of a source's files."""
+    """Yield the documents in a part of a file of a source by name."""
     source, name = SOURCES[data.name], part.file.name
     if ending(name) not in TEXT_ENDINGS:
         yield from source.documents(read_rows(part, source.fields), data)
-    elif source.reads_whole_files:  # its rows are lines
+    elif source.reads_whole_files:  # each line of the text is a row
         lines = (line for document in read_text_file(part) for line in document.text.splitlines(keepends=True))
         yield from source.documents((Row(name, {"text": line}, ("text",)) for line in lines), data)
     else:
@@ -264,25 +264,29 @@ def open_hub(data: HubData, key: str) -> Corpus:
     options = {"name": data.name, "subset": subset, "split": split, "reasoning": data.reasoning, "commit": commit}
     if data.fold != "all":
         if source.documents is not exam or subset == "pqa_unlabeled":
-            raise UserError(f"{key}.fold={data.fold}: {data.title} has no questions that an exam asks, and so no folds.")
+            folded = ", ".join(name for name, source in SOURCES.items() if source.documents is exam)
+            raise UserError(f"{key}.fold={data.fold}: {data.title} has no folds, which only {folded} have; leave it out.")
         options["fold"] = data.fold
     about = {"licence": source.licence, "revision": commit or "local files", "home": source.repo or data.place}
     return Corpus(parts, partial(read_named, data), options, None, data.holdout_fraction, data.seed, about=about)
 
 
-EXAMS = {task.type: task for task in SCHEMAS if task.type in SOURCES}  # that are known by name
+EXAMS = {task.type: task for task in SCHEMAS if task.type in SOURCES}  # exams that are known by name
 
 
-def examined(name: str) -> tuple[type[ExamFile], str, str]:
-    """Return the kind of an exam, and the subset and split that models are examined with."""
+def exam_by_name(name: str) -> tuple[type[ExamFile], str, str]:
+    """Return the class of an exam's config, and the subset and split of its dataset that models are examined with.
+
+    Of PubMedQA this is all of pqa_labeled; no split of the dataset is the official test, which is half of it.
+    """
     kind, source = EXAMS[name], SOURCES[name]
     split = SCHEMAS[kind].split
     subset = "pqa_labeled" if name == "pubmedqa" else source.subsets[0]
-    return kind, subset, split if split in source.splits else source.splits[0]  # PubMedQA has one split
+    return kind, subset, split if split in source.splits else source.splits[0]
 
 
 def load_task(task: Any, key: str = "task", root: str = "", context: Context | None = None) -> list[ExamItem]:
-    """Return the items of an exam (one of ``TaskConfig``); `root` has files of exams by name, and `key` is for messages.
+    """Return the items of an exam (one of ``TaskConfig``), with their solved examples; see `open_exam` for `root` and `key`.
 
     `context` is that of the model which is asked. Without it a needle test, whose items depend on it, has none.
     """
@@ -290,51 +294,58 @@ def load_task(task: Any, key: str = "task", root: str = "", context: Context | N
         return load_clinic(split=task.split, limit=task.limit, seed=task.seed)
     if isinstance(task, NeedleTask):
         return load_needle(task, context, key) if context is not None else []
-    exam = open_exam(task, root, key)
+    opened = open_exam(task, root, key)
     if isinstance(task, HubExam):
-        logger.info(f"{task.name}: {', '.join(file.name for file in exam.files)}{exam.commit and f', commit {exam.commit}'}.")
+        names = [file.name for file in opened.files]
+        logger.info(f"{task.name}: {', '.join(names)}{opened.commit and f', commit {opened.commit}'}.")
     if not task.shots:
-        return exam.items
-    fold: Fold = "train" if task.fold == "held-out" else "all"
-    solved = replace(exam.task, path=task.shots_path, split="", fold=fold, limit=task.shots, seed=None)
-    return with_shots(exam.items, Exam(solved, _shots(task, key)).items, task)
+        return opened.items
+    fold: Fold = "train" if task.fold == "held-out" else "all"  # the examples may come from the exam's own file
+    solved = replace(opened.task, path=task.shots_path, split="", fold=fold, limit=task.shots, seed=None)
+    return with_shots(opened.items, Exam(solved, _shot_files(task, key)).items, task)
 
 
 def check_task(task: Any, key: str, root: str = "") -> None:
-    """Raise UserError when the files of an exam do not exist; `key` is the place of the task in the config."""
+    """Raise UserError when the files of an exam, or of its solved examples, do not exist; see `open_exam`."""
     if isinstance(task, ExamFile):
         open_exam(task, root, key)
-        _shots(task, key)
+        _shot_files(task, key)
 
 
-def _shots(task: ExamFile, key: str) -> tuple[File, ...]:
+def _shot_files(task: ExamFile, key: str) -> tuple[File, ...]:
     return tuple(find_local(task.shots_path, ROW_ENDINGS, key=f"{key}.shots_path")) if task.shots else ()
 
 
-def open_exam(exam: ExamFile, root: str, key: str) -> Exam:
-    """Find the files of an exam; `root` is the folder of those that are known by name."""
-    if not isinstance(exam, HubExam):
-        said = _splits_in(Path(exam.path).name)
-        if exam.split and said and _SPLITS.get(exam.split, exam.split) not in said:
-            logger.warning(f"{key}.split is {exam.split}, but the name of {exam.path} says {' or '.join(sorted(said))}.")
-        return Exam(exam, tuple(find_local(exam.path, ROW_ENDINGS, key=f"{key}.path")))
-    if exam.name not in EXAMS:
-        raise UserError(f"{key}.name={exam.name} is no exam that Osler knows{nearest(exam.name, list(EXAMS))}")
-    kind, subset, split = examined(exam.name)
-    if exam.split not in ("", split, SCHEMAS[kind].split):
+def open_exam(task: ExamFile, root: str, key: str) -> Exam:
+    """Find the files of an exam; raises UserError when there are none. `key` is its place in the config, for messages.
+
+    `root` has a folder for each exam by name; empty, they are read from the hub. A path or root of the exam itself comes first.
+    """
+    if not isinstance(task, HubExam):
+        said = _splits_in(Path(task.path).name)
+        if task.split and said and _SPLITS.get(task.split, task.split) not in said:
+            logger.warning(f"{key}.split is {task.split}, but the name of {task.path} says {' or '.join(sorted(said))}.")
+        return Exam(task, tuple(find_local(task.path, ROW_ENDINGS, key=f"{key}.path")))
+    if task.name not in EXAMS:
+        raise UserError(f"{key}.name={task.name} is no exam that Osler knows{nearest(task.name, list(EXAMS))}")
+    kind, subset, split = exam_by_name(task.name)
+    remedy = f"To ask another split, give its file: {key}.type={task.name} {key}.path=FILE."
+    if task.split not in ("", split, SCHEMAS[kind].split):
         raise UserError(
-            f"{key}.split={exam.split}: an exam by name is the split that models are examined with ({SCHEMAS[kind].split}). For "
-            f"another give its file: {key}.type={exam.name} {key}.path=FILE."
+            f"{key}.split={task.split}: an exam by name always asks the split that models are examined with ({split}). {remedy}"
         )
-    root = exam.root or root
-    data = HubData(name=exam.name, subset=subset, split=split, revision=exam.revision, path=exam.path, root=root)
-    commit, files = named_files(data, key)
-    task = kind(type=exam.name, path=f"the exam {exam.name}", split=split)
-    return Exam(replace(task, fold=exam.fold, limit=exam.limit, seed=exam.seed), tuple(files), commit)
+    data = HubData(name=task.name, subset=subset, split=split, revision=task.revision, path=task.path, root=task.root or root)
+    commit, files = named_files(data, key, remedy)
+    found = kind(type=task.name, path=f"the exam {task.name}", split=split)
+    return Exam(replace(found, fold=task.fold, limit=task.limit, seed=task.seed), tuple(files), commit)
 
 
-def named_files(data: HubData, key: str) -> tuple[str, list[File]]:
-    """Return the commit and the files of a source by name; local files have no commit. Raises UserError when it is not known."""
+def named_files(data: HubData, key: str, remedy: str = "") -> tuple[str, list[File]]:
+    """Return the commit ("" for local files) and the files of a source by name; `key` is its place in the config.
+
+    Raises UserError when the name, subset or split is unknown, or no file is found. Where all local files are of other splits,
+    the error ends with `remedy`; empty, it names the setting that reads them.
+    """
     source = SOURCES.get(data.name)
     if source is None:
         raise UserError(f"{key}.name={data.name} is no source that Osler knows{nearest(data.name, list(SOURCES))}")
@@ -342,44 +353,53 @@ def named_files(data: HubData, key: str) -> tuple[str, list[File]]:
         if chosen and chosen not in known:
             raise UserError(f"{key}.{field}={chosen}: {data.name} has {', '.join(filter(None, known)) or 'none'}.")
     subset, split = data.subset or source.subsets[0], data.split or source.splits[0]
-    patterns = tuple(pattern.format(subset=subset, split=split) for pattern in source.files)
+    root_key = "root" if key.startswith(("task", "eval_task", "source")) else "data.root"
     if data.place != HUB:
-        return "", _local_files(data, source, patterns, split, key)
+        return "", _local_files(data, subset, split, key, root_key, remedy)
     if not source.repo:
-        raise UserError(f"{key}: {data.name} is on no hub; name its files with {key}.path=DIR or data.root=DIR.")
-    return (snapshot if source.has_small_files else hub_files)(source.repo, patterns, data.revision)
+        raise UserError(f"{key}: {data.name} is on no hub; name its files with {key}.path=DIR or {root_key}=DIR.")
+    return (snapshot if source.has_small_files else hub_files)(source.repo, _patterns(source, subset, split), data.revision)
 
 
 def _splits_in(name: str) -> set[str]:
-    """Return which splits the name of a file says."""
     return {_SPLITS[word] for word in re.findall("[a-z]+", name.lower()) if word in _SPLITS}
 
 
-def _local_files(data: HubData, source: NamedSource, patterns: Sequence[str], split: str, key: str) -> list[File]:
-    """Return the local files of a split: those named as on the hub, else those whose names say the split, or else none.
+def _patterns(source: NamedSource, subset: str, split: str) -> tuple[str, ...]:
+    return tuple(pattern.format(subset=subset, split=split) for pattern in source.files)
 
-    Files that are named as those of another subset or split are left out. A file that the config itself names may have the
-    name of a split that the source has not.
+
+def _local_files(data: HubData, subset: str, split: str, key: str, root_key: str, remedy: str) -> list[File]:
+    """Return the local files of a split: those named as on the hub, else those whose names say it, else those that say none.
+
+    A file that is named as on the hub for another subset or split is never returned. A file that the config itself names may
+    say a split that the source does not have.
     """
-    where = Path(data.place)
-    root = "root" if key.startswith(("task", "eval_task")) else "data.root"
-    field = f"{key}.path" if data.path else root
+    source, where = SOURCES[data.name], Path(data.place)
+    field = f"{key}.path" if data.path else root_key
     found = find_files(where, (*ROW_ENDINGS, *TEXT_ENDINGS, NAMED_ONLY_ENDING), key=field)
     names = {file: file.relative_to(where).as_posix() if where.is_dir() else file.name for file in found}
-    combinations = product(source.files, source.subsets, source.splits)
-    of_any = [pattern.format(subset=subset, split=other) for pattern, subset, other in combinations]
-    splits = {file: _splits_in(name) for file, name in names.items() if not any(fnmatchcase(name, pattern) for pattern in of_any)}
+    patterns = {choice: _patterns(source, *choice) for choice in product(source.subsets, source.splits)}
+    on_hub = {
+        file: {choice for choice, its in patterns.items() if any(fnmatchcase(name, pattern) for pattern in its)}
+        for file, name in names.items()
+    }
+    said = {file: _splits_in(names[file]) for file in found if not on_hub[file]}
     known = set(_SPLITS.values() if where.is_dir() else source.splits)
-    chosen = (
-        [file for file, name in names.items() if any(fnmatchcase(name, pattern) for pattern in patterns)]
-        or [file for file, named in splits.items() if split in named]
-        or [file for file, named in splits.items() if not known & named]
-    )
-    if not chosen:
-        other = sorted({name for named in splits.values() for name in named}.intersection(source.splits))
-        remedy = f"Set {key}.split={other[0]} to read that" if other else f"Name a file of it itself with {key}.path=FILE"
-        raise UserError(
-            f"{where} has no file of {data.title} ({' or '.join([*patterns, f'another whose name says {split}'])}); it has "
-            f"{', '.join(shown(file.name) for file in found[:5])}. {remedy}."
+
+    def files_of(subset: str, split: str) -> list[Path]:
+        return (
+            [file for file in found if (subset, split) in on_hub[file]]
+            or [file for file, splits in said.items() if split in splits]
+            or [file for file, splits in said.items() if not known & splits]
         )
+
+    if not (chosen := files_of(subset, split)):
+        for other, other_split in product((subset, *source.subsets), source.splits):
+            if files_of(other, other_split):
+                remedy = remedy or f"Set {key}.split={other_split}{other and f' {key}.subset={other}'} to read that."
+        wanted = " or ".join([*patterns[subset, split], f"another whose name says {split}"])
+        there = ", ".join(shown(file.name) for file in found[:5])
+        remedy = remedy or f"If one of them is, name it with {key}.path=FILE."
+        raise UserError(f"There is no file of {data.title} at {where} ({wanted}), but {there}. {remedy}")
     return [LocalFile.at(file) for file in chosen]

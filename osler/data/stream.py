@@ -35,8 +35,8 @@ POLL_SECONDS = 0.05
 PATIENCE_SECONDS = 1.0  # before the log gives the reason for a wait; it does so again after four times as long, and so on
 STUCK_SECONDS = 300.0  # the longest wait for a preparation that has no room
 STEPS_AGREED = 64  # at most, while data are being prepared
-ALL_STEPS = 1 << 62
-SURE_SHARE = 0.8  # this share of the estimate for unread files counts as sure; the estimate takes them to be like the read files
+ALL_STEPS = 1 << 62  # more than any run has: all data are prepared
+SURE_SHARE = 0.8  # of the estimated tokens in unread files; the estimate takes these files to be like those that are read
 
 
 def untended(seconds: float) -> None:
@@ -50,12 +50,13 @@ def wait_together(attempt: Callable[[], T], world: World, who: str, tend: Callab
     AskedToStop on every rank when one of them is asked to stop while they wait.
     """
     found: list[T] = []
-    began, patience, reason = time.monotonic(), PATIENCE_SECONDS, "other processes wait for theirs"
+    began, patience, reason = time.monotonic(), PATIENCE_SECONDS, ""
     while True:
         tend(time.monotonic() - began)
         if not found:
             try:
                 found.append(attempt())
+                reason = "other processes wait for theirs"
             except NotPreparedYet as error:
                 reason = str(error)
         all_found, go_on = world.all_reduce_min(bool(found), not asked())
@@ -75,9 +76,10 @@ def wait_together(attempt: Callable[[], T], world: World, who: str, tend: Callab
 def wait_for_batches(
     loader: Loader, steps: range, world: World, tend: Callable[[float], None] = untended, *, skipped_tokens: int = 0
 ) -> Generator[Batch, None, None]:
-    """Yield the batches of a run from the first of its `steps` on; the ranks wait together for batches that are not prepared yet.
+    """Yield the batches from step `steps.start` on, without end; the ranks wait together for data that are not prepared yet.
 
-    Raises UserError as soon as it is known that the run needs shards that were deleted to keep within a disk budget.
+    The run itself ends before `steps.stop`. Raises UserError when all data are prepared and the run needs shards that were
+    deleted to keep within a disk budget.
     """
     step, agreed = steps.start, 0
     with closing(loader.batches(step, skipped_tokens)) as batches:
@@ -93,9 +95,10 @@ def wait_for_batches(
 
 
 def steps_ready(loader: Loader, step: int, skipped_tokens: int) -> int:
-    """Return how many steps, from `step` on, surely have their data; raises NotPreparedYet when there is none.
+    """Return how many steps, from `step` on, surely have their data: `ALL_STEPS` when all data are prepared.
 
-    All are in one stage, where the last step reads the data that are prepared last. A later stage may read less.
+    Until then they are steps of one stage, where a later step needs data that are prepared later, so that the last of them alone
+    is checked. Raises NotPreparedYet when the data of `step` are missing.
     """
     for shards in loader.sources.values():
         shards.refresh()
@@ -111,24 +114,27 @@ def steps_ready(loader: Loader, step: int, skipped_tokens: int) -> int:
 
 
 def refuse_deleted(loader: Loader, stop: int, skipped_tokens: int) -> None:
-    """Raise UserError when shards of a source were deleted and the steps before `stop` read it more than once."""
+    """Raise UserError when shards of a source were deleted and the steps before `stop` read all of its tokens or more.
+
+    The row with the last of them also has the token that follows, the first of the next epoch.
+    """
     deleted = {name: shards for name, shards in loader.sources.items() if num_evicted(shards.folder)}
     needed = loader.tokens_before(stop, skipped_tokens) if deleted else {}
     for name, shards in deleted.items():
         if needed[name] >= shards.num_tokens:
             raise UserError(
-                f"The run reads {needed[name]:,} tokens of {name}, which has {shards.num_tokens:,}, and the first of them were "
-                "deleted to keep within data.disk_budget_gb, because more were expected. Set total_tokens lower, or delete "
-                f"{shards.folder.parents[1]} and leave the budget out: then the same command prepares all of them again."
+                f"The run reads {needed[name]:,} tokens of {name}, which has {shards.num_tokens:,}. The first of them were "
+                "deleted to keep within data.disk_budget_gb, because more were expected to follow. Set total_tokens lower, or "
+                f"delete {shards.folder.parents[1]} and give the command without data.disk_budget_gb: it prepares all of them."
             )
 
 
 class DiskBudget:
     """Deletes the shards that a run no longer needs, when the preparation has no room for more and asks for it (`PAUSED`).
 
-    It deletes shards before the window of the oldest checkpoint to resume from, and only of sources that the run surely reads
-    once at most, even when rollbacks pass over `spare_tokens` more. Before a source is prepared, its size is only estimated.
-    `SURE_SHARE` of the estimate counts as sure, because parts of files are read in a random order.
+    It deletes shards before the window of the oldest checkpoint to resume from, and only of sources that surely have more
+    tokens than the run reads, even when rollbacks pass over `spare_tokens` more. While a source is being prepared, what its
+    unread files will give is estimated from those that are read, and `SURE_SHARE` of the estimate counts.
     """
 
     def __init__(
@@ -140,7 +146,10 @@ class DiskBudget:
         self.looked_at: object = None  # the facts behind the last decision
 
     def make_room(self, waited: float) -> None:
-        """Delete shards when the preparation is paused; raises UserError when no shard can go and the run has waited long."""
+        """Delete shards when the preparation is paused; `waited` is how many seconds the run has waited for data.
+
+        Raises UserError at once when the run may read every source again, and after `STUCK_SECONDS` when no shard can go.
+        """
         basis = identity_of(self.folder / PAUSED), identity_of(self.checkpoints)
         if basis[0] is None or (basis == self.looked_at and waited <= STUCK_SECONDS):
             return
@@ -161,13 +170,13 @@ class DiskBudget:
 
     def _reason(self, once: list[str], needed: dict[str, int], sure: dict[str, float]) -> str:
         if once:
-            why, remedy = "more is needed at once from the oldest checkpoint on", "save checkpoints more often"
+            why, remedy = "more shards are needed at once from the oldest checkpoint on", "save checkpoints more often"
         else:
-            reads = (f"{tokens:,} tokens of {name}, of which {sure[name]:,.0f} are certain" for name, tokens in needed.items())
-            why = f"what is read again is not deleted, and the run may read, with what rollbacks pass over, {', '.join(reads)}"
+            reads = (f"{tokens:,} tokens of {name}, which surely has {sure[name]:,.0f}" for name, tokens in needed.items())
+            why = f"the run may read every source again, rollbacks included, and then needs all shards: {'; '.join(reads)}"
             remedy = "set total_tokens lower"
         size = sum(shards.file_bytes * sure[name] / max(1, shards.num_tokens) for name, shards in self.loader.sources.items())
-        return f"{why}. All shards take about {size / GIGABYTE:.2g} GB or more: set it higher, or {remedy}."
+        return f"{why}. All shards take about {size / GIGABYTE:.2g} GB or more: set the budget higher, or {remedy}."
 
     def _sure_tokens(self, name: str, shards: ShardSet) -> float:
         """Return how many tokens a source has, or will surely have."""
@@ -175,8 +184,9 @@ class DiskBudget:
         if shards.is_complete:
             return shards.num_tokens
         content = read_data_manifest(self.folder)["sources"][name]["content"]
-        size, read = sum(size for _, size, _ in content["files"]), read_journal(shards.folder.parent).counts["bytes"]
-        return shards.num_tokens * (1 + SURE_SHARE * max(0, size - read) / (read or math.inf))
+        all_bytes = sum(size for _, size, _ in content["files"])
+        read_bytes = read_journal(shards.folder.parent).counts["bytes"]
+        return shards.num_tokens * (1 + SURE_SHARE * max(0, all_bytes - read_bytes) / (read_bytes or math.inf))
 
     def _done_and_needed(self) -> tuple[dict[str, int], dict[str, int]]:
         """Return the tokens of each source before the oldest checkpoint to resume from, and before the end of the run."""

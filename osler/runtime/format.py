@@ -1,6 +1,6 @@
 """One way to write each kind of number, so that page and terminal agree to the digit; and tables of text.
 
-The browser's read-outs follow the same rules (`report/script.js`, function `show`).
+The browser's read-outs are nearly the same: they round to significant figures (`report/script.js`, function `show`).
 """
 
 import math
@@ -13,23 +13,23 @@ UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 def percent(fraction: float, digits: int = 1) -> str:
     """Write a fraction: 0.6133 -> `61.3%`."""
-    return f"{_minus(100 * fraction, digits)}%" if math.isfinite(fraction) else MISSING
+    return f"{_fixed(100 * fraction, digits)}%" if math.isfinite(fraction) else MISSING
 
 
 def points(fraction: float, digits: int = 1) -> str:
     """Write a difference of two fractions in percentage points with its sign: 0.041 -> `+4.1`."""
     if not math.isfinite(fraction):
         return MISSING
-    return ("+" if round(100 * fraction, digits) > 0 else "") + _minus(100 * fraction, digits)
+    return ("+" if round(100 * fraction, digits) > 0 else "") + _fixed(100 * fraction, digits)
 
 
 def count(value: float) -> str:
-    """Write a count: 1234 -> `1,234`; from 100,000 on `123k`, `1.23M`, `4.56B`; `9.1e+29` where letters end."""
+    """Write a count: 1234 -> `1,234`; from 99,950 on `123k`, `1.23M`, `4.56B`, `7.89T`; from 1e15 on `9.1e+29`."""
     if not math.isfinite(value):
         return MISSING
     if abs(value) >= 1e15:
         return f"{value:.1e}".replace("-", MINUS)
-    return "".join(_in_units(value)) if abs(value) >= 99_950 else _minus(value, 0)
+    return "".join(_in_units(value)) if abs(value) >= 99_950 else _fixed(value, 0)
 
 
 def size(value: float) -> str:
@@ -41,7 +41,7 @@ def size(value: float) -> str:
 
 
 def number(value: float) -> str:
-    """Write a measurement with four figures: `2.134`, `0.0213`, `3.00e-4`, `1,234`."""
+    """Write a measurement: `3.00e-4`, `0.0213`, `0.213`, `2.134`, `21.34`, `213.4`, `2,134`; from 99,950 on like a count."""
     if not math.isfinite(value):
         return MISSING
     size = abs(value)
@@ -52,7 +52,7 @@ def number(value: float) -> str:
         return f"{MINUS if value < 0 else ''}{mantissa}e{MINUS}{abs(int(exponent))}"
     if size >= 99_950:
         return count(value)
-    return _minus(value, 4 if size < 0.1 else 3 if size < 10 else 2 if size < 100 else 1 if size < 1000 else 0)
+    return _fixed(value, 4 if size < 0.1 else 3 if size < 10 else 2 if size < 100 else 1 if size < 1000 else 0)
 
 
 def duration(seconds: float) -> str:
@@ -105,15 +105,16 @@ def _round(value_: float) -> str:
 
 
 def _in_units(value_: float) -> tuple[str, str]:
-    """Return a number with three figures, and the letter of the power of ten that they count."""
+    """Return a number in the largest of `UNITS` that it reaches, to three figures, and the letter; below 999.5 whole and ""."""
     for unit, letter in UNITS:
         scaled = abs(value_) / unit
         if scaled >= 0.9995:
-            return _minus(value_ / unit, 2 if scaled < 9.995 else 1 if scaled < 99.95 else 0), letter
-    return _minus(value_, 0), ""
+            return _fixed(value_ / unit, 2 if scaled < 9.995 else 1 if scaled < 99.95 else 0), letter
+    return _fixed(value_, 0), ""
 
 
-def _minus(value_: float, digits: int) -> str:
+def _fixed(value_: float, digits: int) -> str:
+    """Return a number with this many decimals, with commas, a true minus sign, and no sign before a zero."""
     text = f"{value_:,.{digits}f}"
     if text.startswith("-"):
         text = text[1:] if float(text.replace(",", "")) == 0 else MINUS + text[1:]

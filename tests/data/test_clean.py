@@ -17,7 +17,7 @@ from osler.data.duplicates import EXACT, NEAR, Rows, Seen, rows_of, signatures
 from osler.data.exams import ExamsInData, read_exams_in_data, refuse_unchecked
 from osler.data.from_recipe import read_sections
 from osler.data.languages import languages_of
-from osler.data.named import EXAMS, examined, load_task
+from osler.data.named import EXAMS, exam_by_name, load_task
 from osler.data.ngrams import Words
 from osler.data.prepare import prepare
 from osler.data.shards import read_data_manifest
@@ -162,7 +162,7 @@ ASKED = {"humaneval": "prompt", "hellaswag": "ctx_a"}  # the fields of questions
 @pytest.mark.parametrize("by_name", [False, True])
 def test_every_exam_can_be_named(data: FilesData, tmp_path: Path, name: str, by_name: bool) -> None:
     """By its file, or by its name alone, which takes the split that models are examined with from the folder of the data."""
-    file = tmp_path / "root" / name / f"{examined(name)[2]}.jsonl"
+    file = tmp_path / "root" / name / f"{exam_by_name(name)[2]}.jsonl"
     file.parent.mkdir(parents=True)
     file.write_text(json.dumps({**ROWS[name][0], ASKED.get(name, "question"): QUESTION}) + "\n")
     entry = {"type": "hub", "name": name} if by_name else {"type": name, "path": str(file)}

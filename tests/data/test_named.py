@@ -152,7 +152,10 @@ def test_a_split_is_found_in_local_files_and_one_that_is_not_there_is_told(tmp_p
     )
     assert [document.parts[0] for document in found["medqa-test"].documents()] == ["test question? Iron (A) Gold (B)"]
     write_rows(tmp_path / "mixture_of_thoughts/all/train-0.parquet", [])
-    with pytest.raises(UserError, match=r"no file of mixture_of_thoughts-math \(math/train-\*.parquet.*it has .*train-0.parquet"):
+    with pytest.raises(
+        UserError,
+        match=r"no file of mixture_of_thoughts-math at .* \(math/train-\*.parquet.*but train-0.*=train data.subset=all to",
+    ):
         open_hub(HubData(name="mixture_of_thoughts", subset="math", root=str(tmp_path)), "data")
     with pytest.raises(UserError, match=r"data.split=dev: medqa has train, test"):
         open_hub(HubData(name="medqa", split="dev", root=str(tmp_path)), "data")
@@ -186,14 +189,24 @@ def test_files_of_another_split_are_never_taken_for_those_that_were_asked_for(tm
     assert chosen(tmp_path, name="wikitext", split="validation") == ["valid.txt"]
     assert chosen(tmp_path, name="wikitext", split="test") == ["wiki-test.txt"]
     (tmp_path / "notes.txt").unlink()
-    with pytest.raises(UserError, match=r"it has valid.txt, wiki-test.txt. Set data.split=test to read that"):
+    with pytest.raises(
+        UserError, match=r"but valid.txt, wiki-test.txt. Set data.split=validation data.subset=wikitext-103-raw-v1 to"
+    ):
         chosen(tmp_path, name="wikitext")
     with pytest.raises(UserError, match=r"medmcqa-validation-2000.jsonl. Set data.split=validation to read that"):
         local(tmp_path, "medmcqa-validation-2000", [ROWS["medmcqa"][0]], name="medmcqa")
     dev = write_rows(tmp_path / "exams/medqa-dev.jsonl", [ITEM])
     assert chosen(dev, name="medqa") == ["medqa-dev.jsonl"], "a split that the source has not"
-    with pytest.raises(UserError, match=r"Name a file of it itself with data.path=FILE"):
+    with pytest.raises(UserError, match=r"If one of them is, name it with data.path=FILE"):
         chosen(dev.parent, name="medqa")
+    train = write_rows(tmp_path / "root/medqa/phrases_no_exclude_train.jsonl", [ITEM])
+    with pytest.raises(UserError, match=r"Set data.split=train to read that"):
+        chosen(train, name="medqa", split="test")
+    for where in ({"path": str(train)}, {"root": str(tmp_path / "root")}):
+        with pytest.raises(UserError, match=r"To ask another split, give its file: task.type=medqa task.path=FILE\."):
+            load_task(HubExam(name="medqa", **where))
+    with pytest.raises(UserError, match=r"medquad is on no hub; .* or root=DIR"):
+        open_hub(HubData(name="medquad"), "source")
 
 
 @pytest.mark.parametrize(
@@ -381,7 +394,7 @@ def test_training_rows_and_exam_share_no_question_and_miss_none(tmp_path):
     assert [question for question, _ in turns] == list(map(render_question, learned))
     assert 12 <= len(held) <= 36 and len(held) + len(learned) == 120
     assert {item.question.lower() for item in held}.isdisjoint(item.question.lower() for item in learned)
-    with pytest.raises(UserError, match="has no questions that an exam asks"):
+    with pytest.raises(UserError, match="humaneval has no folds, which only gsm8k, medqa, medmcqa, pubmedqa, mmlu have"):
         local(tmp_path, "rows", rows, name="humaneval", fold="train")
     with pytest.raises(UserError, match="none of its 1 questions is in the fold held-out"):
         load_task(MedqaTask(path=str(write_rows(tmp_path / "one.jsonl", rows[:1])), fold="held-out"))

@@ -23,7 +23,7 @@ from osler.data.packing import MixedPacking, StreamPacking, WholePacking
 from osler.data.shard_set import NotPreparedYet, ShardSet, evict, num_evicted
 from osler.data.shards import FORMAT_VERSION, ShardWriter, read_data_manifest
 from osler.data.sources import prepare_sources
-from osler.data.stream import DiskBudget, steps_ready, wait_for_batches
+from osler.data.stream import DiskBudget, steps_ready, wait_for_batches, wait_together
 from osler.runtime.errors import UserError
 from osler.runtime.files import write_json
 from osler.runtime.stop import AskedToStop, StopFlag
@@ -174,6 +174,26 @@ def test_a_wait_is_told_and_ends(tmp_path, monkeypatch, caplog):
     batches.close()
 
 
+def test_a_rank_that_has_its_data_says_that_it_waits_for_others(monkeypatch, caplog):
+    class Late(World):
+        votes = 0
+
+        def all_reduce_min(self, found, go_on):
+            self.votes += 1
+            return [found and self.votes > 3, go_on]
+
+    def attempt() -> str:
+        if not caplog.messages:
+            raise NotPreparedYet("notes have 0 tokens so far")
+        return "data"
+
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(stream, "PATIENCE_SECONDS", 0.0)
+    assert wait_together(attempt, Late(), "Training") == "data"
+    told = [message.partition("prepared: ")[2] for message in caplog.messages]
+    assert told == ["notes have 0 tokens so far.", "other processes wait for theirs.", "other processes wait for theirs.", ""]
+
+
 def test_a_preparation_that_died_is_an_error_and_a_stop_ends_a_wait(tmp_path):
     def tend(waited: float) -> None:
         raise UserError("The process that prepares was killed.")
@@ -291,11 +311,13 @@ def test_a_disk_budget_that_cannot_work_is_an_error(budget, tmp_path, monkeypatc
     for _ in range(3):  # no checkpoint: all is needed, but what is there may be enough to save one
         tended.make_room(0.0)
     assert len(reads) == 1
-    with pytest.raises(UserError, match=r"more is needed at once from the oldest checkpoint on.*save checkpoints more often"):
+    with pytest.raises(
+        UserError, match=r"more shards are needed at once from the oldest checkpoint on.*save checkpoints more often"
+    ):
         tended.make_room(stream.STUCK_SECONDS + 1)
     save(tmp_path / "checkpoints", 20)
     for total in (95 * TOKENS // 100, TOKENS, 3 * TOKENS):  # it is not certain that the source has as many, or certain that not
-        with pytest.raises(UserError, match=r"with what rollbacks pass over, [\d,]+ tokens of notes.* set total_tokens lower"):
+        with pytest.raises(UserError, match=r"rollbacks included, .*: [\d,]+ tokens of notes, which .* set total_tokens lower"):
             make(total).make_room(0.0)
     assert num_evicted(written.folder) == 0 and paused.exists()
     tended.make_room(0.0)
@@ -309,7 +331,7 @@ def test_a_source_that_is_smaller_than_expected_is_told_as_soon_as_it_is_known(t
     steps = TOKENS // (4 * SEQ_LEN)
     loader = loader_of(mixed({"notes": written.open()}), 4)
     assert loader.batch(20).ids.shape == (4, SEQ_LEN)
-    with pytest.raises(UserError, match=r"reads [\d,]+ tokens of notes, which has [\d,]+, and the first of them were deleted"):
+    with pytest.raises(UserError, match=r"reads [\d,]+ tokens of notes, which has [\d,]+. The first of them were deleted"):
         next(wait_for_batches(loader, range(20, steps + 1), World()))
     assert next(wait_for_batches(loader, range(20, steps), World())).ids.shape == (4, SEQ_LEN)
 

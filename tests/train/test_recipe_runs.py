@@ -21,7 +21,7 @@ from osler.config.recipe import available_recipes, load_recipe
 from osler.config.schema import decode
 from osler.data.config import sources_of
 from osler.data.curriculum import rows_per_micro_batch
-from osler.data.named import SOURCES, examined, load_task
+from osler.data.named import SOURCES, exam_by_name, load_task
 from osler.data.sources import open_corpora
 from osler.files.hub import hub_files
 from osler.inference.load import load_model
@@ -83,7 +83,7 @@ def named_files(tmp_path_factory) -> Path:
             subset = source.subset or SOURCES[source.name].subsets[0]
             write_like_the_hub(root, source.name, source.split, subset, rows_with_texts(source.name, subset))
         for exam in config.data.clean.exams if config.data.clean else ():
-            _, subset, split = examined(exam.name)
+            _, subset, split = exam_by_name(exam.name)
             write_like_the_hub(root, exam.name, split, subset, [ROWS[exam.name][0]])
     return root
 
