@@ -359,7 +359,7 @@ def test_exams_by_name_are_looked_for_at_one_commit(hub, tokenizer, tmp_path, mo
         prepare_sources(data, tokenizer, out)
     monkeypatch.delenv(faults.VARIABLE)
     assert [item.question for item in load_task(HubExam(name="medqa"))] == [ITEM["question"]]
-    with pytest.raises(UserError, match=r"task\.split=train: an exam by name is the split .* examined with \(test\)"):
+    with pytest.raises(UserError, match=r"task\.split=train: an exam by name always asks the split .* examined with \(test\)"):
         load_task(HubExam(name="medqa", split="train"))
     assert f"phrases_no_exclude_test.jsonl, commit {COMMIT}." in capsys.readouterr().err
     hub.commit = "d" * 40

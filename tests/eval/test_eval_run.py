@@ -278,7 +278,7 @@ def test_a_run_on_text_of_ones_own_is_measured_on_its_held_out_part(runs, capsys
         (["task=medqa"], "path"),
         (["task=medqa", "task.split=validation"], "such as task='{type: NAME, split: VALUE}'"),
         (["task.type=hub", "task.name=medqa", "task.split=validation", "root=."], "models are examined with (test)"),
-        (["task.type=hub", "task.name=medqa", "task.split=tset", "root=."], "task.split=tset: an exam by name is"),
+        (["task.type=hub", "task.name=medqa", "task.split=tset", "root=."], "task.split=tset: an exam by name always asks"),
         (["task=clinic,medqb:x.jsonl"], "unknown type `medqb`; did you mean `medqa`?"),
         (["task=clinic", "tasks=[clinic]"], "task and tasks are both given"),
         (["tasks=[{type: medqa, path: no.jsonl}]"], "no file or folder no.jsonl"),
