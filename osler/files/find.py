@@ -23,9 +23,9 @@ NAMES_SHOWN = 3  # at most, of folders that cannot be opened
 def find_files(path: str | Path, endings: Sequence[str], *, key: str) -> list[Path]:
     """Return the files at `path` with one of these `endings`, sorted, and log what is left out ("3 .json, 1 .csv").
 
-    Capitals do not matter, and the ending of a compression may follow. A folder is searched with all its subfolders. Links to
-    folders are followed, but each folder is read once, so circles end.
-    Raises UserError, which names the config key of the path, when there is no such file.
+    Capitals do not matter, and the ending of a compression may follow all but .parquet. A folder is searched with all its
+    subfolders that are not hidden. Links to folders are followed, but each folder is read once, so circles end. A `path` to a
+    file may also end in .json. Raises UserError when there is no such file; `key` is the config key of `path`, for messages.
     """
     if not str(path):  # Path("") would be the current folder
         raise UserError(f"{key} is empty: name a file or a folder, such as {key}=MY_TEXTS.")
@@ -54,7 +54,7 @@ def log_once(text: str) -> None:
 
 
 def ending(name: str | Path) -> str:
-    """Return the ending that tells the kind of a file, without the ending of a compression. Parquet files compress inside."""
+    """Return the ending that tells the kind of a file: the one before .gz or .zst, but not .parquet, which compresses inside."""
     suffixes = [suffix.lower() for suffix in Path(name).suffixes]
     if len(suffixes) > 1 and suffixes[-1] in COMPRESSIONS and suffixes[-2] != PARQUET_ENDING:
         return suffixes[-2]
@@ -73,7 +73,7 @@ def shown(name: str | Path) -> str:
 
 
 def _walk(root: Path, endings: Sequence[str]) -> tuple[list[Path], str]:
-    """Return the files in a folder, and a text about the files left out. Real folders are searched first, then linked ones."""
+    """Return the files in a folder, and a text about what is left out. Real folders are searched first, then linked ones."""
     files: list[Path] = []
     others: Counter[str] = Counter()
     unopened: list[OSError] = []

@@ -21,7 +21,7 @@ from osler.files.parts import File, find_local
 from osler.runtime.errors import UserError
 
 RANGE_BYTES = 1 << 20  # asked for by one request, at least
-_OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 RETRIES, LONGEST_SECONDS = 12, 60  # of a request. The wait doubles up to the longest; all waits take seven minutes
 
 
@@ -52,7 +52,8 @@ class _Ranges(io.RawIOBase):
     """A file of the hub as a stream of ranges."""
 
     def __init__(self, file: HubFile) -> None:
-        self._file, self._place = file, 0
+        self._file = file
+        self._place = 0
 
     def readable(self) -> bool:
         return True
@@ -76,7 +77,7 @@ class _Ranges(io.RawIOBase):
 
 
 def _fetch(file: HubFile, start: int, stop: int) -> bytes:
-    """Return a range of a file."""
+    """Return the bytes from `start` up to but without `stop` of a file; raises UserError when the hub does not give them."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
@@ -99,9 +100,9 @@ def _fetch(file: HubFile, start: int, stop: int) -> bytes:
 
 @functools.cache  # data are looked at several times before they are read
 def hub_files(repo: str, patterns: tuple[str, ...], revision: str) -> tuple[str, list[File]]:
-    """Return the commit of a revision of a dataset, and its files that match a pattern, by name.
+    """Return the commit of a revision of a dataset, and its files that match a pattern, sorted by name.
 
-    Raises UserError when the dataset or a file is not there, not allowed, or not reachable.
+    Raises UserError when the dataset is not there, not allowed or not reachable, or when no file matches.
     """
     api = _api(repo)
     with _explained(repo):
@@ -120,7 +121,7 @@ def hub_files(repo: str, patterns: tuple[str, ...], revision: str) -> tuple[str,
 
 @functools.cache
 def snapshot(repo: str, patterns: tuple[str, ...], revision: str) -> tuple[str, list[File]]:
-    """Download the files of a dataset that has very many small ones, or find them on the disk, and return them."""
+    """Return the same as `hub_files`, after a download of those files that are not on the disk yet: for very many small ones."""
     api = _api(repo)
     with _explained(repo):
         commit = str(api.dataset_info(repo, revision=revision).sha)
@@ -159,7 +160,7 @@ def _explained(repo: str, name: str = "") -> Iterator[None]:
         told = f"{name} cannot be read from the hub: {' '.join(str(error).split())}. Run the same command again, {local}."
     except (errors.HTTPError, OSError) as error:
         told = f"{name} cannot be reached: {error}. Run the same command again when the network is back, {local}."
-        if isinstance(error, OSError) and (error.filename or error.errno in _OF_A_DISK):
+        if isinstance(error, OSError) and (error.filename or error.errno in _DISK_ERRORS):
             place = shown(error.filename or constants.HF_HUB_CACHE)
             told = (
                 f"{name} cannot be kept on this machine, at {place}: {error.strerror}. Free some of the disk, or set HF_HOME to "

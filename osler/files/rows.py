@@ -31,7 +31,7 @@ BATCH_ROWS, BATCH_BYTES = 1024, 1 << 23  # are in memory at once of a parquet fi
 BUFFER_BYTES = 1 << 20  # are read at once of each column of a parquet file
 TEXT_BYTES = 1 << 22  # the longest document of a text file; a longer file is several documents
 HEAD_BYTES = 4096  # read of a file of JSON lines, to see whether it begins with an array
-HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # only a surrogate can write half a character; whole pairs match too
+HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # a surrogate, which alone can write half a character; whole pairs match too
 
 # Words in the names of columns that say something about a row and are not its content.
 _BOOKKEEPING = re.compile(
@@ -58,19 +58,20 @@ class Row:
 def read_texts(source: Path | Part) -> Iterator[str]:
     """Yield the content of a text file without a byte order mark, cut at ends of lines where it is longer than `TEXT_BYTES`."""
     file = _part(source).file
-    lines, is_first, rest = 1, True, b""
+    line, position = 1, 0  # where the next document begins
+    rest = b""
     with _os_errors_named(file.name), _open(file) as stream:
         while True:
             data = rest + stream.read(TEXT_BYTES - len(rest))
             is_last = len(data) < TEXT_BYTES or not (more := stream.read(1))
             cut = len(data) if is_last else data.rfind(b"\n") + 1 or _last_character(data)
             text, rest = data[:cut], data[cut:] + (b"" if is_last else more)
-            yield _decode_text(text, file.name, lines, is_first)
+            yield _decode_text(text, file.name, line, position)
             if is_last:
                 break
-            if is_first:
+            if not position:
                 log_once(f"{file.name} is long: it is learned as documents of {TEXT_BYTES >> 20} MiB, cut at ends of lines.")
-            lines, is_first = lines + text.count(b"\n"), False
+            line, position = line + text.count(b"\n"), position + len(text)
     file.check()
 
 
@@ -79,14 +80,15 @@ def _last_character(data: bytes) -> int:
     return max((place for place in range(len(data) - 4, len(data)) if data[place] & 0xC0 != 0x80), default=len(data))
 
 
-def _decode_text(data: bytes, name: str, line: int, is_first: bool) -> str:
+def _decode_text(data: bytes, name: str, line: int, position: int) -> str:
+    """Return a document of a text file as text, given the number of its first line and the position of its first byte."""
     try:
-        text = data.decode("utf-8-sig" if is_first else "utf-8")
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(_not_utf8(f"{name}:{line + data.count(bytes([10]), 0, error.start)}", error, 0)) from None
+        raise UserError(_not_utf8(f"{name}:{line + data.count(bytes([10]), 0, error.start)}", error, position)) from None
     if text.count("\0") > MOST_NULS * len(text):
         raise UserError(f"{name} holds NUL bytes, so it is probably UTF-16 or no text. Convert the file to UTF-8.")
-    return text
+    return text if position else text.removeprefix("\ufeff")
 
 
 def read_rows(source: Path | Part, columns: Sequence[str] | None = None) -> Iterator[Row]:
@@ -163,6 +165,7 @@ def _lines_between(stream: IO[bytes], start: int, stop: int | None) -> tuple[int
 
 
 def _not_utf8(where: str, error: UnicodeDecodeError, offset: int) -> str:
+    """Return the message about a byte that is not UTF-8, in a text that begins at byte `offset` of what `where` names."""
     byte, position = error.object[error.start], offset + error.start
     return f"{where} is not UTF-8 text: byte 0x{byte:02x} at position {position}. Convert the file to UTF-8."
 
@@ -189,7 +192,7 @@ def _json_rows(part: Part, columns: Sequence[str] | None) -> Iterator[Row]:
     name = part.file.name
     with _os_errors_named(name), _open(part.file) as stream:
         head = b"" if part.start else stream.peek(HEAD_BYTES)
-        if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):  # the line may be larger than the memory
+        if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):  # an array can be one line that fills the memory
             raise UserError(f"{name} begins with '['. {_one_object_per_line('[')}")
         is_first = columns is not None and not part.start
         start, lines = _lines_between(stream, part.start, part.stop)
@@ -286,7 +289,7 @@ def _metadata(file: File) -> Any:
 
 
 def _row_groups(metadata: Any, part: Part) -> tuple[list[int], int, int]:
-    """Return the row groups of a part of a parquet file, the rows before them, and how many rows to read at once."""
+    """Return the row groups of a part of a parquet file, the number of rows before them, and how many rows to read at once."""
     groups, rows_before, position, rows, size = [], 0, 0, 0, 0
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)

@@ -165,5 +165,5 @@ def test_a_long_text_is_cut_at_ends_of_lines(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(rows, "TEXT_BYTES", 40)
     path = tmp_path / "b.txt"
     path.write_bytes(b"a short line\n" * 20 + b"caf\xe9 \n")
-    with pytest.raises(UserError, match=r"b\.txt:21 is not UTF-8"):
+    with pytest.raises(UserError, match=r"b\.txt:21 is not UTF-8 text: byte 0xe9 at position 263"):
         list(read_texts(path))
