@@ -1,10 +1,10 @@
 """Byte-level BPE: text to token ids and back, exactly, by the `tokenizers` library.
 
-All 256 bytes are in the alphabet, so there is no unknown token and ``decode(encode(s)) == s`` for any text. The pre-tokeniser is
-GPT-2's (Radford et al. 2019), but digits stand alone (so numbers are compared and added digit by digit), combining marks stay
-with their letter, and a run of line breaks is one piece. Four special tokens mark a conversation; a trained vocabulary has them
-first (ids 0..3), and a loaded one gets the missing ones appended. Only the program can produce a special token: text that
-contains ``<|answer|>`` is encoded as plain characters.
+A tokenizer that is trained here has all 256 bytes, so there is no unknown token and ``decode(encode(s)) == s`` for any text. Its
+pre-tokeniser is GPT-2's (Radford et al. 2019), but digits stand alone (so numbers are compared and added digit by digit),
+combining marks stay with their letter, and a run of line breaks and the letter of an option are one piece each. Four special
+tokens mark a conversation; a trained vocabulary has them first (ids 0..3), and `with_specials` appends those that a loaded one
+lacks. Only the program can produce a special token: text that contains ``<|answer|>`` is encoded as plain characters.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ PIECES = (
 LONGEST_TRAINED_CHARS = 1000
 _LONG = f"{{{LONGEST_TRAINED_CHARS + 1},}}"
 _LONG_RUN = re.compile(rf"(?<!\S)\S{_LONG}|(?<!\s)\s{_LONG}")  # only such runs can hold a longer piece
-_LOOK_CHARS = 1 << 16  # a long run is split in stretches of this length, because every piece takes memory
+_LOOK_CHARS = 1 << 16  # a long run is looked at in stretches of this length, because every piece takes memory
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # half of a surrogate pair, which UTF-8 cannot write
 
 
@@ -105,7 +105,8 @@ class Tokenizer:
     def train(cls, texts: Iterable[str], vocab_size: int, specials: Sequence[str] = SPECIALS) -> Tokenizer:
         """Learn byte-level BPE merges from `texts`; the same texts in the same order give the same tokenizer.
 
-        `vocab_size` counts the special tokens (which come first) and the 256 bytes; little text may yield fewer tokens.
+        `vocab_size` counts the special tokens (which come first) and the 256 bytes, and is refused by a UserError when it is
+        smaller than these. Little text may yield fewer tokens.
         """
         if vocab_size < (smallest := 256 + len(specials)):
             needed = f"the 256 bytes and {len(specials)} special tokens need at least {smallest}"
@@ -163,7 +164,7 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of several texts; special tokens written in them are plain text."""
+        """Return the ids of texts; special tokens written in them are plain text. Raises UserError for half a character."""
         try:
             batch = self._encode(list(texts))
         except (TypeError, UnicodeEncodeError):
@@ -172,7 +173,7 @@ class Tokenizer:
             raise UserError(f"A text holds half a character {where}.") from None
         for index, text in enumerate(texts):
             if self._any_special.search(text) and not self.special_ids.isdisjoint(batch[index]):
-                # A special token is an ordinary token of the vocabulary, too: cut the text inside each one.
+                # The vocabulary has a special token as an ordinary token, too: cut the text inside each special token.
                 cuts = [found.start() + 1 for found in re.finditer(f"(?={self._any_special.pattern})", text)]
                 parts = [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
                 batch[index] = [one for part in parts for one in self._backend.encode(part, add_special_tokens=False).ids]
@@ -201,7 +202,7 @@ class Tokenizer:
 
     @property
     def is_byte_level(self) -> bool:
-        """Whether its tokens are bytes, so that it can write any text."""
+        """Whether its tokens are made of bytes, so that it can write any text if it has all bytes."""
         return "ByteLevel(" in repr(self._backend.decoder)  # alone or in a sequence of decoders
 
     def normalize(self, text: str) -> str:

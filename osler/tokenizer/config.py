@@ -30,7 +30,7 @@ class SuperBPEConfig(Vocabulary):
     """SuperBPE (arXiv 2503.13423): BPE first, then tokens of up to four words, so that a text needs fewer tokens."""
 
     type: Literal["superbpe"] = "superbpe"
-    # size of the vocabulary from which on a token may span words, no larger than vocab_size; null: half of that
+    # size of the vocabulary from which on a token may span words, no larger than vocab_size; null: half of vocab_size
     transition: Annotated[int, Ge(SMALLEST_VOCABULARY), Le(LARGEST_TRANSITION)] | None = None
 
     def __post_init__(self) -> None:

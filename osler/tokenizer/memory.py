@@ -3,7 +3,7 @@
 A tokenizer first splits text into pieces, mostly words, by a regular expression, and a piece has the same tokens everywhere. For
 two such expressions, that of GPT-2 and that of tokenizers trained here, Python's `re` finds the same pieces several times
 as fast. Python and the library may know different versions of Unicode. So the library itself splits the words around an
-uncertain character: one beyond U+FFFF, one that is younger than Unicode 3.2, or one that was in another category then.
+uncertain character: one beyond U+FFFF, one younger than Unicode 3.2, one that was in another category then, or U+180E.
 """
 
 from __future__ import annotations

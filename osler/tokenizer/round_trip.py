@@ -82,7 +82,7 @@ def _missing(text: str, back: str) -> int:
 
 
 def _example(text: str, back: str) -> str:
-    """Return the first place where a text and its decoded tokens differ, and both as they read there."""
+    """Return what a text and its decoded tokens say around the first place where they differ."""
     text, back = text.strip(), back.strip()
     pairs = enumerate(zip(text, back, strict=False))
     place = next((index for index, (one, other) in pairs if one != other), min(len(text), len(back)))
