@@ -40,7 +40,7 @@ def data_card(manifest: Mapping[str, Any], folder: Path) -> str:
         *_exams(sources, journals),
         "## What is not known",
         "Nothing looked for personal data, errors or offensive content, and nobody has read all documents. Copies were looked "
-        "for at most within each source. Of held-out documents copies in other sources were dropped too, near copies were not.",
+        "for at most within each source. Copies of held-out documents were dropped from other sources too, near copies were not.",
         "## How to make it again",
         *_recipe(manifest),
     ]
@@ -79,8 +79,8 @@ def _sources(sources: Mapping[str, Mapping[str, Any]], sets: Mapping[str, Mappin
         yield "What is in a validation set is in the training data of no source, nor are copies of it."
         return
     yield (
-        "The hash is of the text without case and spacing, so a document and its copies are on the same side. What one source "
-        "holds out is in the training data of none."
+        "The hash is of the text without case and spacing, or of the page that a document was made from where one is named. So "
+        "a document is held out together with its copies. What one source holds out is in the training data of none."
     )
     if len({source["content"]["holdout_fraction"] for source in sources.values()}) > 1:
         yield (
@@ -135,8 +135,8 @@ def _recipe(manifest: Mapping[str, Any]) -> Iterator[str]:
     data = {"type": "mixture", "sources": configs} if len(configs) > 1 else configs[0]
     recipe = {"data": data, **({"validation": sets} if sets else {}), "tokenizer": {"path": "tokenizer.json"}}
     yield (
-        "Write these lines into `RECIPE.yaml`. Beside it must be the tokenizer that is beside this card and, under the names in "
-        "the recipe, the files or folders of files that were read:"
+        "Write these lines into `RECIPE.yaml`. Put beside it the tokenizer that is beside this card and, under the names in the "
+        "recipe, the files or folders of files that were read:"
     )
     yield f"```yaml\n{dump_yaml(recipe).rstrip()}\n```"
     yield "```sh\nosler data prepare RECIPE.yaml --out FOLDER\n```"

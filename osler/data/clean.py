@@ -27,7 +27,7 @@ from osler.tasks.exam_files import read_exam
 from osler.tasks.item import ExamItem
 
 RULES = 2  # version of the rules; rules that judge otherwise get another number, which makes other data
-NEWER_FIELDS = {"fold": "all"}  # of exams; left out at these values, which change nothing, so that older shards stay valid
+NEWER_FIELDS = {"fold": "all"}  # of exams; at these values they change nothing and are left out, so that older shards stay valid
 LANGUAGE_CHARACTERS = 400  # from the start of a document, by which its language is told
 LANGUAGE_WORDS = 20  # with fewer words the language would be a guess
 EXAM = "exam question"  # the reason why a document that contains one is dropped
@@ -36,7 +36,7 @@ EXAM = "exam question"  # the reason why a document that contains one is dropped
 class Look(NamedTuple):
     """What was found of a document: why it is left out ("" keeps it), and the ids of the exam items in it.
 
-    Near copies are found by its `signature`, which is None where they are not looked for.
+    Near copies are found by its `signature`, which is None where they are not looked for, and of what is left out.
     """
 
     reason: str = ""
@@ -57,7 +57,7 @@ class Exam:
 
     @property
     def items(self) -> list[ExamItem]:
-        """Read the items."""
+        """Return the items, which are read from the files each time."""
         return read_exam(self.task, (row for file in self.files for row in read_rows(Part(file))))
 
 
@@ -65,7 +65,7 @@ class Exam:
 class Cleaner:
     """Looks at documents as a config says.
 
-    Exams and models are read when they are first needed; the index of exams goes along to other processes.
+    Exams are read when they are first needed; once made, their index is sent along to other processes.
     """
 
     config: CleanConfig
@@ -91,7 +91,7 @@ class Cleaner:
         return {"rules": RULES, **encode(self.config), "exams": exams}
 
     def looks(self, documents: Sequence[Sequence[str]]) -> list[Look]:
-        """Judge documents by their texts, or by their questions, reasoning and answers."""
+        """Judge documents, each given by its parts: its text alone, or question, reasoning (if any) and answer."""
         config, texts = self.config, ["\n".join(parts) for parts in documents]
         words = Words(texts)
         items = self.index.find(words) if self.exams else {}

@@ -23,7 +23,7 @@ from osler.config.schema import (
 from osler.data.mixture import Mixture
 from osler.tasks.config import AnyExam, Fold
 
-FIRST_SHARD_TOKENS = 1 << 17  # each next shard may be twice as large as the one before, so that a run on data to come begins soon
+FIRST_SHARD_TOKENS = 1 << 17  # at most, so that a streamed run begins soon; each next shard may have twice as many
 VALIDATION_TOKENS = 1 << 20  # a validation set keeps this many, and one more document at most: no evaluation reads more
 HUB = "the hub"  # the place of a source without local files
 HoldoutFraction = Annotated[float, Ge(0), Lt(1)]
@@ -55,7 +55,7 @@ class Preparation:
     """How data are prepared for a run; of a mixture, for all of its sources together."""
 
     streaming: bool = False  # train on what is prepared while the rest is being prepared
-    # with streaming: size of the shards that are kept at a time; null: all. Sources that do not fit are then read once at most
+    # with streaming: what the folder of shards may take of the disk; null: all. Sources that do not fit are read once at most
     disk_budget_gb: PositiveFloat | None = None
     clean: CleanConfig | None = None  # what is left out; null: nothing, or of a source in a mixture what the mixture says
     no_benchmark_contamination: bool = False  # refuse to start unless questions of exams are looked for and dropped
@@ -73,8 +73,8 @@ class Source(Preparation):
     def __post_init__(self) -> None:
         if self.name and self.name != _for_folders(self.name):
             raise ValueError(
-                f"the name {self.name!r} has other characters than letters, digits, _ and -, which names of folders and metrics "
-                f"have; {_for_folders(self.name)} would do"
+                f"the name {self.name!r} has other characters than letters, digits, _ and -, and folders and metrics are named "
+                f"after it; {_for_folders(self.name)} would do"
             )
 
     @property
@@ -270,11 +270,11 @@ def sets_of(sources: Sources, data: TextData) -> dict[str, AnySource]:
 
 @config
 class CurriculumStage:
-    """Part of a curriculum: rows of `seq_len` tokens until the run has seen `until_tokens`; the last one runs to the end."""
+    """Part of a curriculum: rows of `seq_len` tokens until the run has seen `until_tokens`; the last stage runs to the end."""
 
     seq_len: PositiveInt  # tokens in a row
     until_tokens: PositiveInt | None = None  # counted from the start of the run; the step that crosses it is the stage's last
-    batch_tokens: PositiveInt | None = None  # None: the run's; a batch is as many whole rows as fit
+    batch_tokens: PositiveInt | None = None  # null: the run's; a batch is as many whole rows as fit
     weights: dict[str, NonNegativeFloat] | None = None  # of all sources by name, from this stage on; null: those of the data
 
     def __post_init__(self) -> None:

@@ -69,7 +69,10 @@ def _content(corpus: Corpus) -> dict[str, Any]:
 def targets_of(
     out: Path, manifest: dict[str, Any], corpora: Iterable[Corpus | None], validation: Iterable[Corpus | None]
 ) -> tuple[list[Target], list[Target]]:
-    """Return the explicit validation corpora, and the sources, each with its folder; None stands for one whose files are gone."""
+    """Return targets for validation corpora, those of sources included, and for sources.
+
+    None stands for a corpus whose files are gone; it gets no target.
+    """
     named = zip(validation, manifest["validation"].items(), strict=True)
     sets = [Target(corpus, out / f"{VALIDATION_PREFIX}{name}", SPLITS[1:], entry) for corpus, (name, entry) in named if corpus]
     sources = []
@@ -106,7 +109,7 @@ def difference_of(
 
 
 def other_data(out: Path, what: str, difference: str, consent: str | None, *, is_finished: bool = True) -> UserError:
-    """Return the error that says how a folder differs from what is wanted, and what allows that."""
+    """Return the error that says how a folder differs from what is wanted; `consent` is the setting that allows that."""
     allow = f" allow it with {consent}," if consent else ""
     state, remove = ("was prepared", "") if is_finished else ("is half prepared", ", or delete it")
     if what == "tokenizer":

@@ -1,7 +1,7 @@
 """A run's steps, tokens, row lengths and batch sizes as functions of one another. Torch-free; there is no state to resume.
 
 A curriculum trains on short rows before long ones, which keeps training stable at large batches and learning rates (Li et al.
-2022, arXiv 2108.06084). A stage ends with the first step that reaches its border, so that no step mixes two lengths. Stages
+2022, arXiv 2108.06084). A stage ends with the first step that reaches its `until_tokens`, so no step mixes two lengths. Stages
 follow one another in the stream of tokens, so that a change of length neither repeats nor drops a token. Trainer, loader and
 plans use the same `Timeline`.
 """
@@ -105,9 +105,9 @@ def lay_out(curriculum: Sequence[CurriculumStage], *, seq_len: int, batch_tokens
 
 
 def rows_per_micro_batch(rows: int, seq_len: int, micro_batch_tokens: int | None) -> int:
-    """Return the rows of one forward pass: as many as its tokens (None: no limit) have room for and as divide the batch equally.
+    """Return the rows of one forward pass: the most that have `micro_batch_tokens` (None: no limit) and divide the batch equally.
 
-    A smaller last part would be one more shape to compile.
+    It is one row at least. A smaller last pass would be one more shape to compile.
     """
     most = rows if micro_batch_tokens is None else max(1, min(rows, micro_batch_tokens // seq_len))
     return next(part for part in range(most, 0, -1) if rows % part == 0)

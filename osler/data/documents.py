@@ -99,7 +99,7 @@ class Corpus:
             yield from self.read(part)
 
     def judged(self, part: Part) -> Iterator[tuple[Document, bytes, Look]]:
-        """Yield the documents of a part, each with its exact digest and what cleaning says of it; raises UserError."""
+        """Yield the documents of a part with their exact digests and what cleaning says of them; raises UserError."""
         try:
             for batch in batches(self.read(part), LOOK_CHARACTERS):
                 digests, filled = [document.exact_digest() for document in batch], [not document.is_empty for document in batch]
@@ -111,7 +111,7 @@ class Corpus:
             raise UserError(f"{part.file.name} could not be read: {error.strerror or error}.") from error
 
     def kept(self, number: int) -> Iterator[Document]:
-        """Yield the documents of a part that are not left out, copies included."""
+        """Yield the documents of part `number` that are not left out, copies included."""
         return (document for document, _, look in self.judged(self.parts[number]) if not look.reason)
 
 
@@ -131,35 +131,35 @@ class _Memory:
 
 
 @dataclass(frozen=True)
-class _Held(Part):
+class _MemoryPart(Part):
     """A part that brings its documents along."""
 
     documents: tuple[Document, ...] = ()
 
 
 def _documents(part: Part) -> Iterable[Document]:
-    assert isinstance(part, _Held)
+    assert isinstance(part, _MemoryPart)
     return part.documents
 
 
 def in_memory(
     documents: Iterable[Document], validation: Corpus | None = None, holdout_fraction: float = 0.0, seed: int = 0
 ) -> Corpus:
-    """Return a corpus of documents in memory. It mixes them well, because neighbours are often alike."""
+    """Return a corpus of documents in memory. They are permuted before they are cut into parts, as neighbours are often alike."""
     given = list(documents)
     digest = hashlib.sha256()
     for document in given:
         digest.update(document.exact_digest())
     sizes = [sum(map(len, document.parts)) for document in given]
     file = _Memory("documents", sum(sizes), digest.hexdigest()[:16])
-    parts, held, size, start = [], list[Document](), 0, 0
+    parts, own, size, start = [], list[Document](), 0, 0
     for place in permutation(len(given), seed, "documents").tolist():
-        held.append(given[place])
+        own.append(given[place])
         size += sizes[place]
         if size >= PART_BYTES:
-            parts.append(_Held(file, start, start + size, tuple(held)))
-            held, size, start = [], 0, start + size
-    parts.append(_Held(file, start, start + size, tuple(held)))
+            parts.append(_MemoryPart(file, start, start + size, tuple(own)))
+            own, size, start = [], 0, start + size
+    parts.append(_MemoryPart(file, start, start + size, tuple(own)))
     return Corpus(parts, _documents, {}, validation, holdout_fraction, seed)
 
 

@@ -104,7 +104,7 @@ def tokenizer_inspect(path: str, text: str | None) -> int:
     special = sorted(tokenizer.special_ids)
     print(f"special       {', '.join(f'{tokenizer.decode([i])} = {i}' for i in special) or 'none'}")
     losses = Losses()
-    with suppress(UserError):  # no run takes it then
+    with suppress(UserError):  # raised for what no run would take; what it loses is printed below
         losses.look(tokenizer, PROBES)
     print(f"loses         {losses.lost} of {losses.chars:,} characters{f': {losses.examples[True]}' if losses.lost else ''}")
     if text is not None:
@@ -119,7 +119,7 @@ def tokenizer_inspect(path: str, text: str | None) -> int:
 
 
 def tokenizer_compare(paths: Sequence[str], texts: Sequence[str], field: str) -> int:
-    """Print how many bytes of each text a token of each tokenizer stands for, and which do not give the texts back."""
+    """Print how many bytes of each text a token of each tokenizer stands for, and which tokenizers lose some of the texts."""
     tokenizers, lossy = {path: Tokenizer.load(path) for path in paths}, dict[str, None]()
     rates: dict[str, list[str]] = {path: [] for path in paths}
     for text in texts:
@@ -220,7 +220,7 @@ def data_inspect(folder: str, tokenizer_path: str | None) -> int:
 
 
 def _splits(folder: str) -> Iterator[tuple[str, ShardSet]]:
-    """Yield the splits of every source and the validation sets, with titles. The title of an only source is the split alone."""
+    """Yield the splits of every source and the validation sets, with titles, which name the source if there are several."""
     prepared = open_folder(Path(folder), growing=True)
     for source in prepared.sources:
         for split, shards in zip(SPLITS, (source.train, source.validation), strict=True):

@@ -57,8 +57,9 @@ def keys_of(documents: Iterable[Document]) -> Keys:
 
 
 def hold_out(corpora: Mapping[str, Corpus], limits: Sequence[HeldOut], keys: Keys) -> HeldOut:
-    """Return what sources with these limits hold out together, besides the sorted keys of explicit validation documents."""
-    least, below, listed = min((limit.below for limit in limits), default=0), 0, [keys]
+    """Return what sources with these limits hold out together, and with it the sorted keys of explicit validation documents."""
+    least = min((limit.below for limit in limits), default=0)
+    below, listed = 0, [keys]
     for corpus, limit in zip(corpora.values(), limits, strict=True):
         if limit.below > least and sum(map(_text_bytes, corpus.files)) <= LISTED_BYTES:
             own = keys_of(document for document in corpus.documents() if not document.is_empty)
@@ -76,7 +77,7 @@ def _text_bytes(file: File) -> int:
 
 
 def find_limits(corpora: Mapping[str, Corpus]) -> list[HeldOut]:
-    """Return what each source holds out. If it holds out any and two documents differ, it is at least one and not all.
+    """Return what each source holds out. If it is to hold out any and two documents differ, it is at least one and not all.
 
     Reads each until a document to hold out and one to learn from are found. Raises UserError when all documents are left out.
     """

@@ -1,8 +1,8 @@
 """Batches for one rank: a pure function of (packings, step), with threads that only work ahead.
 
-The global batch of step s of a stage is rows s * n ... (s + 1) * n of its packing, and rank r of w takes the r-th of w equal
-parts. So the ranks need not communicate, their number may change between runs, and the state of a loader is the step. This is
-the only module of `osler/data` that imports torch.
+The global batch of a stage's step s (0, 1, ...) is rows s * n ... (s + 1) * n - 1 of its packing, for n rows in a batch, and rank
+r of w takes the r-th of w equal shares. So the ranks need not communicate, their number may change between runs, and the state of
+a loader is the step. No other module of `osler/data` uses torch.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Loader:
         check_shares(self.timeline, self.world_size)
 
     def batch(self, step: int, skipped_tokens: int = 0) -> Batch:
-        """Return this rank's rows of the global batch of a step (0, 1, ...), with the first tokens of the data skipped."""
+        """Return this rank's rows of the global batch of a step (0, 1, ...); see `packing` for `skipped_tokens`."""
         fault("load-batch")
         rows = self.timeline.rows_at(step)
         share = len(rows) // self.world_size

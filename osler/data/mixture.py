@@ -36,7 +36,7 @@ class Mixture:
         return source, period * self._before[-1][source] + self._before[place][source]
 
     def rows(self, count: int) -> list[int]:
-        """Return how many of the first rows each source has."""
+        """Return how many of the first `count` rows each source has."""
         period, place = divmod(count, len(self._sources))
         return [period * whole + part for whole, part in zip(self._before[-1], self._before[place], strict=True)]
 

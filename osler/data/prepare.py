@@ -66,7 +66,7 @@ def prepare(
     None as many work as are worth while, with 0 this process alone.
 
     Raises UserError when nothing is left to learn from, when another process writes the folder, or when the folder holds other
-    data, finished or not. The message names `consent`, the setting that allows this. With None other data are set aside.
+    data, finished or not. The message names `consent`, the setting that allows them; with `consent` None they are set aside.
     """
     out, validation = Path(out), validation or {}
     wanted = manifest_of(corpora, validation, weights or [1.0] * len(corpora), tokenizer)
@@ -142,7 +142,7 @@ def _set_aside(out: Path, found: Mapping[str, Any]) -> None:
     names = [found["content_fingerprint"]] if found["complete"] else (f"unfinished-{number}" for number in itertools.count(1))
     places = (out.with_name(f"{out.name}-{name}") for name in names)
     aside = next((place for place in places if not (place / DATA_MANIFEST).is_file()), None)
-    if aside is None:  # the same data are there
+    if aside is None:  # the folder of this name has the same data
         return _clear(out)
     aside.mkdir(exist_ok=True)
     for path in sorted(out.iterdir(), key=lambda path: path.name == DATA_MANIFEST):
@@ -276,7 +276,7 @@ class _Work:
 
 
 def _in_turns(targets: Sequence[Target], writers: Sequence[CorpusWriter]) -> Iterator[Task]:
-    """Yield the unfinished parts of targets. At any time each target has its share of the bytes, by weight."""
+    """Yield the unfinished parts of targets, so that at any time each target has had its share of the bytes, by weight."""
     orders = [target.corpus.order() for target in targets]
     turns = [(writer.counts["bytes"] / targets[number].weight, number, writer.num_parts) for number, writer in enumerate(writers)]
     heapq.heapify(turns)

@@ -1,8 +1,8 @@
 """Local files as documents: parquet and JSONL tables, text and Markdown, plain or compressed, or folders of any mix.
 
 A reader is lazy: each iteration opens the files anew and gives the same documents in the same order (files sorted by name), and
-any part of a file can be read alone. A text file is one document, a table has one document per row. The log names once which
-files and columns are not read.
+any part of a file can be read alone. A text file is one document, or several if it is long; a table has one per row. The log
+names once which files and columns are not read.
 """
 
 from collections.abc import Iterator, Mapping
@@ -63,7 +63,7 @@ def read_turns(data: TurnsData, key: str, part: Part) -> Iterator[Document]:
 def read_text_file(part: Part) -> Iterator[Document]:
     """Yield the content of a text file, as several documents where it is long."""
     for number, text in enumerate(read_texts(part), 1):
-        yield Document(text=text, where=part.file.name if number == 1 else f"{part.file.name}, part {number}")
+        yield Document(text=text, where=part.file.name if number == 1 else f"{part.file.name}, document {number}")
 
 
 def value_of(row: Row, field: str, key: str = "") -> Any:

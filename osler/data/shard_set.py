@@ -155,17 +155,17 @@ class ShardSet:
 
     @property
     def num_shards(self) -> int:
-        """The shards so far."""
+        """The number of shards so far."""
         return len(self._records)
 
     @property
     def ends_of_documents(self) -> Int64Array:
-        """The documents up to the end of each shard."""
+        """The number of documents up to the end of each shard."""
         return self._records["documents"].view(np.int64)
 
     @property
     def ends_of_tokens(self) -> Int64Array:
-        """The tokens up to the end of each shard."""
+        """The number of tokens up to the end of each shard."""
         return self._records["tokens"].view(np.int64)
 
     num_documents = _Count("documents")
@@ -201,7 +201,7 @@ class ShardSet:
         return int(self.ends_of_documents[number - 1]) if number else 0
 
     def lengths(self, number: int) -> Int64Array:
-        """Return the tokens of each document of a shard."""
+        """Return the number of tokens of each document of a shard."""
         lengths: Int64Array = np.diff(self.shard(number).ends, prepend=np.uint32(0)).astype(np.int64)
         return lengths
 
@@ -212,7 +212,7 @@ class ShardSet:
 
     @property
     def file_bytes(self) -> int:
-        """Return the size of all shards."""
+        """Return the size of the files of all shards, deleted ones included."""
         masked = np.diff(self.ends_of_tokens, prepend=0)[self._records["is_masked"] > 0].sum()
         return int(4 * self.num_documents + self._dtype.itemsize * self.num_tokens + masked)
 
@@ -313,7 +313,7 @@ def is_of_part(recorded: str) -> bool:
     return "@" in recorded
 
 
-def go_on_from(shards: Sequence[ShardSet], recorded: str) -> bool:
+def is_continuation(shards: Sequence[ShardSet], recorded: str) -> bool:
     """Return whether the data are those that `fingerprint_of` identified once, or have grown from them.
 
     Raises NotPreparedYet while the shards to compare are missing, because the data are being prepared again.

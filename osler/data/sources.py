@@ -64,8 +64,8 @@ def open_clinic(data: ClinicData, key: str) -> Corpus:
     train += [Document(text=text, where="clinic cards") for text in cards(data.seed, data.cards)]
     train += documents(data.seed, 0, map(exam_item, drills(data.seed, data.drills)))
     seed = data.seed + VALIDATION_SEED_SHIFT
-    examined = load_clinic(split="validation", limit=data.validation_examples, seed=seed)
-    validation = documents(seed, data.validation_passages, examined)
+    items = load_clinic(split="validation", limit=data.validation_examples, seed=seed)
+    validation = documents(seed, data.validation_passages, items)
     return in_memory(train, in_memory(validation, seed=data.seed) if validation else None, 0.0, data.seed)
 
 
@@ -194,7 +194,7 @@ def check_sources(data: TextData, validation: Sources = ()) -> None:
         if is_empty:
             found = f"of {count:,} documents {count:,} are empty" if count else "there are no documents"
             what = "evaluate" if key.startswith("validation") else "learn from"
-            raise UserError(f"There is nothing to {what}: {found} in {key}.path={source.place}.")
+            raise UserError(f"There is nothing to {what}: {found} in {key} ({source.place}).")
 
 
 def prepare_sources(

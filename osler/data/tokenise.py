@@ -107,8 +107,7 @@ class Tokeniser:
                 if not task.only_keys:
                     losses.look(tokenizer, (part for document in batch[::LOOK_EVERY] for part in document.parts))
                 yield _chunk(tokenizer, batch, corpus.clean, only_keys=task.only_keys)
-        found = examples, sorted(exam_items)
-        yield PartEnd(digest.hexdigest(), count, dict(drops), *found, losses)
+        yield PartEnd(digest.hexdigest(), count, dict(drops), examples, sorted(exam_items), losses)
 
 
 def encode(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[tuple[list[int], list[int] | None]]:

@@ -3,8 +3,8 @@
 A line of the journal is written when a part is finished. It counts, from the first part on, what was read, dropped, and given to
 each split. After a kill, the preparation resumes after the last part whose documents are all in finished shards. It reads the
 later parts again and skips the documents that are in shards already, so no shard is written twice, and no document is lost or
-doubled. It reads at most `CUT_BYTES` of files and one part again, because every split is cut there. A text or compressed file is
-one part.
+doubled. It reads at most `CUT_BYTES` of files and one part again, because after so many bytes all splits begin a new shard. A
+text or compressed file is one part.
 
 A validation split keeps only its first `VALIDATION_TOKENS`, because no evaluation reads more. Of a corpus that is given for
 validation, the split keys of all documents are kept as well. Training leaves all of these out, so the whole set can be measured
@@ -132,7 +132,7 @@ class CorpusWriter:
         return is_new
 
     def end_part(self, num_bytes: int, end: PartEnd) -> None:
-        """Write down that a part of this size is finished."""
+        """Write into the journal that a part with `num_bytes` of its file is finished."""
         before = self.counts["bytes"]
         self.counts.update({"bytes": num_bytes, "documents": end.documents, **end.drops})
         if self.counts["bytes"] // CUT_BYTES > before // CUT_BYTES:
@@ -177,7 +177,7 @@ def journal_of(folder: Path, splits: Sequence[str]) -> Path:
 
 
 class Journal(NamedTuple):
-    """What a journal says: the digest of each part, the counts so far, examples of dropped documents by reason, exam items."""
+    """What a journal says: the digest of each part, the counts so far, examples of drops by reason, ids of exam items."""
 
     digests: list[str]
     counts: Counter[str]

@@ -20,7 +20,7 @@ from osler.data.config import HUB, AnySource, PreparedData, sets_of
 from osler.data.exams import EXAMS_FILE, ExamsInData, read_exams_in_data, refuse_unchecked
 from osler.data.prepared import Prepared, open_prepared, tokenizer_of_shards
 from osler.data.preparer import Preparer
-from osler.data.shard_set import NotPreparedYet, ShardSet, go_on_from, identity_of, is_finished, is_of_part, num_evicted
+from osler.data.shard_set import NotPreparedYet, ShardSet, identity_of, is_continuation, is_finished, is_of_part, num_evicted
 from osler.data.shards import DATA_MANIFEST, SPLITS, read_data_manifest
 from osler.data.sources import at_known_commits, check_present, check_sources, is_there, prepare_sources
 from osler.data.stream import untended, wait_together
@@ -81,7 +81,7 @@ def prepare_run(
 def fingerprints_of(prepared: Prepared, tokenizer: Tokenizer, start: store.Loaded | None) -> dict[str, str]:
     """Return what identifies tokenizer and data of a run. Data that have only grown keep the checkpoint's value."""
     data = prepared.fingerprint
-    if start is not None and go_on_from(prepared.train, recorded := str(start.state["fingerprints"].get("data"))):
+    if start is not None and is_continuation(prepared.train, recorded := str(start.state["fingerprints"].get("data"))):
         data = recorded
     return {"tokenizer": tokenizer.fingerprint, "data": data}
 
@@ -211,7 +211,7 @@ def _is_data_of(folder: Path, start: store.Loaded, *, whole: bool) -> bool:
     if whole and not (is_finished(folder) and not any(num_evicted(part.folder) for part in shards)):
         return False
     try:
-        return go_on_from(shards, str(of_start.get("data")))
+        return is_continuation(shards, str(of_start.get("data")))
     except NotPreparedYet:
         return False
 
