@@ -31,9 +31,9 @@ from osler.tokenizer.round_trip import PROBES, Losses, refuse_missing_bytes
 
 logger = logging.getLogger(__name__)
 
-SHARDS = Path("shards")  # where `osler data prepare` writes, unless it is told
+SHARDS = Path("shards")  # `osler data prepare` writes into a folder in this one, unless it is told where
 COMPARED_CHARS = 1 << 18  # of texts that are encoded at a time
-SHOWN_TOKENS = 48  # of the first document of a split
+SHOWN_TOKENS = 48  # of a document
 SHOWN_CHARS = 600  # of each part of a document
 LABELS = {1: ("",), 2: ("question: ", "answer: "), 3: ("question: ", "thinking: ", "answer: ")}  # by the number of parts
 SECTIONS = ("data", "validation", "tokenizer", "init_from")
@@ -104,7 +104,7 @@ def tokenizer_inspect(path: str, text: str | None) -> int:
     special = sorted(tokenizer.special_ids)
     print(f"special       {', '.join(f'{tokenizer.decode([i])} = {i}' for i in special) or 'none'}")
     losses = Losses()
-    with suppress(UserError):  # raised for what no run would take; what it loses is printed below
+    with suppress(UserError):  # a tokenizer that loses too much for any run is shown all the same
         losses.look(tokenizer, PROBES)
     print(f"loses         {losses.lost} of {losses.chars:,} characters{f': {losses.examples[True]}' if losses.lost else ''}")
     if text is not None:

@@ -1,7 +1,7 @@
 """The sources that Osler knows by name: where each lies on the hub, its licence, and how a row becomes a document.
 
 Any of them can also be read from local files of the same schema. The facts about datasets come from their cards on the hub;
-sizes are approximate. A row that lacks a field raises an error with its file, line and field, so no source is silently empty.
+sizes are approximate. A row that lacks a field is refused by file, row and field, so no source is silently empty.
 """
 
 import logging
@@ -89,7 +89,7 @@ def articles(rows: Iterable[Row], data: HubData) -> Iterator[Document]:
 
 
 def synth(rows: Iterable[Row], data: HubData) -> Iterator[Document]:
-    """Yield SYNTH's questions with reasoning and answer; questions made from one page are held out together."""
+    """Yield SYNTH's questions with reasoning and answer; questions made from one page are learned or held out together."""
     for row in rows:
         thinking = _text(row, "synthetic_reasoning") or None
         turn = Turn(_text(row, "query"), thinking if data.reasoning else None, _text(row, "synthetic_answer"))
@@ -142,7 +142,7 @@ def _items_with_rows(rows: Iterable[Row], data: HubData) -> Iterator[tuple[Row, 
 
 
 def learned_items(source: Source, key: str) -> list[ExamItem]:
-    """Return the exam items that a source by name teaches, read from its local files; no item for any other source."""
+    """Return the exam items that a source by name teaches, read from its local files; none for any other source."""
     if not isinstance(source, HubData) or source.name not in EXAMS or source.place == HUB or source.subset == "pqa_unlabeled":
         return []
     rows = (row for file in named_files(source, key)[1] for row in read_rows(Part(file)))

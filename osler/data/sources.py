@@ -54,7 +54,7 @@ VALIDATION_SEED_SHIFT = 1_000_003  # so that no nearby seed for training gives t
 
 
 def open_clinic(data: ClinicData, key: str) -> Corpus:
-    """Render the clinic's textbook, exam questions with reasoning, and drills."""
+    """Render the clinic's textbook, exam questions with reasoning, cards and drills."""
 
     def documents(seed: int, passages: int, examples: Iterable[ExamItem]) -> list[Document]:
         texts = [Document(text=text, where="clinic textbook") for text in textbook(seed, passages)]
@@ -106,7 +106,7 @@ def open_corpora(data: TextData, validation: Sources = ()) -> dict[str, Corpus]:
 
 
 def open_validation(data: TextData, validation: Sources) -> dict[str, Corpus]:
-    """Open validation sets by name. A source gives its validation documents, or all its documents if it has none such."""
+    """Open validation sets by name. A source that brings validation documents gives these, any other gives all its documents."""
     return {source.title: _open_set(source, key) for key, source in _keyed(data, validation)}
 
 
@@ -151,7 +151,7 @@ def _keyed(data: TextData, validation: Sources | None = None) -> Iterator[tuple[
 
 
 def check_present(data: TextData, validation: Sources, out: Path, consent: str) -> None:
-    """Raise UserError when sources that are still there differ from those that the folder `out` was made of."""
+    """Raise UserError when sources that are still there differ from those of the folder `out`; `consent` would allow that."""
     cleaners: dict[CleanConfig, Cleaner] = {}
     data, validation = at_known_commits(data, validation, out, is_known=True)
     learned = [_open(data, source, key, cleaners, validation) if is_there(source) else None for key, source in _keyed(data)]
@@ -169,8 +169,8 @@ def is_there(source: AnySource) -> bool:
 def check_sources(data: TextData, validation: Sources = ()) -> None:
     """Raise UserError when the files of a source do not exist, hold nothing, or their first documents cannot be read.
 
-    Raises it also when cleaning cannot be done as the config says, or when the config claims that data hold no benchmark but
-    looks for none.
+    Raises it also when cleaning cannot be done as the config says, or when a source has `no_benchmark_contamination` without
+    dropping the questions of any exam.
     """
     cleaners: dict[CleanConfig, Cleaner] = {}
     for key, source in _keyed(data):

@@ -116,7 +116,7 @@ def steps_ready(loader: Loader, step: int, skipped_tokens: int) -> int:
 def refuse_deleted(loader: Loader, stop: int, skipped_tokens: int) -> None:
     """Raise UserError when shards of a source were deleted and the steps before `stop` read all of its tokens or more.
 
-    The row with the last of them also has the token that follows, the first of the next epoch.
+    A run that reads every token just once is refused too: its last row ends with the first token of the next epoch.
     """
     deleted = {name: shards for name, shards in loader.sources.items() if num_evicted(shards.folder)}
     needed = loader.tokens_before(stop, skipped_tokens) if deleted else {}
@@ -124,7 +124,7 @@ def refuse_deleted(loader: Loader, stop: int, skipped_tokens: int) -> None:
         if needed[name] >= shards.num_tokens:
             raise UserError(
                 f"The run reads {needed[name]:,} tokens of {name}, which has {shards.num_tokens:,}. The first of them were "
-                "deleted to keep within data.disk_budget_gb, because more were expected to follow. Set total_tokens lower, or "
+                f"deleted to keep within data.disk_budget_gb, because {name} seemed to be larger. Set total_tokens lower, or "
                 f"delete {shards.folder.parents[1]} and give the command without data.disk_budget_gb: it prepares all of them."
             )
 
