@@ -49,7 +49,7 @@ def main() -> None:
     for name, config in configs.items():
         clean = decode(CleanConfig, config)
         cleaner = Cleaner(clean, tuple(open_exam(exam, "", "--exam") for exam in clean.exams))
-        cleaner.looks([document.parts for document in documents[:2]])  # reads exams and models
+        cleaner.looks([document.texts for document in documents[:2]])  # reads exams and models
         began = time.process_time()
         cleaned = replace(corpus, clean=cleaner)
         judged = [(document, look) for part in corpus.parts for document, _, look in cleaned.judged(part)]

@@ -91,15 +91,15 @@ class Cleaner:
         return {"rules": RULES, **encode(self.config), "exams": exams}
 
     def looks(self, documents: Sequence[Sequence[str]]) -> list[Look]:
-        """Judge documents, each given by its parts: its text alone, or question, reasoning (if any) and answer."""
-        config, texts = self.config, ["\n".join(parts) for parts in documents]
+        """Judge documents, each given by its texts: one text, or question, reasoning (if any) and answer."""
+        config, texts = self.config, ["\n".join(document) for document in documents]
         words = Words(texts)
         items = self.index.find(words) if self.exams else {}
         counts, letters = words.counts.tolist(), words.letters.tolist()
         shingles = [words.sequences_of(number, SHINGLE_WORDS) for number in range(len(texts))]
         reasons = [
-            self._quality(*judged) if len(parts) == 1 else ""
-            for parts, *judged in zip(documents, texts, counts, letters, shingles, strict=True)
+            self._quality(*judged) if len(document) == 1 else ""
+            for document, *judged in zip(documents, texts, counts, letters, shingles, strict=True)
         ]
         if config.languages:
             told = [number for number, reason in enumerate(reasons) if not reason and counts[number] >= LANGUAGE_WORDS]

@@ -37,8 +37,8 @@ class Document:
     signature: Rows | None = field(default=None, compare=False, repr=False)
 
     @property
-    def parts(self) -> tuple[str, ...]:
-        """Return the texts in it: the text, or question, thinking (if any) and answer."""
+    def texts(self) -> tuple[str, ...]:
+        """Return what the document consists of: its text, or question, thinking (if any) and answer."""
         if self.turn is None:
             return (self.text,)
         if self.turn.thinking is None:
@@ -54,7 +54,7 @@ class Document:
 
     def exact_digest(self) -> bytes:
         """Return 8 bytes that identify the content to the character."""
-        return _digest(self.parts)
+        return _digest(self.texts)
 
     def split_key(self) -> int:
         """Return 64 bits that decide whether it is held out: a hash of its group, or else its content key."""
@@ -62,7 +62,7 @@ class Document:
 
     def content_key(self) -> int:
         """Return 64 bits that identify the content but for case and spacing."""
-        return _plain_digest(self.parts)
+        return _plain_digest(self.texts)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Corpus:
         try:
             for batch in batches(self.read(part), LOOK_CHARACTERS):
                 digests, filled = [document.exact_digest() for document in batch], [not document.is_empty for document in batch]
-                given = [document.parts for document in compress(batch, filled)]
+                given = [document.texts for document in compress(batch, filled)]
                 looks = repeat(KEEP) if self.clean is None else iter(self.clean.looks(given))
                 for document, digest, is_filled in zip(batch, digests, filled, strict=True):
                     yield document, digest, next(looks) if is_filled else KEEP._replace(reason=EMPTY)
@@ -150,7 +150,7 @@ def in_memory(
     digest = hashlib.sha256()
     for document in given:
         digest.update(document.exact_digest())
-    sizes = [sum(map(len, document.parts)) for document in given]
+    sizes = [sum(map(len, document.texts)) for document in given]
     file = _Memory("documents", sum(sizes), digest.hexdigest()[:16])
     parts, own, size, start = [], list[Document](), 0, 0
     for place in permutation(len(given), seed, "documents").tolist():
@@ -169,7 +169,7 @@ def batches(documents: Iterable[Document], characters: int) -> Iterator[list[Doc
     size = 0
     for document in documents:
         batch.append(document)
-        size += sum(map(len, document.parts))
+        size += sum(map(len, document.texts))
         if size >= characters:
             yield batch
             batch, size = [], 0
@@ -189,14 +189,14 @@ def permutation(count: int, seed: int, *purpose: object) -> npt.NDArray[np.int64
     return np.argsort(words, kind="stable").astype(np.int64, copy=False)
 
 
-def _plain_digest(parts: tuple[str, ...]) -> int:
-    return int.from_bytes(_digest(tuple(" ".join(part.split()).casefold() for part in parts)), "big")
+def _plain_digest(texts: tuple[str, ...]) -> int:
+    return int.from_bytes(_digest(tuple(" ".join(text.split()).casefold() for text in texts)), "big")
 
 
-def _digest(parts: tuple[str, ...]) -> bytes:
+def _digest(texts: tuple[str, ...]) -> bytes:
     digest = hashlib.blake2b(digest_size=8)
-    for part in parts:  # lengths first, so that ("ab", "c") and ("a", "bc") differ
-        data = part.encode("utf-8")
+    for text in texts:  # lengths first, so that ("ab", "c") and ("a", "bc") differ
+        data = text.encode("utf-8")
         digest.update(len(data).to_bytes(8, "little"))
         digest.update(data)
     return digest.digest()

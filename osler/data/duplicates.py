@@ -59,7 +59,7 @@ def rows_of(keys: Sequence[int], signatures: Sequence[Rows | None]) -> Rows:
 
 
 class Seen:
-    """The documents of a corpus so far; a row has `width` bytes, and a near copy has this `similarity` at least."""
+    """The documents of a corpus so far, without copies; rows have `width` bytes, near copies this `similarity` at least."""
 
     def __init__(self, path: Path, *, near: bool, similarity: float, memory_bytes: int) -> None:
         self.width = KEY_BYTES + SIGNATURE_BYTES * near

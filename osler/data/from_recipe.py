@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 SHARDS = Path("shards")  # `osler data prepare` writes into a folder in this one, unless it is told where
 COMPARED_CHARS = 1 << 18  # of texts that are encoded at a time
 SHOWN_TOKENS = 48  # of a document
-SHOWN_CHARS = 600  # of each part of a document
-LABELS = {1: ("",), 2: ("question: ", "answer: "), 3: ("question: ", "thinking: ", "answer: ")}  # by the number of parts
+SHOWN_CHARS = 600  # of each text of a document
+LABELS = {1: ("",), 2: ("question: ", "answer: "), 3: ("question: ", "thinking: ", "answer: ")}  # by the number of texts
 SECTIONS = ("data", "validation", "tokenizer", "init_from")
 
 
@@ -125,12 +125,12 @@ def tokenizer_compare(paths: Sequence[str], texts: Sequence[str], field: str) ->
     for text in texts:
         size, tokens = 0, Counter[str]()
         for batch in batches(TextFiles(text, field, path_key="--text", field_key="--field"), COMPARED_CHARS):
-            parts = [document.text for document in batch]
-            size += sum(len(part.encode()) for part in parts)
+            contents = [document.text for document in batch]
+            size += sum(len(content.encode()) for content in contents)
             for path, tokenizer in tokenizers.items():
-                encoded = tokenizer.encode_batch(parts)
+                encoded = tokenizer.encode_batch(contents)
                 tokens[path] += sum(map(len, encoded))
-                if any(tokenizer.decode(ids) != part for ids, part in zip(encoded, parts, strict=True)):
+                if any(tokenizer.decode(ids) != content for ids, content in zip(encoded, contents, strict=True)):
                     lossy[path] = None
         if not size:
             raise UserError(f"There is no text in {text} to compare tokenizers on.")
@@ -193,8 +193,8 @@ def data_peek(recipe: str | None, overrides: Sequence[str], tokenizer_path: str 
     for name, corpus in open_corpora(read_sections(recipe, overrides).data).items():
         for document in islice(corpus.documents(), documents):
             print(f"--- {name}, {document.where}")
-            for label, part in zip(LABELS[len(document.parts)], document.parts, strict=True):
-                print(f"{label}{part[:SHOWN_CHARS]}{' ...' if len(part) > SHOWN_CHARS else ''}")
+            for label, text in zip(LABELS[len(document.texts)], document.texts, strict=True):
+                print(f"{label}{text[:SHOWN_CHARS]}{' ...' if len(text) > SHOWN_CHARS else ''}")
             if tokenizer is not None:
                 [(ids, mask)] = encode(tokenizer, [document])
                 learned = len(ids) if mask is None else sum(mask)

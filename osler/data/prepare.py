@@ -1,14 +1,14 @@
 """From sources to a folder of shards, in one pass over parts of files. A kill only interrupts this pass.
 
-Each part is read and tokenised by whatever process is free (`workers`, `tokenise`). The results are taken in a fixed order and
-written by one process (`writing`), so the shards do not depend on the number of processes. Explicit validation documents come
-first, because their copies are left out of all training data; then the sources take turns by their weights. What a source holds
-out is decided by hash (`holdout`).
+Several processes read and tokenise the parts (`workers`, `tokenise`). The results are taken in a fixed order and written by one
+process (`writing`), so the shards do not depend on the number of processes. Explicit validation documents come first, because
+their copies are left out of all training data; then the sources take turns by their weights. What a source holds out is decided by
+hash (`holdout`).
 
 The folder is written in place. Its manifest says from the start what is being prepared, and in the end that it is complete. The
 same command continues an unfinished folder. It reuses a finished one without reading the sources while sizes and times of change
-of their files are the same. Where only times differ, it compares the content. A folder of other data is refused, finished or not.
-An unfinished folder of other data is cleared if it has no training data yet.
+of their files are the same. Where only times differ, it compares the content. A folder of other data is refused, unless it is
+unfinished and has no training data yet: then it is cleared.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 A split of a source is a folder with `index.bin` and one file per shard. A shard file holds two or three arrays one after another:
 where each document ends (uint32), the tokens (uint16 if all ids fit, else uint32) and, if some document has a loss mask, the mask
-(uint8, 1 = learn this token). No document crosses a shard. The index has one record of fixed size per shard. Its counts
-run from the first shard on, so that any token is found without reading the shards before it. A record is written after its
-shard is on the disk. So a killed writer leaves whole shards and perhaps a torn record, which does not count.
+(uint8, 1 = learn this token). No document crosses a shard. The index has one record of fixed size per shard. Its counts run from
+the first shard on, so that any token is found without reading the shards before it. A record is written after its shard is on the
+disk, so every record has a whole shard. A killed writer may leave a torn last record, which does not count.
 
 The fingerprint of a shard list is a hash over the hashes of its files. Equal fingerprints mean equal tokens in equal order,
 which exact resume depends on. Every record has the fingerprint of the list up to its shard, which covers its counts too.

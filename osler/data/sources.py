@@ -188,7 +188,7 @@ def check_sources(data: TextData, validation: Sources = ()) -> None:
             continue
         count, size, is_empty = 0, 0, True
         for count, document in enumerate(CORPORA[type(source)](source, key).documents(), 1):
-            size, is_empty = size + sum(map(len, document.parts)), is_empty and document.is_empty
+            size, is_empty = size + sum(map(len, document.texts)), is_empty and document.is_empty
             if not is_empty and (count >= FIRST_DOCUMENTS or size >= FIRST_CHARS):
                 break
         if is_empty:
@@ -264,7 +264,7 @@ def train_tokenizer(data: TextData, wanted: BPEConfig | SuperBPEConfig, validati
 
     def texts() -> Iterator[str]:
         for corpus, weight in zip(corpora.values(), weights, strict=True):
-            total = sum(len(part.encode("utf-8", "replace")) for document in some(corpus) for part in document.parts)
+            total = sum(len(text.encode("utf-8", "replace")) for document in some(corpus) for text in document.texts)
             yield from _sample(some(corpus), wanted.max_bytes * weight / sum(weights) / max(1, total))
 
     def some(corpus: Corpus) -> Iterator[Document]:
@@ -273,7 +273,7 @@ def train_tokenizer(data: TextData, wanted: BPEConfig | SuperBPEConfig, validati
             for document in corpus.kept(number):
                 if not held.has(document):
                     yield document
-                characters += sum(map(len, document.parts))
+                characters += sum(map(len, document.texts))
                 if characters >= SAMPLE_PART_CHARS:
                     break
 
@@ -285,8 +285,8 @@ def _sample(documents: Iterable[Document], share: float) -> Iterator[str]:
     taken = False
     for document in documents:
         digest = document.exact_digest()
-        pieces = [part[i : i + SAMPLE_CHARS] for part in document.parts for i in range(0, len(part), SAMPLE_CHARS)]
-        for number, piece in enumerate(document.parts if share >= 1 else pieces):
+        pieces = [text[i : i + SAMPLE_CHARS] for text in document.texts for i in range(0, len(text), SAMPLE_CHARS)]
+        for number, piece in enumerate(document.texts if share >= 1 else pieces):
             draw = int.from_bytes(hashlib.sha256(digest + number.to_bytes(8, "big")).digest()[:8], "big") / 2**64
             if draw < share or not taken:
                 taken = True

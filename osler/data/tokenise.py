@@ -105,7 +105,7 @@ class Tokeniser:
             order = permutation(len(stretch), corpus.seed, task.number, number, "stretch").tolist()
             for batch in batches((stretch[place] for place in order), BATCH_CHARACTERS):
                 if not task.only_keys:
-                    losses.look(tokenizer, (part for document in batch[::LOOK_EVERY] for part in document.parts))
+                    losses.look(tokenizer, (text for document in batch[::LOOK_EVERY] for text in document.texts))
                 yield _chunk(tokenizer, batch, corpus.clean, only_keys=task.only_keys)
         yield PartEnd(digest.hexdigest(), count, dict(drops), examples, sorted(exam_items), losses)
 
@@ -120,7 +120,7 @@ def encode(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[tuple[li
 
 def beginning(document: Document) -> str:
     """Return the first characters of a document, in one line."""
-    return " ".join("\n".join(document.parts)[: 2 * EXAMPLE_CHARACTERS].split())[:EXAMPLE_CHARACTERS]
+    return " ".join("\n".join(document.texts)[: 2 * EXAMPLE_CHARACTERS].split())[:EXAMPLE_CHARACTERS]
 
 
 def _chunk(tokenizer: Tokenizer, documents: Sequence[Document], clean: Cleaner | None, *, only_keys: bool) -> Chunk:
@@ -134,7 +134,7 @@ def _chunk(tokenizer: Tokenizer, documents: Sequence[Document], clean: Cleaner |
     return Chunk(
         np.array([document.split_key() for document in documents], np.uint64),
         np.cumsum([len(ids) for ids, _ in encoded], dtype=np.int64),
-        np.array([sum(len(part.encode("utf-8")) for part in document.parts) for document in documents], np.int64),
+        np.array([sum(len(text.encode("utf-8")) for text in document.texts) for document in documents], np.int64),
         tokens,
         masks,
         is_masked,

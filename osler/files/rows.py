@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 1 << 20
 MOST_NULS = 0.1  # the largest share of NULs in a text; UTF-16 has about half
-BATCH_ROWS, BATCH_BYTES = 1024, 1 << 23  # are in memory at once of a parquet file, whichever is less
-BUFFER_BYTES = 1 << 20  # are read at once of each column of a parquet file
+BATCH_ROWS, BATCH_BYTES = 1024, 1 << 23  # the most of a parquet file that is in memory at once, whichever is less
+BUFFER_BYTES = 1 << 20  # how much of each column of a parquet file is read at once
 TEXT_BYTES = 1 << 22  # the longest document of a text file; a longer file is several documents
-HEAD_BYTES = 4096  # read of a file of JSON lines, to see whether it begins with an array
+HEAD_BYTES = 4096  # how much of a file of JSON lines is searched for the bracket that begins an array
 HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # a surrogate, which alone can write half a character; whole pairs match too
 
 # Words in the names of columns that say something about a row and are not its content.
@@ -92,7 +92,7 @@ def _decode_text(data: bytes, name: str, line: int, position: int) -> str:
 
 
 def read_rows(source: Path | Part, columns: Sequence[str] | None = None) -> Iterator[Row]:
-    """Yield the rows of a part of a parquet file or a file of JSON lines, or of a whole file; `columns` None reads all columns.
+    """Yield the rows of a file, or of a part of one, of parquet or JSON lines; `columns` None reads all columns.
 
     A column that does not exist is missing from `Row.values`; the caller decides whether that is an error. Raises UserError when
     the file changes while it is read.

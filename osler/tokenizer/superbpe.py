@@ -24,7 +24,7 @@ PIECES = rf"{_ALONE}|[\r\n]+|(?:{_WORD}){{1,64}}"
 
 _SPACE = "Ġ"  # as byte-level BPE writes it
 _FIRST = 0x10000  # the token of id i is the character of code _FIRST + i, which is never a surrogate
-_SEEN_TWICE = 2  # a superword that occurs only once is not worth a token
+_LEAST_OCCURRENCES = 2  # a superword that occurs only once is not worth a token
 _PART_CHARS = 1 << 16  # texts are encoded in parts of this length, because every encoding takes memory
 _BATCH = 32  # parts
 
@@ -70,7 +70,7 @@ def _learn(lines: Sequence[str], num_tokens: int, num_merges: int) -> list[tuple
     backend.pre_tokenizer = pre_tokenizers.CharDelimiterSplit(" ")
     trainer = trainers.BpeTrainer(
         vocab_size=num_tokens + num_merges,
-        min_frequency=_SEEN_TWICE,
+        min_frequency=_LEAST_OCCURRENCES,
         initial_alphabet=[chr(_FIRST + token_id) for token_id in range(num_tokens)],
         show_progress=False,
     )

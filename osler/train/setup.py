@@ -66,7 +66,7 @@ def check_plan(config: TrainConfig, *, is_new: bool) -> None:
         fitted(config.model, refuse_missing_bytes(tokenizer))
         for corpus in open_corpora(config.text).values() if config.text else ():
             first = islice(corpus.documents(), ROUND_TRIPS)
-            Losses().look(tokenizer, (part for document in first for part in document.parts))
+            Losses().look(tokenizer, (text for document in first for text in document.texts))
 
 
 def check_distillation(config: TrainConfig, start: store.Loaded | None) -> None:

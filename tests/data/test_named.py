@@ -104,7 +104,7 @@ def write_rows(file: Path, rows: list[dict]) -> Path:
 
 def local(tmp_path: Path, file: str, rows: list[dict], **fields: object) -> list[tuple[str, ...]]:
     data = HubData(**{"name": file, **fields}, path=str(write_rows(tmp_path / f"{file}.jsonl", rows)))
-    return [document.parts for document in open_hub(data, "data").documents()]
+    return [document.texts for document in open_hub(data, "data").documents()]
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -150,7 +150,7 @@ def test_a_split_is_found_in_local_files_and_one_that_is_not_there_is_told(tmp_p
     found = open_corpora(
         decode(MixtureData, {"root": str(tmp_path), "sources": [{"type": "hub", "name": "medqa", "split": "test"}]})
     )
-    assert [document.parts[0] for document in found["medqa-test"].documents()] == ["test question? Iron (A) Gold (B)"]
+    assert [document.texts[0] for document in found["medqa-test"].documents()] == ["test question? Iron (A) Gold (B)"]
     write_rows(tmp_path / "mixture_of_thoughts/all/train-0.parquet", [])
     with pytest.raises(
         UserError,
