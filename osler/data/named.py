@@ -294,15 +294,15 @@ def load_task(task: Any, key: str = "task", root: str = "", context: Context | N
         return load_clinic(split=task.split, limit=task.limit, seed=task.seed)
     if isinstance(task, NeedleTask):
         return load_needle(task, context, key) if context is not None else []
-    opened = open_exam(task, root, key)
+    found = open_exam(task, root, key)
     if isinstance(task, HubExam):
-        names = [file.name for file in opened.files]
-        logger.info(f"{task.name}: {', '.join(names)}{opened.commit and f', commit {opened.commit}'}.")
+        commit = f", commit {found.commit}" if found.commit else ""
+        logger.info(f"{task.name}: {', '.join(file.name for file in found.files)}{commit}.")
     if not task.shots:
-        return opened.items
+        return found.items
     fold: Fold = "train" if task.fold == "held-out" else "all"  # the examples may come from the exam's own file
-    solved = replace(opened.task, path=task.shots_path, split="", fold=fold, limit=task.shots, seed=None)
-    return with_shots(opened.items, Exam(solved, _shot_files(task, key)).items, task)
+    solved = replace(found.task, path=task.shots_path, split="", fold=fold, limit=task.shots, seed=None)
+    return with_shots(found.items, Exam(solved, _shot_files(task, key)).items, task)
 
 
 def check_task(task: Any, key: str, root: str = "") -> None:
@@ -331,9 +331,7 @@ def open_exam(task: ExamFile, root: str, key: str) -> Exam:
     kind, subset, split = exam_by_name(task.name)
     remedy = f"To ask another split, give its file: {key}.type={task.name} {key}.path=FILE."
     if task.split not in ("", split, SCHEMAS[kind].split):
-        raise UserError(
-            f"{key}.split={task.split}: an exam by name always asks the split that models are examined with ({split}). {remedy}"
-        )
+        raise UserError(f"{key}.split={task.split}: an exam by name asks one split, {split}. {remedy}")
     data = HubData(name=task.name, subset=subset, split=split, revision=task.revision, path=task.path, root=task.root or root)
     commit, files = named_files(data, key, remedy)
     found = kind(type=task.name, path=f"the exam {task.name}", split=split)
@@ -353,20 +351,17 @@ def named_files(data: HubData, key: str, remedy: str = "") -> tuple[str, list[Fi
         if chosen and chosen not in known:
             raise UserError(f"{key}.{field}={chosen}: {data.name} has {', '.join(filter(None, known)) or 'none'}.")
     subset, split = data.subset or source.subsets[0], data.split or source.splits[0]
+    patterns = tuple(pattern.format(subset=subset, split=split) for pattern in source.files)
     root_key = "root" if key.startswith(("task", "eval_task", "source")) else "data.root"
     if data.place != HUB:
         return "", _local_files(data, subset, split, key, root_key, remedy)
     if not source.repo:
         raise UserError(f"{key}: {data.name} is on no hub; name its files with {key}.path=DIR or {root_key}=DIR.")
-    return (snapshot if source.has_small_files else hub_files)(source.repo, _patterns(source, subset, split), data.revision)
+    return (snapshot if source.has_small_files else hub_files)(source.repo, patterns, data.revision)
 
 
 def _splits_in(name: str) -> set[str]:
     return {_SPLITS[word] for word in re.findall("[a-z]+", name.lower()) if word in _SPLITS}
-
-
-def _patterns(source: NamedSource, subset: str, split: str) -> tuple[str, ...]:
-    return tuple(pattern.format(subset=subset, split=split) for pattern in source.files)
 
 
 def _local_files(data: HubData, subset: str, split: str, key: str, root_key: str, remedy: str) -> list[File]:
@@ -379,27 +374,25 @@ def _local_files(data: HubData, subset: str, split: str, key: str, root_key: str
     field = f"{key}.path" if data.path else root_key
     found = find_files(where, (*ROW_ENDINGS, *TEXT_ENDINGS, NAMED_ONLY_ENDING), key=field)
     names = {file: file.relative_to(where).as_posix() if where.is_dir() else file.name for file in found}
-    patterns = {choice: _patterns(source, *choice) for choice in product(source.subsets, source.splits)}
-    on_hub = {
-        file: {choice for choice, its in patterns.items() if any(fnmatchcase(name, pattern) for pattern in its)}
-        for file, name in names.items()
-    }
-    said = {file: _splits_in(names[file]) for file in found if not on_hub[file]}
+    combinations = product(source.files, source.subsets, source.splits)
+    of_any = [pattern.format(subset=its_subset, split=its_split) for pattern, its_subset, its_split in combinations]
+    said = {file: _splits_in(name) for file, name in names.items() if not any(fnmatchcase(name, pattern) for pattern in of_any)}
     known = set(_SPLITS.values() if where.is_dir() else source.splits)
 
-    def files_of(subset: str, split: str) -> list[Path]:
+    def patterns(split: str) -> list[str]:
+        return [pattern.format(subset=subset, split=split) for pattern in source.files]
+
+    def files_of(split: str) -> list[Path]:
         return (
-            [file for file in found if (subset, split) in on_hub[file]]
+            [file for file, name in names.items() if any(fnmatchcase(name, pattern) for pattern in patterns(split))]
             or [file for file, splits in said.items() if split in splits]
             or [file for file, splits in said.items() if not known & splits]
         )
 
-    if not (chosen := files_of(subset, split)):
-        for other, other_split in product((subset, *source.subsets), source.splits):
-            if files_of(other, other_split):
-                remedy = remedy or f"Set {key}.split={other_split}{other and f' {key}.subset={other}'} to read that."
-        wanted = " or ".join([*patterns[subset, split], f"another whose name says {split}"])
+    if not (chosen := files_of(split)):
+        others = (f"Set {key}.split={other} to read that." for other in source.splits if files_of(other))
+        remedy = remedy or next(others, f"If one of them is, name it with {key}.path=FILE.")
+        wanted = " or ".join([*patterns(split), f"another whose name says {split}"])
         there = ", ".join(shown(file.name) for file in found[:5])
-        remedy = remedy or f"If one of them is, name it with {key}.path=FILE."
         raise UserError(f"There is no file of {data.title} at {where} ({wanted}), but {there}. {remedy}")
     return [LocalFile.at(file) for file in chosen]

@@ -2,8 +2,8 @@
 
 Several processes read and tokenise the parts (`workers`, `tokenise`). The results are taken in a fixed order and written by one
 process (`writing`), so the shards do not depend on the number of processes. Explicit validation documents come first, because
-their copies are left out of all training data; then the sources take turns by their weights. What a source holds out is decided by
-hash (`holdout`).
+their copies are left out of all training data; then the sources take turns by their weights. What a source holds out is decided
+by hash (`holdout`).
 
 The folder is written in place. Its manifest says from the start what is being prepared, and in the end that it is complete. The
 same command continues an unfinished folder. It reuses a finished one without reading the sources while sizes and times of change
