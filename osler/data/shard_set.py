@@ -111,7 +111,7 @@ class ShardSet:
     def open(cls, path: str | Path, source: str, split: str, *, growing: bool = False) -> ShardSet:
         """Open a split of a source in a prepared folder; with `growing`, the folder may still be in preparation.
 
-        `verify` checks the bytes. Raises UserError when the folder or a file is missing, or a file has the wrong size.
+        Only `verify` checks the bytes. Raises UserError when the folder or a file is missing, or a file has the wrong size.
         """
         folder = Path(path) / source / split
         growing = growing and not _is_split_finished(folder)  # asked first: a manifest that is read later has the split
@@ -132,7 +132,7 @@ class ShardSet:
             self.is_complete = is_finished
 
     def head(self, num_shards: int) -> ShardSet:
-        """Return the first shards as a split of its own, complete; raises NotPreparedYet while some are still to come."""
+        """Return the first `num_shards` as a split of its own, complete; raises NotPreparedYet while some are still to come."""
         if self.num_shards < num_shards:
             self.refresh()
             if self.num_shards < num_shards and not self.is_complete:
@@ -308,7 +308,7 @@ def fingerprint_of(shards: Sequence[ShardSet]) -> str:
     return found[0] if len(found) == 1 else fingerprint(found)
 
 
-def is_of_part(recorded: str) -> bool:
+def is_partial(recorded: str) -> bool:
     """Return whether `fingerprint_of` identified data that were only partly prepared."""
     return "@" in recorded
 
@@ -318,7 +318,7 @@ def is_continuation(shards: Sequence[ShardSet], recorded: str) -> bool:
 
     Raises NotPreparedYet while the shards to compare are missing, because the data are being prepared again.
     """
-    if not is_of_part(recorded):
+    if not is_partial(recorded):
         return recorded == fingerprint_of(shards)
     known = [entry.split("@") for entry in recorded.split(",")]
     if len(known) != len(shards):

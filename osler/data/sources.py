@@ -75,19 +75,19 @@ def _worked_example(item: ExamItem, reasoning: bool) -> Document:
 
 
 def open_files(data: FilesData, key: str) -> Corpus:
-    """Read text of one's own."""
+    """Open text of one's own."""
     reader = TextFiles(data.path, data.field, f"{key}.path", f"{key}.field")
     return Corpus(Parts(reader.files()), reader.read, {"field": data.field}, None, data.holdout_fraction, data.seed)
 
 
 def open_turns(data: TurnsData, key: str) -> Corpus:
-    """Read questions and answers of one's own."""
+    """Open questions and answers of one's own."""
     files = find_local(data.path, ROW_ENDINGS, f"{key}.path")
     options = {"fields": [data.question_field, data.thinking_field, data.answer_field]}
     return Corpus(Parts(files), partial(read_turns, data, key), options, None, data.holdout_fraction, data.seed)
 
 
-# From the class of a source to the function that opens it. Its text argument is the source's place in the config, for messages.
+# From the class of a source to the function that opens it. Its second argument is the source's place in the config.
 CORPORA: dict[type, Callable[[Any, str], Corpus]] = {
     ClinicData: open_clinic,
     FilesData: open_files,

@@ -20,7 +20,7 @@ from osler.data.config import HUB, AnySource, PreparedData, sets_of
 from osler.data.exams import EXAMS_FILE, ExamsInData, read_exams_in_data, refuse_unchecked
 from osler.data.prepared import Prepared, open_prepared, tokenizer_of_shards
 from osler.data.preparer import Preparer
-from osler.data.shard_set import NotPreparedYet, ShardSet, identity_of, is_continuation, is_finished, is_of_part, num_evicted
+from osler.data.shard_set import NotPreparedYet, ShardSet, identity_of, is_continuation, is_finished, is_partial, num_evicted
 from osler.data.shards import DATA_MANIFEST, SPLITS, read_data_manifest
 from osler.data.sources import at_known_commits, check_present, check_sources, is_there, prepare_sources
 from osler.data.stream import untended, wait_together
@@ -106,7 +106,7 @@ def _open(
         return open_prepared(folder, tokenizer), None
     consent = None if config.allow_data_change else "allow_data_change=true"
     # A checkpoint that identifies all of the data can only be compared with all of the data.
-    knows_all = start is not None and not is_of_part(str(start.state["fingerprints"].get("data")))
+    knows_all = start is not None and not is_partial(str(start.state["fingerprints"].get("data")))
     if not data.streaming or knows_all or is_finished(folder):
         return prepare_sources(data, tokenizer, folder, validation=config.validation, consent=consent), None
     check_disk_budget(config)

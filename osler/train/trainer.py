@@ -23,7 +23,7 @@ from torch import Tensor
 from osler.checkpoint import store
 from osler.data.curriculum import rows_per_micro_batch
 from osler.data.loader import Batch, Loader
-from osler.data.shard_set import fingerprint_of, is_of_part
+from osler.data.shard_set import fingerprint_of, is_partial
 from osler.data.stream import untended, wait_for_batches
 from osler.model.transformer import nan_gradient_unless_finite
 from osler.monitor.collect import has_learned, step_stats
@@ -154,7 +154,7 @@ class SupervisedTrainer(Trainer):
         found = dict(self.run.fingerprints)
         if self.train_step.teacher is not None:
             found["teacher"] = self.train_step.teacher.fingerprint
-        if is_of_part(found.get("data", "")):  # the data were incomplete when this process began
+        if is_partial(found.get("data", "")):  # the data were incomplete when this process began
             found["data"] = fingerprint_of(list(self.loader.sources.values()))
         return found
 
