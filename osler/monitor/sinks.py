@@ -32,7 +32,7 @@ TIMEOUT_SECONDS = 30.0
 class TensorBoard(Tracker):
     """Writes event files, which are whole after each line, for ``tensorboard --logdir RUN/trackers``."""
 
-    def __init__(self, wanted: bool, run: str, first_step: int) -> None:
+    def __init__(self, is_wanted: bool, run: str, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(log_dir=str(RunFolder(Path(run)).trackers / "tensorboard"), purge_step=first_step)
@@ -181,6 +181,6 @@ def parse_command(command: str) -> list[str]:
     if shutil.which(words[0]) is None:
         raise UserError(
             f"monitor.alert_command is {command!r}, but there is no program {words[0]!r} here. The command is started without a "
-            "shell: write pipes and variables into a script, and name that; null is no command."
+            "shell: write pipes and variables into a script and name the script, or give null for none."
         )
     return words

@@ -31,7 +31,10 @@ LINGER_SECONDS = 300.0  # how long a tracker may outlive the run's process
 
 
 class Tracker:
-    """A destination for metrics and alerts, in the child process. Every method may raise, and may be slow."""
+    """A destination for metrics and alerts, in the child process. Every method may raise, and may be slow.
+
+    It is made from its value in the config, the run folder, and the first step that it will get (0: the run begins).
+    """
 
     def write(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
         """Take the finite metrics of a step."""

@@ -30,7 +30,7 @@ HEADLINE_CURVES = {  # without an exam, the first of these that was measured is 
     "eval/bits_per_byte": "Held-out bits per byte", "eval/loss": "Held-out loss", "train/loss": "Loss", "reward": "Reward",
 }  # fmt: skip
 GRAVE = ("incident", "rollback", "alert")  # kinds of events that deserve attention, the gravest first; others are only listed
-STEPS_NAMED = 6
+STEPS_NAMED = 6  # steps of a group of events; of more, the first two and the last two are named
 UNPARSED_SHARE = 0.05  # a larger share of unreadable answers deserves attention
 HABIT_SHARE, HABIT_ANSWERS = 0.6, 40  # one letter is a habit above this share, in at least this many answers
 
@@ -62,10 +62,10 @@ def headline_score(run: RunRecord) -> ExamScore | None:
 
 
 def seconds_of(run: RunRecord, stage: str = "") -> float:
-    """Return the seconds of the stages whose name contains ``stage``, as noted or else as logged; NaN when neither is known."""
-    noted = [one.seconds for one in run.stages if stage in one.name.lower() and one.seconds >= 0]
+    """Return the seconds of stages whose name contains ``stage``: by ``stages.json``, else by their logs; NaN if not known."""
+    recorded = [one.seconds for one in run.stages if stage in one.name.lower() and one.seconds >= 0]
     logged = [log.seconds for log in run.runs if stage in log.name.lower() and log.seconds >= 0]
-    return sum(noted or logged or [NAN])
+    return sum(recorded or logged or [NAN])
 
 
 def total_tokens(run: RunRecord) -> float:

@@ -47,7 +47,8 @@ class RunConfig:
     precision: str = "auto"
     recompute: Literal["off", "selective", "full"] = "off"  # activations computed again in the backward pass, to save memory
     device: str = "auto"  # auto, cpu, cuda or cuda:N
-    early_stopping_patience: PositiveInt | None = None  # evaluations in a row without a better result that end the run
+    # evaluations in a row without a better result that end the run; null: none do
+    early_stopping_patience: PositiveInt | None = None
     checkpoint: CheckpointConfig = CheckpointConfig()
     recovery: RecoveryConfig = RecoveryConfig()
     allow_data_change: bool = False  # whether a started run may go on with other data, never with another tokenizer
