@@ -21,11 +21,11 @@ logger = logging.getLogger(__name__)
 
 EXIT_STOPPED = 130  # a run that was asked to stop and saved; the same command resumes it
 SAME_REQUEST_SECONDS = 0.5
-REQUESTS = [  # SIGHUP last; Windows has only the first two
+REQUESTS = [  # SIGHUP last, so that it can be left out; Windows has only the first two
     signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)
 ]
 
-_entered: list[StopFlag] = []
+_entered: list[StopFlag] = []  # those whose context is entered
 _ending = False  # whether this process was asked to stop, and is about to end
 _last_interrupt = (0, 0.0)  # the number of the last signal that interrupted this process, and its time.monotonic()
 
