@@ -36,7 +36,7 @@ class Visit:
 
 @dataclass(frozen=True)
 class Case:
-    """A question, and the visit that tells the answer, which is not dated yet; ``hidden`` phrases are shown at no other visit."""
+    """A question, and as ``telling`` the visit with its answer, not dated yet; no other visit shows the ``hidden`` phrases."""
 
     id: str
     question: str

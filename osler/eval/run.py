@@ -256,7 +256,7 @@ def uses_template(config: ExamSettings, ready: LoadedModel) -> bool:
 def methods(config: ExamSettings, ready: LoadedModel, has_options: bool, is_needle: bool = False) -> list[str]:
     """Return how an exam is taken: as requested, or as the model's training and the kind of questions suggest.
 
-    A needle test is taken by likelihood unless something else is requested: then it needs no room for an answer in writing.
+    A needle test is taken by likelihood unless something else is requested, because it then needs no room for a written answer.
     """
     if config.method in ("likelihood", "letters", "cloze", "both") and not has_options:
         raise UserError("These questions have no options to compare the likelihoods of; use method=generation.")

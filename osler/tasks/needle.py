@@ -37,7 +37,7 @@ class Context(NamedTuple):
 
 
 def load_needle(task: NeedleTask, context: Context, key: str = "task") -> list[ExamItem]:
-    """Return the items of each split, length and depth, whose rows have the length but for less than one visit.
+    """Return the items of each split, length and depth; a row falls short of its length by less than a visit.
 
     A row is the question with its history and options, and the answer. ``key`` is for messages. Raises UserError for a length
     that is too short for a history, or that does not fit into the context.
@@ -69,7 +69,7 @@ class Ruler:
     def __init__(self, case: Case, split: str, longest: int, context: Context) -> None:
         self.case, self.split, self.context = case, split, context
         self.visits: list[Visit] = []
-        self.ends = [0]  # tokens up to each visit
+        self.ends = [0]  # tokens before each visit, and in the end those of all
         for visit in case.visits():
             if self.ends[-1] > longest and len(self.visits) > FEWEST_VISITS:
                 break
@@ -97,7 +97,7 @@ class Ruler:
         return self._item(count, length, depth)
 
     def row_tokens(self, item: ExamItem) -> int:
-        """Return how many tokens the question takes with its options and the longest answer, whose end is one of them."""
+        """Return how many tokens a row takes: question, options, the longest answer, markers if any, and the end of text."""
         encode, texts = self.context.tokenizer.encode, answer_texts(item, "answer")
         if self.context.template:
             return 3 + len(encode(render_question(item))) + max(len(encode(text)) for text in texts)

@@ -1,4 +1,4 @@
-"""The exams that Osler knows: the clinic's (a synthetic test bench, not medical advice) and those in files."""
+"""The exams that Osler knows: those made of the clinic (a synthetic test bench, not medical advice), and those in files."""
 
 from typing import Annotated, Literal
 
