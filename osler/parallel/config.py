@@ -1,4 +1,4 @@
-"""How several processes train one model together: a recipe sets one ``type`` and nothing else. Torch-free."""
+"""How several processes train one model together: a recipe sets the ``type``, and options of it if need be. Torch-free."""
 
 from typing import Annotated, Literal
 
