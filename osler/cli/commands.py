@@ -288,7 +288,11 @@ COMMANDS: tuple[Command, ...] = (
         "Write a model as Hugging Face's Qwen3, which transformers and vLLM load",
         "osler export hf runs/clinic-sft --out clinic-hf",
         "osler.export.huggingface:write",
-        (CHECKPOINT, EXPORTED),
+        (
+            CHECKPOINT,
+            EXPORTED,
+            option("--max-tokens", type=int, metavar="N", help="the longest context to write; sparse models: top_k at most"),
+        ),
     ),
     Command(
         "export verl",

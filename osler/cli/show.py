@@ -37,6 +37,7 @@ class ModelFamily:
         return {
             "parameters": f"{model.num_parameters:,}",
             "FLOPs per token": f"{model.flops_per_token(seq_len):.3g} in training, in rows of {seq_len:,}",
+            **model.words_of_attention(),
             "KV cache": f"{model.kv_cache_bytes(1, seq_len):,} bytes for such a row in bf16",
         }
 

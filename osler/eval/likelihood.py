@@ -43,16 +43,20 @@ def label_logprobs(
     *,
     temperature: float = 1.0,
     mask_NV: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Return for each label but -100, row by row, its row, log-probability and entropy in nats, and whether it is likeliest.
+
+    Last comes what is measured of a sparse model's index there; see ``Transformer.with_index``.
 
     Attention stays inside a document where ``document_BT`` is given; ``mask_NV`` is a sampling mask on the model's device. The
     other inputs lie on the CPU, where the labels' places are found without waiting for a device.
     """
     device = model.embed_tokens.weight.device
     row_N, place_N = (labels_BT != IGNORED).nonzero(as_tuple=True)
-    hidden_BTD = model(to_device(ids_BT, device), document_BT=None if document_BT is None else to_device(document_BT, device))
-    features_NR, weight_VR = model.head(hidden_BTD[to_device(row_N, device), to_device(place_N, device)])
+    documents = None if document_BT is None else to_device(document_BT, device)
+    hidden_BTD, measured_BTM = model.with_index(to_device(ids_BT, device), documents)
+    at = to_device(row_N, device), to_device(place_N, device)
+    features_NR, weight_VR = model.head(hidden_BTD[at])
     logp_N, entropy_N, is_top_N = linear_logprobs(
         features_NR,
         weight_VR,
@@ -61,7 +65,7 @@ def label_logprobs(
         temperature=temperature,
         mask_NV=mask_NV,
     )
-    return row_N, logp_N, entropy_N, is_top_N
+    return row_N, logp_N, entropy_N, is_top_N, None if measured_BTM is None else measured_BTM[at]
 
 
 def by_length(rows: Sequence[LabelledRow], batch_tokens: int) -> Iterator[list[int]]:
@@ -140,7 +144,7 @@ def measure(model: Transformer, batches: Iterable[tuple[Tensor, ...]], total_byt
     nats, tokens, right = 0.0, 0, 0
     for batch in takewhile(lambda _: not asked(), islice(batches, world.rank, None, world.size)):
         if (batch[1] != IGNORED).any():
-            _, logp_N, _, is_top_N = label_logprobs(model, *batch)
+            _, logp_N, _, is_top_N, _ = label_logprobs(model, *batch)
             nats -= logp_N.double().sum().item()
             right += int(is_top_N.sum())
             tokens += logp_N.numel()

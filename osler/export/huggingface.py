@@ -2,13 +2,15 @@
 
 Norms without a weight are written with ones, a factorized embedding as one matrix, and rows past the vocabulary are left out.
 Fields that changed their name in ``transformers`` 5 are written under both names, because an older release takes a default where
-it does not find the old name. Shapes: V vocabulary, D hidden, R rank of a factorized embedding.
+it does not find the old name. A sparse model has this form in rows of at most ``top_k`` tokens only.
+Shapes: V vocabulary, D hidden, R rank of a factorized embedding.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ from torch import Tensor
 
 from osler.checkpoint.store import write_tensors
 from osler.inference.load import TOKENIZER_FILE, load_model
-from osler.model.config import ModelConfig
+from osler.model.config import DenseAttentionConfig, ModelConfig, SparseAttentionConfig
+from osler.model.init import is_of_indexer
 from osler.runtime.errors import UserError
 from osler.runtime.files import write_atomic
 from osler.runtime.log import say
@@ -34,18 +37,40 @@ CHAT_TEMPLATE = (
 )
 
 
-def write(checkpoint: str, out: str) -> int:
-    """Write a checkpoint's model and tokenizer as a new folder: the command ``export hf``."""
+def write(checkpoint: str, out: str, max_tokens: int | None = None) -> int:
+    """Write a checkpoint's model and tokenizer as a new folder: the command ``export hf``.
+
+    ``max_tokens`` makes the context shorter, which a sparse model needs: see ``dense_form``.
+    """
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already: name a new folder with --out.")
     loaded = load_model(checkpoint)
+    longest = loaded.model.config.max_seq_len
+    if max_tokens is not None and not 2 <= max_tokens <= longest:
+        raise UserError(f"--max-tokens {max_tokens} is not from 2 to {longest}, the context of {loaded.path} (max_seq_len).")
+    config = dense_form(loaded.model.config, max_tokens or longest)
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / WEIGHTS_FILE, qwen3_weights(loaded.model.config, loaded.model.state_dict()))
-    for name, content in describing_files(loaded.model.config, loaded.tokenizer).items():
+    write_tensors(folder / WEIGHTS_FILE, qwen3_weights(config, loaded.model.state_dict()))
+    for name, content in describing_files(config, loaded.tokenizer).items():
         write_atomic(folder / name, content)
-    say(f"{folder}: {loaded.model.config.num_parameters:,} parameters of {loaded.path}, as Qwen3ForCausalLM")
+    say(f"{folder}: {config.num_parameters:,} parameters of {loaded.path}, as Qwen3ForCausalLM")
     return 0
+
+
+def dense_form(config: ModelConfig, max_tokens: int) -> ModelConfig:
+    """Return the config of the same model for rows of ``max_tokens``, with dense attention.
+
+    Sparse attention is dense in rows of at most ``top_k`` tokens. Raises UserError for longer ones, which Qwen3 cannot hold.
+    """
+    if isinstance(config.attention, SparseAttentionConfig) and config.attention.top_k < max_tokens:
+        top_k = config.attention.top_k
+        raise UserError(
+            f"The model has sparse attention, to {top_k} of at most {max_tokens:,} tokens, which Qwen3's form cannot hold. In "
+            f"rows of at most {top_k} tokens it is dense attention: `osler export hf ... --max-tokens {top_k}` writes that "
+            "model, without its index."
+        )
+    return replace(config, max_seq_len=max_tokens, attention=DenseAttentionConfig())
 
 
 def qwen3_config(config: ModelConfig) -> dict[str, Any]:
@@ -74,8 +99,9 @@ def qwen3_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def qwen3_weights(config: ModelConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a model's state dict under Qwen3's names, on the device where it is."""
-    named = dict(weights)
+    """Return a model's state dict under Qwen3's names, on the device where it is; raises UserError as ``dense_form`` does."""
+    config = dense_form(config, config.max_seq_len)
+    named = {name: weight for name, weight in weights.items() if not is_of_indexer(name)}
     embed_VD = named["embed_tokens.weight"]
     if config.embed_rank is not None:
         embed_VD = embed_VD @ named.pop("embed_proj.weight").T  # [V, R] and [R, D]

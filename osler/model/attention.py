@@ -1,9 +1,9 @@
 """Grouped-query self-attention with QK-norm before RoPE.
 
-The rest of the model uses four things of an attention: ``forward`` to train, ``project`` to show queries and keys,
-``cache_class`` for what decoding needs of past tokens, and ``for_decoding``, the same weights with ``prefill`` (whole prompts)
-and ``step`` (one more token of every row). Another kind is one more file with these four and an entry in ``ATTENTIONS``
-(``transformer.py``).
+The rest of the model uses five things of an attention: ``forward`` to train, ``mask_of`` for what it must know of documents,
+``project`` to show queries and keys, ``cache_class`` for what decoding needs of past tokens, and ``for_decoding``, the same
+weights with ``prefill`` (whole prompts) and ``step`` (one more token of every row). Another kind is one more file with these five
+and an entry in ``ATTENTIONS`` (``transformer.py``); ``sparse_attention.py`` is one.
 
 Half of a decode step goes into calling small operators (two CPU cores, 64 rows, 4 layers x 128). So q, k and v are one matmul, q
 and k are normalised and rotated together, and query heads that share a key/value head are one small matmul against the cache:
@@ -40,11 +40,26 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps, weight=config.qk_norm_weight)
         self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps, weight=config.qk_norm_weight)
 
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], *, mask: Tensor | None = None) -> Tensor:
-        """Attend causally, or where ``mask`` (bool, [B, 1, T, T]) is True."""
+    @staticmethod
+    def mask_of(document_BT: Tensor) -> Tensor:
+        """Return the ``mask`` that keeps attention inside equal document ids."""
+        length = document_BT.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool, device=document_BT.device).tril()
+        return ((document_BT[:, :, None] == document_BT[:, None, :]) & causal)[:, None]
+
+    def forward(
+        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], *, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend causally, or where ``mask`` (bool, [B, 1, T, T]) is True.
+
+        The second result is for attention with an index: what is measured of it and what it learns from, [B, T, measurements].
+        """
         q_BNTH, k_BKTH, v_BKTH = (heads.transpose(1, 2) for heads in self.project(x_BTD, rope))
-        out_BNTH = attention(q_BNTH, k_BKTH, v_BKTH, mask=mask)
-        return self.o_proj(out_BNTH.transpose(1, 2).reshape(*x_BTD.shape[:2], -1))
+        return self.output(attention(q_BNTH, k_BKTH, v_BKTH, mask=mask)), None
+
+    def output(self, out_BNTH: Tensor) -> Tensor:
+        """Return the output projection of all heads, [B, T, D]."""
+        return self.o_proj(out_BNTH.transpose(1, 2).reshape(out_BNTH.shape[0], out_BNTH.shape[2], -1))
 
     def project(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return rotated queries [B, T, N, H], rotated keys [B, T, K, H] and values [B, T, K, H]."""
@@ -76,22 +91,28 @@ class DecodeAttention:
         ``cache`` has exactly as many slots as the prompts have tokens; if those are more than T, ``mask`` (bool, [1, 1, T, S])
         is needed.
         """
+        out_BNTH = attention(*self._fill(x_BTD, rope, cache), mask=mask)
+        return self._o_proj(out_BNTH.transpose(1, 2).flatten(2))
+
+    def _fill(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache) -> tuple[Tensor, Tensor, Tensor]:
+        """Write the last T tokens of some prompts to the cache; return their queries, and all keys and values."""
         q_BTNH, new_BTKH, new_v_BTKH = self._project(x_BTD, rope)
         k_BKSH, v_BKSH = cache.k[self.layer], cache.v[self.layer]
         for stored_BKSH, new in ((k_BKSH, new_BTKH), (v_BKSH, new_v_BTKH)):
             stored_BKSH[:, :, -x_BTD.shape[1] :] = new.transpose(1, 2)
-        out_BNTH = attention(q_BTNH.transpose(1, 2), k_BKSH, v_BKSH, mask=mask)
-        return self._o_proj(out_BNTH.transpose(1, 2).flatten(2))
+        return q_BTNH.transpose(1, 2), k_BKSH, v_BKSH
 
     def step(self, x_BD: Tensor, rope: tuple[Tensor, Tensor], cached: CacheStep) -> Tensor:
         """Attend from one more token of every row, and write it to the cache."""
         q_BNH, k_BKH, v_BKH = self._project(x_BD, rope)
-        k_CHS, v_CSH = cached.write(self.layer, k_BKH, v_BKH)
+        return self._attend(q_BNH, *cached.write(self.layer, k_BKH, v_BKH), cached.bias_C1S)
+
+    def _attend(self, q_BNH: Tensor, k_CHS: Tensor, v_CSH: Tensor, bias_C1S: Tensor) -> Tensor:
         q_CGH = q_BNH.to(k_CHS.dtype).reshape(k_CHS.shape[0], -1, self.head_dim)
-        scores_CGS = torch.baddbmm(cached.bias_C1S, q_CGH, k_CHS, alpha=self.head_dim**-0.5)
+        scores_CGS = torch.baddbmm(bias_C1S, q_CGH, k_CHS, alpha=self.head_dim**-0.5)
         weights_CGS = scores_CGS.softmax(-1, dtype=torch.float32).to(v_CSH.dtype)
-        out_BE = torch.bmm(weights_CGS, v_CSH).view(x_BD.shape[0], -1)
-        return self._o_proj(out_BE.to(x_BD.dtype))
+        out_BE = torch.bmm(weights_CGS, v_CSH).view(q_BNH.shape[0], -1)
+        return self._o_proj(out_BE.to(q_BNH.dtype))
 
     def _project(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return rotated queries [..., N, H] and keys [..., K, H], and values [..., K, H], of hidden states [..., D]."""

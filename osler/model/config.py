@@ -4,9 +4,10 @@ One family covers every recipe: decoder-only, pre-norm RMSNorm, RoPE, QK-norm be
 no biases. The standard class with the same mathematics is Hugging Face's Qwen3; parameters carry its names.
 """
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
-from osler.config.schema import Ge, PositiveFloat, PositiveInt, config
+from osler.config.schema import TAGGED, Ge, PositiveFloat, PositiveInt, config
 
 MODEL_FILE = "model.json"  # in every checkpoint: the config of its model
 VOCAB_MULTIPLE = 64  # matmuls over the vocabulary run at full speed only at multiples of the tile size
@@ -20,6 +21,44 @@ class DenseAttentionConfig:
 
 
 @config
+class SparseAttentionConfig:
+    """Every token attends to the ``top_k`` tokens before it that a small index scores highest (model/sparse_attention.py).
+
+    It is for long context: ``osler show`` tells from which length on it costs fewer FLOPs than dense attention.
+    """
+
+    type: Literal["sparse"] = "sparse"
+    index_heads: PositiveInt = 4  # heads of the index
+    index_head_dim: PositiveInt = 64  # width of an index head and of the index key of a token; a multiple of 4
+    top_k: PositiveInt = 256  # keys that a token attends to; rows that are no longer are attended to densely
+    local_window: PositiveInt = 32  # of these, how many are the latest ones, the token itself included, whatever the index says
+    # whether all heads of a token share one choice of keys, or each key/value head has its own share of the index heads
+    selection: Literal["token", "per_kv_group"] = "token"
+
+    def __post_init__(self) -> None:
+        if self.index_head_dim % 4:
+            raise ValueError(
+                f"index_head_dim {self.index_head_dim} is not a multiple of 4; RoPE rotates pairs in half of an index head"
+            )
+        if self.local_window >= self.top_k:
+            raise ValueError(
+                f"local_window {self.local_window} leaves nothing of top_k {self.top_k} to choose, because the window and the "
+                f"first token of a document are always kept; set local_window to {self.top_k - 1} at most, or a larger top_k"
+            )
+
+    def parameters(self, hidden_size: int) -> int:
+        """Parameters of the index of a layer."""
+        return hidden_size * (self.index_heads * self.index_head_dim + self.index_head_dim + self.index_heads)
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Training FLOPs of the scores of a layer: of all keys forward, of the chosen ones alone backward."""
+        return 2 * self.index_heads * self.index_head_dim * (seq_len + 2 * min(self.top_k, seq_len))
+
+
+AttentionConfig = Annotated[DenseAttentionConfig | SparseAttentionConfig, TAGGED]
+
+
+@config
 class ModelConfig:
     """A decoder-only transformer. The defaults are the quickstart's one-million-parameter model."""
 
@@ -29,7 +68,7 @@ class ModelConfig:
     num_heads: PositiveInt = 4  # query heads
     num_kv_heads: PositiveInt = 2  # key/value heads; each serves num_heads / num_kv_heads query heads
     head_dim: PositiveInt = 32  # width of a head; even
-    attention: DenseAttentionConfig = DenseAttentionConfig()  # which of the tokens before it a token attends to
+    attention: AttentionConfig = DenseAttentionConfig()  # which of the tokens before it a token attends to
     vocab_size: PositiveInt = 2048  # tokens; no fewer than the tokenizer's
     max_seq_len: Annotated[int, Ge(2)] = 2048  # tokens of context at most
     rope_theta: PositiveFloat = 10_000.0  # base of the rotary position embedding
@@ -46,6 +85,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         induction, places = self.attention_init == "induction", 3 * self.head_dim + 1
+        sparse = self.attention if isinstance(self.attention, SparseAttentionConfig) else None
+        by_group = sparse is not None and sparse.selection == "per_kv_group"
         for is_wrong, message in (
             (self.num_heads % self.num_kv_heads, f"num_heads {self.num_heads} is not a multiple of num_kv_heads "
              f"{self.num_kv_heads}; every key/value head must serve the same number of query heads"),
@@ -59,6 +100,10 @@ class ModelConfig:
              f"hidden_size of 3 x head_dim + 1 = {places}, not {self.num_layers} and {self.hidden_size}"),
             (induction and (self.tie_embeddings or self.embed_rank), "attention_init=induction needs untied, unfactorized "
              "embeddings: it reserves places in them"),
+            (sparse and sparse.top_k > self.max_seq_len, f"attention.top_k {sparse and sparse.top_k} exceeds max_seq_len "
+             f"{self.max_seq_len}, so there is nothing to choose: set a smaller top_k, or attention.type=dense"),
+            (by_group and sparse and sparse.index_heads % self.num_kv_heads, "attention.selection=per_kv_group shares "
+             f"{sparse and sparse.index_heads} index_heads evenly among {self.num_kv_heads} num_kv_heads: set a multiple"),
         ):  # fmt: skip
             if is_wrong:
                 raise ValueError(message)
@@ -79,6 +124,8 @@ class ModelConfig:
     @property
     def _matrix_parameters(self) -> int:
         attention = self.hidden_size * (2 * self.query_size + 2 * self.kv_size)
+        if isinstance(self.attention, SparseAttentionConfig):
+            attention += self.attention.parameters(self.hidden_size)
         return self.num_layers * (attention + 3 * self.hidden_size * self.intermediate_size)
 
     @property
@@ -97,11 +144,36 @@ class ModelConfig:
     def flops_per_token(self, seq_len: int) -> int:
         """Return the training FLOPs per token by the PaLM convention (non-causal).
 
-        6 x (matrices and head) + 12 x num_layers x num_heads x head_dim x seq_len.
+        6 x (matrices and head) + 12 x num_layers x num_heads x head_dim x keys, where keys are seq_len. A sparse model has top_k
+        keys at most, and the scores of its index.
         """
         head = self._embedding_parameters if self.tie_embeddings else self.vocab_size * self.hidden_size
-        return 6 * (self._matrix_parameters + head) + 12 * self.num_layers * self.query_size * seq_len
+        attention, keys = 0, seq_len
+        if isinstance(self.attention, SparseAttentionConfig):
+            attention, keys = self.attention.flops_per_token(seq_len), min(seq_len, self.attention.top_k)
+        return 6 * (self._matrix_parameters + head) + self.num_layers * (attention + 12 * self.query_size * keys)
+
+    @property
+    def sparse_wins_from(self) -> int | None:
+        """The shortest rows in which sparse attention costs fewer training FLOPs than dense; None where it never does."""
+        sparse, dense = self, replace(self, attention=DenseAttentionConfig())
+        assert isinstance(self.attention, SparseAttentionConfig)
+        # Both are straight lines in the length from top_k on, where sparse attention costs more by its index.
+        start = self.attention.top_k
+        behind = sparse.flops_per_token(start) - dense.flops_per_token(start)
+        gain = (dense.flops_per_token(start + 1) - sparse.flops_per_token(start + 1)) + behind  # per token of length
+        return start + behind // gain + 1 if gain > 0 else None
+
+    def words_of_attention(self) -> dict[str, str]:
+        """Return in words when sparse attention pays, as an entry of the numbers of a recipe; none for dense attention."""
+        if not isinstance(self.attention, SparseAttentionConfig):
+            return {}
+        length, costs = self.sparse_wins_from, "more FLOPs than dense at every length: make its index smaller"
+        if length is not None:
+            costs = f"fewer FLOPs than dense in rows of {length:,} tokens and more"
+        return {"sparse attention": costs}
 
     def kv_cache_bytes(self, batch: int, seq_len: int, dtype_bytes: int = 2) -> int:
-        """Return the bytes of the keys and values of ``batch`` rows of ``seq_len`` tokens."""
-        return 2 * self.num_layers * batch * seq_len * self.kv_size * dtype_bytes
+        """Return the bytes of the keys and values of ``batch`` rows of ``seq_len`` tokens, and of the keys of a sparse index."""
+        index = self.attention.index_head_dim if isinstance(self.attention, SparseAttentionConfig) else 0
+        return self.num_layers * batch * seq_len * (2 * self.kv_size + index) * dtype_bytes

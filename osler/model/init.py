@@ -7,6 +7,7 @@
 | q, k, v, gate, up             | uniform, std 1 / sqrt(hidden_size)                                                          |
 | o_proj, down_proj             | zero (each block starts as the identity), or normal scaled by 1 / sqrt(2 * num_layers)      |
 | lm_head                       | zero (first loss is exactly ln(vocab_size)), or normal, std 1 / sqrt(hidden_size)           |
+| indexer                       | uniform, std 1 / sqrt(hidden_size), after all others: a sparse model starts as the dense one |
 | norm weights                  | one; those of QK-norm ``qk_norm_init``                                                      |
 
 ``attention_init="mirrored"`` then overwrites q_proj with k_proj of its group and o_proj with half of v_projᵀ: heads start by
@@ -29,6 +30,7 @@ from osler.model.rope import apply_rope, rope_tables
 from osler.runtime.sharded import put_whole, whole
 
 NEIGHBOUR_PAIRS = 4  # fastest RoPE pairs in use: enough to tell one position back from its neighbours
+INDEXER_SEED = 1_000_003  # added to the seed, so that indexers repeat no number of the other weights
 MATCH_DISTANCE = 50  # tokens over which a matching head must not be turned by more than a radian
 
 
@@ -37,13 +39,29 @@ def init_weights(model: nn.Module, config: ModelConfig, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            put_whole(parameter, _draw(name.split(".")[-2], parameter.shape, config, generator))
+            if not is_of_indexer(name):
+                put_whole(parameter, _draw(name.split(".")[-2], parameter.shape, config, generator))
         layers = [module for module in model.modules() if isinstance(module, Attention)]
         if config.attention_init != "independent":
             for layer in layers:
                 _mirror(layer, config)
         if config.attention_init == "induction":
             _wire_induction(model.get_parameter("embed_tokens.weight"), layers[0], layers[1], config, generator)
+    init_indexers(model, config, seed)
+
+
+def is_of_indexer(name: str) -> bool:
+    """Return whether a parameter, by its name, belongs to the indexer of a sparse attention."""
+    return "indexer" in name.split(".")
+
+
+@torch.no_grad()
+def init_indexers(model: nn.Module, config: ModelConfig, seed: int) -> None:
+    """Fill the parameters of the indexers in place, and no others; they do not depend on the rest of the model."""
+    generator = torch.Generator().manual_seed(seed + INDEXER_SEED)
+    for name, parameter in model.named_parameters():
+        if is_of_indexer(name):
+            put_whole(parameter, _draw(name.split(".")[-2], parameter.shape, config, generator))
 
 
 def _draw(kind: str, shape: torch.Size, config: ModelConfig, generator: torch.Generator) -> Tensor:

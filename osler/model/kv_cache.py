@@ -69,9 +69,9 @@ class KVCache:
         self.filled = min(self.filled + 1, self.slots)
         slot_BK = self._first_BK + self.length_B[:, None]  # in [C * S]
         self.bias_BKS.view(-1).index_fill_(0, slot_BK.view(-1), 0.0)
-        read_k, read_v = (stored[..., : self.filled, :].flatten(1, 2) for stored in self.stored)
+        read_k, read_v = (stored[..., : self.filled, :].flatten(1, 2) for stored in (self.k, self.v))
         return CacheStep(
-            stored=[stored.flatten(1, 3).unbind(0) for stored in self.stored],
+            stored=[stored.flatten(1, 3).unbind(0) for stored in (self.k, self.v)],
             k_CHS=read_k.transpose(2, 3).unbind(0),
             v_CSH=read_v.unbind(0),
             slot_BK=slot_BK,

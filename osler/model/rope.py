@@ -22,6 +22,16 @@ def apply_rope(x_BTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
 
 
+def thinned_tables(cos: Tensor, sin: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
+    """Return tables [..., pairs] for a narrower head, from plain or rolled ones: every few of the frequencies.
+
+    Where the widths divide, these are the frequencies that ``rope_tables`` gives the narrower head.
+    """
+    half = cos.shape[-1] // 2
+    taken = half + torch.arange(pairs, device=cos.device) * half // pairs  # the right half of rolled tables is the plain one
+    return cos[..., taken], sin[..., taken]
+
+
 def rolled_tables(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Return the tables for ``apply_rolled_rope``: the sines of the left half are negative."""
     left, right = sin.chunk(2, dim=-1)

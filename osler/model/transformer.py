@@ -13,14 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from osler.model.attention import Attention
-from osler.model.config import DenseAttentionConfig, ModelConfig
-from osler.model.init import init_weights
+from osler.model.config import DenseAttentionConfig, ModelConfig, SparseAttentionConfig
+from osler.model.init import init_weights, is_of_indexer
 from osler.model.layers import FeedForward, Linear, RMSNorm
 from osler.model.rope import rope_tables
+from osler.model.sparse_attention import SparseAttention
 from osler.ops.cross_entropy import linear_cross_entropy
+from osler.ops.labels import IGNORED
 from osler.runtime.faults import poisoned
 
-ATTENTIONS = {DenseAttentionConfig: Attention}
+ATTENTIONS = {DenseAttentionConfig: Attention, SparseAttentionConfig: SparseAttention}
 
 
 class Block(nn.Module):
@@ -33,9 +35,13 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps, weight=config.norm_weight)
         self.mlp = FeedForward(config)
 
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, mask=mask)
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+    def forward(
+        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the residual stream after the block, and what is measured of an index, if the attention has one."""
+        out_BTD, measured_BTM = self.self_attn(self.input_layernorm(x_BTD), rope, mask=mask)
+        x_BTD = x_BTD + out_BTD
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), measured_BTM
 
 
 class Transformer(nn.Module):
@@ -81,17 +87,32 @@ class Transformer(nn.Module):
 
         Attention is causal; with ``document_BT`` it stays inside equal document ids.
         """
-        length, mask = ids_BT.shape[1], None
-        if document_BT is not None:
-            causal = torch.ones(length, length, dtype=torch.bool, device=ids_BT.device).tril()
-            mask = ((document_BT[:, :, None] == document_BT[:, None, :]) & causal)[:, None]
+        return self.with_index(ids_BT, document_BT)[0]
+
+    def with_index(self, ids_BT: Tensor, document_BT: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return the hidden states, and for a sparse model what is measured of its index, averaged over the layers, [B, T, M].
+
+        Only the first measurement, the KL in nats, has a gradient (``sparse_attention.py``). There are none without gradients.
+        """
+        length = ids_BT.shape[1]
+        mask = None if document_BT is None else ATTENTIONS[type(self.config.attention)].mask_of(document_BT)
         x_BTD = self.embed_tokens(ids_BT).to(self.compute_dtype)
         if self.embed_proj is not None:
             x_BTD = self.embed_proj(x_BTD)
         rope = (self.rope_cos[:length, None].to(x_BTD.dtype), self.rope_sin[:length, None].to(x_BTD.dtype))
+        measured = []
         for block in self.layers:
-            x_BTD = block(x_BTD, rope, mask)
-        return self.norm(x_BTD)
+            x_BTD, of_block = block(x_BTD, rope, mask)
+            measured += [] if of_block is None else [of_block]
+        return self.norm(x_BTD), torch.stack(measured).mean(0) if measured else None
+
+    def warm_up_indexers(self) -> None:
+        """Train the indexers alone, on dense attention: freeze everything else. Evaluation and sampling stay sparse."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(is_of_indexer(name))
+        for block in self.layers:
+            assert isinstance(block, Block) and isinstance(block.self_attn, SparseAttention)
+            block.self_attn.warms_up = True
 
     def head(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Return features [N, R] and weight [V, R] with logits = features @ weight.T; rows past the vocabulary are padding."""
@@ -119,15 +140,28 @@ class ModelLoss(nn.Module):
 
 
 class SummedLoss(ModelLoss):
-    """Map (ids, labels, document ids or None) to the summed cross-entropy in nats; fit for ``torch.compile``."""
+    """Map (ids, labels, document ids or None) to the summed cross-entropy in nats; fit for ``torch.compile``.
 
-    def forward(self, ids_BT: Tensor, labels_BT: Tensor, document_BT: Tensor | None) -> Tensor:
-        return self.of_hidden(self.model(ids_BT, document_BT=document_BT), labels_BT)
+    With a sparse model these are several sums over the learned tokens: the cross-entropy, what is measured of the index, and last
+    what is minimised: the cross-entropy and the KL of every layer's index.
+    """
+
+    def forward(self, ids_BT: Tensor, labels_BT: Tensor, document_BT: Tensor | None, *teacher: Tensor) -> Tensor:
+        hidden_BTD, measured_BTM = self.model.with_index(ids_BT, document_BT)
+        losses = self.of_hidden(hidden_BTD, labels_BT, *teacher)
+        return losses if measured_BTM is None else self.with_measured(losses, measured_BTM, labels_BT)
 
     def of_hidden(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
         """Compute the part after the last block, which can be compiled by itself."""
         features, weight = self.model.head(hidden_BTD)
         return linear_cross_entropy(features, weight, labels_BT.flatten(), vocab_size=self.model.config.vocab_size)
+
+    def with_measured(self, losses: Tensor, measured_BTM: Tensor, labels_BT: Tensor) -> Tensor:
+        """Put the sums of the measurements before the last loss, and add the KL of all layers to it."""
+        sums_M = (measured_BTM * (labels_BT != IGNORED)[..., None]).sum((0, 1))
+        parts = losses.view(-1)
+        minimised = parts[-1:] + sums_M[:1] * self.model.config.num_layers
+        return torch.cat([parts[:1] if len(parts) == 1 else parts[:-1], sums_M.detach(), minimised])
 
 
 def nan_gradient_unless_finite(loss: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from osler.model.attention import Attention
 from osler.model.transformer import Block, Transformer
 from osler.ops.cross_entropy import default_chunk_tokens
 from osler.ops.labels import IGNORED
@@ -149,27 +150,29 @@ def activation_stats(model: Transformer, weights: Mapping[str, Tensor], rows: Pr
     seen: dict[str, Tensor] = {}
     for layer, block in enumerate(copy.layers):
         assert isinstance(block, Block)
-        _add_hooks(block, layer, rows.counts_BT, seen)
+        _add_hooks(block, layer, rows, seen)
     hidden_BTD = copy(rows.ids_BT, document_BT=rows.document_BT)
     return {**seen, **prediction_stats(copy, hidden_BTD, rows)}
 
 
-def _add_hooks(block: Block, layer: int, places_BT: Tensor, seen: dict[str, Tensor]) -> None:
-    """Add hooks to a block; they put their measurements into ``seen``."""
+def _add_hooks(block: Block, layer: int, rows: ProbeRows, seen: dict[str, Tensor]) -> None:
+    """Add hooks to a block; they put their measurements into ``seen``. The entropy is of attention to all keys."""
+    places_BT = rows.counts_BT
+    mask = None if rows.document_BT is None else Attention.mask_of(rows.document_BT)
 
-    def attention_begins(module: Any, args: Any, kwargs: Any) -> None:
+    def attention_begins(module: Any, args: Any) -> None:
         q_BTNH, k_BSKH, _ = module.project(*args)
-        seen[f"model/attention_entropy/{layer}"] = attention_entropy(q_BTNH, k_BSKH, places_BT, mask=kwargs["mask"])
+        seen[f"model/attention_entropy/{layer}"] = attention_entropy(q_BTNH, k_BSKH, places_BT, mask=mask)
 
     def units(module: Any, args: Any) -> None:
         seen[f"model/dead_units_frac/{layer}"] = dead_share(args[0], places_BT)
 
-    def block_ends(module: Any, args: Any, x_BTD: Tensor) -> None:
-        x_BTD, rms = at_places(x_BTD, places_BT)
+    def block_ends(module: Any, args: Any, out: tuple[Tensor, Tensor | None]) -> None:
+        x_BTD, rms = at_places(out[0], places_BT)
         seen[f"model/activation_rms/{layer}"] = rms
         seen[f"model/activation_outlier/{layer}"] = x_BTD.abs().amax() / rms
 
-    block.self_attn.register_forward_pre_hook(attention_begins, with_kwargs=True)
+    block.self_attn.register_forward_pre_hook(attention_begins)
     block.mlp.down_proj.register_forward_pre_hook(units)
     block.register_forward_hook(block_ends)
 

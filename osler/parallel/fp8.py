@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from osler.model.config import ModelConfig
+from osler.model.init import is_of_indexer
 from osler.model.layers import Linear
 from osler.model.transformer import Transformer
 from osler.runtime.errors import UserError
@@ -35,7 +36,7 @@ def convert_to_fp8(model: Transformer, device: torch.device, *, tokens: Sequence
         logger.warning("a CPU has no FP8; its rounding is emulated, which is slower than bf16 and good for trials only.")
     layer, config = float8_linear(emulate=not on_gpu)
     for name, module in list(model.layers.named_modules()):
-        if isinstance(module, Linear):
+        if isinstance(module, Linear) and not is_of_indexer(f"{name}.weight"):  # the indexer is small, and ranks keys by it
             with torch.device("meta"):
                 converted = layer(module.weight.shape[1], module.weight.shape[0], bias=False, config=config)
             converted.weight = module.weight

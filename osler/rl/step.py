@@ -107,17 +107,26 @@ def micro_batches(rows: Sequence[TrainingRow], chosen: Sequence[int], budget_tok
     return batches
 
 
-def completion_logprobs(model: Transformer, rows: Sequence[TrainingRow], *, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (logp_BT, entropy_BT, mask_BT) of the completion tokens, zero in padding; ``logp_BT`` has a gradient."""
+def completion_logprobs(
+    model: Transformer, rows: Sequence[TrainingRow], *, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (logp_BT, entropy_BT, mask_BT, index_kl_BT) of the completion tokens, zero in padding.
+
+    ``logp_BT`` has a gradient. So has ``index_kl_BT``, the sum over the layers of a sparse model; it is zero for a dense one.
+    """
     device = model.embed_tokens.weight.device
     masks = [row.sampling_mask for row in rows if row.sampling_mask is not None]
     mask_NV = unpack_mask(to_device(torch.cat(masks), device), model.config.vocab_size) if masks else None
     ids_BL, labels_BL = pad_rows([row.labelled for row in rows])
-    _, logp_N, entropy_N, _ = label_logprobs(model, ids_BL, labels_BL, temperature=temperature, mask_NV=mask_NV)
+    _, logp_N, entropy_N, _, measured_NM = label_logprobs(model, ids_BL, labels_BL, temperature=temperature, mask_NV=mask_NV)
     mask_BT = to_device(_completion_mask(rows), device)
     empty_BT = logp_N.new_zeros(mask_BT.shape)
     # Labels come row by row, which is the order in which masked_scatter fills the mask.
-    return empty_BT.masked_scatter(mask_BT, logp_N), empty_BT.masked_scatter(mask_BT, entropy_N.to(logp_N.dtype)), mask_BT
+    entropy_BT = empty_BT.masked_scatter(mask_BT, entropy_N.to(logp_N.dtype))
+    index_kl_BT = empty_BT
+    if measured_NM is not None:
+        index_kl_BT = empty_BT.masked_scatter(mask_BT, measured_NM[:, 0] * model.config.num_layers)
+    return empty_BT.masked_scatter(mask_BT, logp_N), entropy_BT, mask_BT, index_kl_BT
 
 
 def _completion_mask(rows: Sequence[TrainingRow]) -> Tensor:
@@ -138,14 +147,18 @@ class MicroBatch:
 
 
 class PolicyLoss(ModelLoss):
-    """Maps a micro-batch to its GRPO loss and the sums for its metrics, which have no gradient."""
+    """Maps a micro-batch to its GRPO loss and the sums for its metrics, which have no gradient.
+
+    A sparse model's index learns in the same pass: its KL has the weights of the tokens and is in no metric.
+    """
 
     def forward(self, batch: MicroBatch, algorithm: AlgorithmConfig) -> tuple[Tensor, dict[str, Tensor]]:
-        logp_BT, entropy_BT, mask_BT = completion_logprobs(self.model, batch.rows, temperature=algorithm.temperature)
+        logp_BT, entropy_BT, mask_BT, index_kl_BT = completion_logprobs(self.model, batch.rows, temperature=algorithm.temperature)
         if batch.idle:  # values under a False mask are ignored, yet every weight gets a zero gradient
             mask_BT = torch.zeros_like(mask_BT)
         inputs = LossInputs(logp_BT, batch.old_BT, batch.reference_BT, mask_BT, batch.advantages_B, batch.weight_BT)
         loss, sums = grpo_loss(inputs, algorithm)
+        loss = loss + (index_kl_BT * batch.weight_BT * mask_BT).sum()
         return loss, {**sums, "entropy": (entropy_BT.detach() * mask_BT).sum()}
 
 
@@ -171,7 +184,7 @@ def update_policy(
         assert reference is not None
         with torch.no_grad():
             for batch in batches:
-                batch.reference_BT, _, _ = completion_logprobs(reference, batch.rows, temperature=algorithm.temperature)
+                batch.reference_BT, *_ = completion_logprobs(reference, batch.rows, temperature=algorithm.temperature)
     mark = collector.mark if collector else (lambda part: None)
     history: list[dict[str, Tensor]] = []
     updates: list[Tensor] = []  # gradient norm, and 1 for a skipped update

@@ -238,4 +238,5 @@ class TrainConfig(RunConfig):
         if model is not None:
             more = ", and the teacher's forward passes" if self.teacher else ""
             numbers |= {"parameters": f"{model.num_parameters:,}", "FLOPs": f"{most}{self.training_flops(model):.3g}{more}"}
+            numbers |= model.words_of_attention()
         return numbers

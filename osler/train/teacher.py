@@ -36,9 +36,6 @@ class DistilledLoss(SummedLoss):
         super().__init__(model)
         self.mix = Mix(config.weight, config.temperature, model.config.vocab_size)
 
-    def forward(self, ids_BT: Tensor, labels_BT: Tensor, document_BT: Tensor | None, *teacher: Tensor) -> Tensor:
-        return self.of_hidden(self.model(ids_BT, document_BT=document_BT), labels_BT, *teacher)
-
     def of_hidden(self, hidden_BTD: Tensor, labels_BT: Tensor, *teacher: Tensor) -> Tensor:
         features, head = teacher
         return linear_distillation(*self.model.head(hidden_BTD), labels_BT.flatten(), (features, head), self.mix)

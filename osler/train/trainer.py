@@ -25,6 +25,8 @@ from osler.data.curriculum import rows_per_micro_batch
 from osler.data.loader import Batch, Loader
 from osler.data.shard_set import fingerprint_of, is_partial
 from osler.data.stream import untended, wait_for_batches
+from osler.model.config import SparseAttentionConfig
+from osler.model.sparse_attention import MEASURED
 from osler.model.transformer import nan_gradient_unless_finite
 from osler.monitor.collect import has_learned, step_stats
 from osler.monitor.history import RunSettings
@@ -43,7 +45,8 @@ PLANNED_SHARE = 0.97  # share of the minutes that training takes; the rest is fo
 class StepResult(NamedTuple):
     """The results of a step, on the device: mean loss in nats per learned token, gradient norm before clipping, 1 if skipped.
 
-    The loss is the cross-entropy, even if a teacher adds to what is minimised; ``kl`` is the distance from the teacher, or 0.
+    The loss is the cross-entropy, even if a teacher or an index adds to what is minimised; ``parts`` has the values of what
+    ``TrainStep.parts`` names, per learned token.
     The loss is a rank's part: its mean over the ranks is that of the global batch. It is NaN on all ranks when none has a token
     to learn; the gradient is zero then.
     """
@@ -51,7 +54,7 @@ class StepResult(NamedTuple):
     loss: Tensor
     grad_norm: Tensor
     skipped: Tensor
-    kl: Tensor
+    parts: Tensor
 
 
 class TrainStep:
@@ -78,6 +81,8 @@ class TrainStep:
         self.optimizer, self.engine, self.device = learner.optimizer, learner.engine, learner.device
         self.micro_batch_tokens = micro_batch_tokens
         self.document_mask, self.teacher = document_mask, teacher
+        is_sparse = isinstance(learner.model.config.attention, SparseAttentionConfig)
+        self.parts = (*(("distill/kl",) if teacher else ()), *(MEASURED if is_sparse else ()))  # metrics inside the loss
         self.mark, self.around_update = mark, around_update
 
     def __call__(self, batch: Batch) -> StepResult:
@@ -86,7 +91,7 @@ class TrainStep:
         world = self.engine.world
         found_tokens = world.all_reduce_mean(torch.full((), float(batch.num_loss_tokens), device=self.device))
         learned_tokens = found_tokens.clamp_min(1 / world.size)
-        totals = torch.zeros((), device=self.device)  # cross-entropy, KL if there is a teacher, and last what is minimised
+        totals = torch.zeros((), device=self.device)  # cross-entropy, the other parts, and last what is minimised
         num_rows, seq_len = batch.ids.shape
         micro = rows_per_micro_batch(num_rows, seq_len, self.micro_batch_tokens)
         for start in range(0, num_rows, micro):
@@ -104,7 +109,7 @@ class TrainStep:
         with self.around_update(lambda: ProbeRows(batch.ids, batch.labels, batch.document_ids if self.document_mask else None)):
             norm_and_skipped = self.engine.update(self.optimizer, self.parameters)
         self.mark("optimizer")
-        return StepResult(torch.where(found_tokens > 0, totals[0], math.nan), *norm_and_skipped, totals[1:-1].sum())
+        return StepResult(torch.where(found_tokens > 0, totals[0], math.nan), *norm_and_skipped, totals[1:-1])
 
 
 class SupervisedTrainer(Trainer):
@@ -143,7 +148,7 @@ class SupervisedTrainer(Trainer):
         )
         self.collector.forward_only = None if teacher is None else teacher.model.config
         self.train_loss: float | None = None  # the loss of the last line
-        self.window: list[list[float]] = []  # loss, gradient norm, skip flag and KL of each step since the last line
+        self.window: list[list[float]] = []  # loss, gradient norm, skip flag and parts of each step since the last line
         self.on_device: list[StepResult] = []  # results of steps that are not fetched yet
         self.first_step = 0  # the first step of this process
         self.iterator: Generator[Batch, None, None] | None = None  # open from ``begin`` to ``close``
@@ -253,9 +258,10 @@ class SupervisedTrainer(Trainer):
         """Bring the results of the steps to the host. Between evaluations nothing else waits for the device."""
         if not self.on_device:
             return
-        rows = self.world.all_reduce_mean(torch.stack([torch.stack(result) for result in self.on_device])).tolist()
+        results = [torch.cat([torch.stack(result[:3]), result.parts]) for result in self.on_device]
+        rows = self.world.all_reduce_mean(torch.stack(results)).tolist()
         self.on_device.clear()
-        for step, (loss, grad_norm, skipped, _) in enumerate(rows, start=self.step - len(rows) + 1):
+        for step, (loss, grad_norm, skipped, *_) in enumerate(rows, start=self.step - len(rows) + 1):
             if has_learned(loss, grad_norm):
                 self.incidents.observe(step, loss, grad_norm, skipped=bool(skipped))
         self.window += rows
@@ -268,9 +274,9 @@ class SupervisedTrainer(Trainer):
         metrics = step_stats(self.window, self.config.clip_norm, self.loader.bytes_per_token(self.step))
         metrics |= {"train/lr": self.config.optim.lr * scale, **self.collector.line()}
         metrics |= self.loader.metrics(self.step, len(self.window), skipped_tokens=self.incidents.data_offset)
-        if self.train_step.teacher is not None:
-            kls = [kl for loss, grad_norm, _, kl in self.window if has_learned(loss, grad_norm) and math.isfinite(kl)]
-            metrics |= {"distill/kl": sum(kls) / len(kls)} if kls else {}
+        for place, name in enumerate(self.train_step.parts, start=3):
+            values = [row[place] for row in self.window if has_learned(row[0], row[1]) and math.isfinite(row[place])]
+            metrics |= {name: sum(values) / len(values)} if values else {}
         self.window = []
         loss = metrics.get("train/loss")  # None when no step had a token to learn
         if loss is not None:

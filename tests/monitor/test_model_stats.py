@@ -147,7 +147,7 @@ def test_the_look_inside_sees_what_the_model_computes(model, rows):
     """Against the formulas on the outputs of the model's own modules, and without leaving anything on it."""
     model.compute_dtype = torch.float32
     seen: list[torch.Tensor] = []
-    handles = [block.register_forward_hook(lambda module, args, out: seen.append(out)) for block in model.layers]
+    handles = [block.register_forward_hook(lambda module, args, out: seen.append(out[0])) for block in model.layers]
     with torch.no_grad():
         hidden = model(rows.ids_BT)
     for handle in handles:

@@ -43,7 +43,7 @@ def test_sampler_logprobs_equal_a_full_forward(sampler):
     rows = sample_rows(model, sampler=sampler)
     assert len({len(row.completion_ids) for row in rows}) > 2, "rows of several lengths, or the test shows little"
     with torch.no_grad():
-        logp, entropy, mask = completion_logprobs(model, rows, temperature=sampler[0])
+        logp, entropy, mask, _ = completion_logprobs(model, rows, temperature=sampler[0])
     assert mask.sum(1).tolist() == [len(row.completion_ids) for row in rows]
     for r, row in enumerate(rows):
         expected = torch.tensor(row.logprobs)
@@ -58,7 +58,7 @@ def test_without_the_sampling_mask_the_logprobs_are_wrong(sampler):
     model = sharp_model()
     rows = [TrainingRow(r.prompt_ids, r.completion_ids, r.logprobs, r.advantage) for r in sample_rows(model, sampler=sampler)]
     with torch.no_grad():
-        logp, _, _ = completion_logprobs(model, rows, temperature=sampler[0])
+        logp, _, _, _ = completion_logprobs(model, rows, temperature=sampler[0])
     gaps = [(logp[r, : len(row.logprobs)] - torch.tensor(row.logprobs)).abs().max() for r, row in enumerate(rows)]
     assert max(gaps) > 0.05
 
@@ -67,9 +67,9 @@ def test_padding_does_not_change_a_rows_logprobs():
     model = sharp_model()
     rows = sample_rows(model)
     with torch.no_grad():
-        together, _, _ = completion_logprobs(model, rows, temperature=1.0)
+        together, _, _, _ = completion_logprobs(model, rows, temperature=1.0)
         for r, row in enumerate(rows):
-            alone, _, _ = completion_logprobs(model, [row], temperature=1.0)
+            alone, _, _, _ = completion_logprobs(model, [row], temperature=1.0)
             torch.testing.assert_close(together[r, : alone.shape[1]], alone[0], atol=1e-5, rtol=0)
 
 
