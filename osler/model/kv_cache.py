@@ -24,6 +24,8 @@ class CacheStep(NamedTuple):
     v_CSH: Sequence[Tensor]
     slot_BK: Tensor  # where the new token of every row goes, in [C * S]
     bias_C1S: Tensor  # added to the scores
+    place_B: Tensor  # where the new token of every row is among the tokens of the row
+    index_BSI: Sequence[Tensor] = ()  # keys of a sparse index to read and write
 
     def write(self, layer: int, k_BKH: Tensor, v_BKH: Tensor) -> tuple[Tensor, Tensor]:
         """Store a layer's keys and values of the new tokens, and return all that the layer has."""
@@ -76,4 +78,5 @@ class KVCache:
             v_CSH=read_v.unbind(0),
             slot_BK=slot_BK,
             bias_C1S=self.bias_BKS[..., : self.filled].flatten(0, 1)[:, None],
+            place_B=self.length_B,
         )

@@ -14,8 +14,6 @@ Shapes as in ``attention.py`` and ``ops/sparse_attention.py``.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -84,27 +82,10 @@ class SparseCache(KVCache):
         shape = (config.num_layers, rows, 1, slots, sparse_config(config).index_head_dim)
         self.index = torch.zeros(shape, dtype=dtype, device=device)
         self.stored.append(self.index)
-        self._row_B = torch.arange(rows, device=device)
 
-    def open_step(self) -> SparseStep:
-        place_B = self.length_B.clone()
-        dense = super().open_step()
-        return SparseStep(dense, self.index[:, :, 0].unbind(0), self.filled, place_B, self._row_B)
-
-
-class SparseStep(NamedTuple):
-    """The parts of the cache that a decode step needs: those of dense attention, and the index keys of a layer, [B, S, I]."""
-
-    dense: CacheStep
-    index: tuple[Tensor, ...]
-    filled: int
-    place_B: Tensor  # where the new token of every row is
-    row_B: Tensor
-
-    def write(self, layer: int, k_B1I: Tensor) -> Tensor:
-        """Store a layer's index keys of the new tokens, and return all that the layer has."""
-        self.index[layer].index_put_((self.row_B, self.place_B), k_B1I[:, 0].to(self.index[layer].dtype))
-        return self.index[layer][:, : self.filled]
+    def open_step(self) -> CacheStep:
+        step = super().open_step()
+        return step._replace(index_BSI=self.index[:, :, 0, : self.filled].unbind(0))
 
 
 class SparseAttention(Attention):
@@ -131,18 +112,18 @@ class SparseAttention(Attention):
 
         The second result is what is measured (``MEASURED``), fp32 [B, T, 4]; None without gradients.
         """
-        qkv = q_BNTH, k_BKTH, _ = [heads.transpose(1, 2) for heads in self.project(x_BTD, rope)]
+        q_BNTH, k_BKTH, v_BKTH = (heads.transpose(1, 2) for heads in self.project(x_BTD, rope))
         length, measures = x_BTD.shape[1], torch.is_grad_enabled()
         first_BT = x_BTD.new_zeros(x_BTD.shape[:2], dtype=torch.int64) if mask is None else mask
         index = self.indexer(x_BTD.detach(), rope)
         if self.warms_up or length <= self.choice.top_k:
             place_T1 = torch.arange(length, device=x_BTD.device)[:, None]
             seen = None if mask is None else is_seen(place_T1, first_BT[:, None, :, None], length)
-            out_BNTH = attention(*qkv, mask=seen)
+            out_BNTH = attention(q_BNTH, k_BKTH, v_BKTH, mask=seen)
             measured_BTM = index_measured(q_BNTH, k_BKTH, index, first_BT) if measures else None
         else:
             way = gather_attention if gathers(length, self.choice) else mask_attention
-            out_BNTH, measured_BTM = way(*qkv, index, choose(index, first_BT, self.choice))
+            out_BNTH, measured_BTM = way(q_BNTH, k_BKTH, v_BKTH, index, choose(index, first_BT, self.choice))
         if not measures or measured_BTM is None:
             return self.output(out_BNTH), None
         recall_BT = recall(q_BNTH, k_BKTH, index, first_BT, self.choice)
@@ -183,21 +164,21 @@ class DecodeSparseAttention(DecodeAttention):
         out_BNTH, _ = gather_attention(*self._fill(x_BTD, rope, cache), index, chosen_BRTX)
         return self._o_proj(out_BNTH.transpose(1, 2).flatten(2))
 
-    def step(self, x_BD: Tensor, rope: tuple[Tensor, Tensor], cached: CacheStep | SparseStep) -> Tensor:
-        assert isinstance(cached, SparseStep)
-        index = self._index(x_BD[:, None], (rope[0][:, None], rope[1][:, None]))
-        index = index._replace(k_BSI=cached.write(self.layer, index.k_BSI))
-        if cached.filled <= self._choice.top_k:
-            return super().step(x_BD, rope, cached.dense)
+    def step(self, x_BD: Tensor, rope: tuple[Tensor, Tensor], cached: CacheStep) -> Tensor:
+        new, keys_BSI = self._index(x_BD[:, None], (rope[0][:, None], rope[1][:, None])), cached.index_BSI[self.layer]
+        row_B = torch.arange(len(x_BD), device=x_BD.device)
+        keys_BSI.index_put_((row_B, cached.place_B), new.k_BSI[:, 0].to(keys_BSI.dtype))
+        if keys_BSI.shape[1] <= self._choice.top_k:
+            return super().step(x_BD, rope, cached)
         q_BNH, k_BKH, v_BKH = self._project(x_BD, rope)
-        cached.dense.write(self.layer, k_BKH, v_BKH)
+        cached.write(self.layer, k_BKH, v_BKH)
+        scores_BR1S = index_scores(new._replace(q_BRTJI=new.q_BRTJI.to(keys_BSI.dtype), k_BSI=keys_BSI))
         place = cached.place_B[:, None, None, None]
-        chosen_BRX = best_keys(index_scores(index), place, torch.zeros_like(place), self._choice)[:, :, 0]
-        first_BK1 = (cached.dense.slot_BK - cached.place_B[:, None])[..., None]
-        row_BKX = first_BK1 + chosen_BRX.clamp_min(0)
+        chosen_BRX = best_keys(scores_BR1S, place, torch.zeros_like(place), self._choice)[:, :, 0]
+        row_BKX = (cached.slot_BK - cached.place_B[:, None])[..., None] + chosen_BRX.clamp_min(0)
         k_CXH, v_CXH = (
             stored[self.layer].index_select(0, row_BKX.flatten()).view(-1, row_BKX.shape[2], self.head_dim)
-            for stored in cached.dense.stored
+            for stored in cached.stored
         )
         bias_BKX = torch.zeros_like(row_BKX, dtype=k_CXH.dtype).masked_fill_(chosen_BRX < 0, -torch.inf)
         return self._attend(q_BNH, k_CXH.transpose(1, 2), v_CXH, bias_BKX.flatten(0, 1)[:, None])
