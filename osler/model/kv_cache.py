@@ -25,7 +25,7 @@ class CacheStep(NamedTuple):
     slot_BK: Tensor  # where the new token of every row goes, in [C * S]
     bias_C1S: Tensor  # added to the scores
     place_B: Tensor  # where the new token of every row is among the tokens of the row
-    index_BSI: Sequence[Tensor] = ()  # keys of a sparse index to read and write
+    index_BSI: Sequence[Tensor] = ()  # keys of a sparse index, all slots
 
     def write(self, layer: int, k_BKH: Tensor, v_BKH: Tensor) -> tuple[Tensor, Tensor]:
         """Store a layer's keys and values of the new tokens, and return all that the layer has."""

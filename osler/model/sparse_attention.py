@@ -85,7 +85,7 @@ class SparseCache(KVCache):
 
     def open_step(self) -> CacheStep:
         step = super().open_step()
-        return step._replace(index_BSI=self.index[:, :, 0, : self.filled].unbind(0))
+        return step._replace(index_BSI=self.index[:, :, 0].unbind(0))
 
 
 class SparseAttention(Attention):
@@ -165,9 +165,10 @@ class DecodeSparseAttention(DecodeAttention):
         return self._o_proj(out_BNTH.transpose(1, 2).flatten(2))
 
     def step(self, x_BD: Tensor, rope: tuple[Tensor, Tensor], cached: CacheStep) -> Tensor:
-        new, keys_BSI = self._index(x_BD[:, None], (rope[0][:, None], rope[1][:, None])), cached.index_BSI[self.layer]
+        new, stored_BSI = self._index(x_BD[:, None], (rope[0][:, None], rope[1][:, None])), cached.index_BSI[self.layer]
         row_B = torch.arange(len(x_BD), device=x_BD.device)
-        keys_BSI.index_put_((row_B, cached.place_B), new.k_BSI[:, 0].to(keys_BSI.dtype))
+        stored_BSI.index_put_((row_B, cached.place_B), new.k_BSI[:, 0].to(stored_BSI.dtype))
+        keys_BSI = stored_BSI[:, : cached.k_CHS[self.layer].shape[-1]]  # as far as the cache is filled
         if keys_BSI.shape[1] <= self._choice.top_k:
             return super().step(x_BD, rope, cached)
         q_BNH, k_BKH, v_BKH = self._project(x_BD, rope)

@@ -216,7 +216,7 @@ def _gather(
 
 @_gather.register_fake
 def _empty_results(q_BNTH: Tensor, k_BKSH: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    batch, heads, queries, _ = q_BNTH.shape
+    batch, heads, queries = q_BNTH.shape[:3]
     dtype, kv_heads = torch.promote_types(q_BNTH.dtype, torch.float32), k_BKSH.shape[1]
     log_sum_BKTG = q_BNTH.new_empty(batch, kv_heads, queries, heads // kv_heads, dtype=dtype)
     return q_BNTH.new_empty(q_BNTH.shape), log_sum_BKTG, q_BNTH.new_empty(batch, queries, NUM_MEASURED, dtype=dtype)
