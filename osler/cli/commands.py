@@ -23,8 +23,7 @@ RECIPE = option(
     "items",
     nargs="*",
     metavar="RECIPE | key.path=value",
-    help="a recipe of `osler recipes` or a YAML file (without one the defaults apply), and fields to change; "
-    "`osler show RECIPE --explain` says what each field means",
+    help="a recipe of `osler recipes` or a YAML file (or the defaults), and fields, which `osler show RECIPE --explain` explains",
 )
 RUN_FOLDER = (
     option("--run", "--run-dir", dest="run_dir", metavar="DIR", help="run folder (default: in runs/); torchrun needs --run-dir"),
@@ -38,6 +37,7 @@ ORIGIN = (
 EVAL_ONLY = option("--eval-only", action="store_true", help="measure --run DIR's newest checkpoint, or --from-step N, then stop")
 CHECKPOINT = option("checkpoint", metavar="CHECKPOINT", help="a run folder, or a checkpoint in it")
 EXPORTED = option("--out", required=True, metavar="DIR", help="the folder to write, which must be new")
+EXPORTED_TOKENS = option("--max-tokens", type=int, metavar="N", help="the longest context to write; sparse: top_k at most")
 RUN = option("path", metavar="DIR", help="a run folder")
 TOKENIZER = "a tokenizer.json, GPT-2's vocab.bpe, or a folder with one"
 SAMPLING = (
@@ -288,11 +288,7 @@ COMMANDS: tuple[Command, ...] = (
         "Write a model as Hugging Face's Qwen3, which transformers and vLLM load",
         "osler export hf runs/clinic-sft --out clinic-hf",
         "osler.export.huggingface:write",
-        (
-            CHECKPOINT,
-            EXPORTED,
-            option("--max-tokens", type=int, metavar="N", help="the longest context to write; sparse models: top_k at most"),
-        ),
+        (CHECKPOINT, EXPORTED, EXPORTED_TOKENS),
     ),
     Command(
         "export verl",
