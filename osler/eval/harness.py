@@ -23,7 +23,7 @@ from osler.eval.exams import ITEM_ROWS, parse_text
 from osler.eval.likelihood import label_logprobs, pad_rows, sum_logprobs
 from osler.inference.engine import InferenceEngine
 from osler.inference.load import open_model
-from osler.inference.rows import Request
+from osler.inference.rows import Request, warn_of_untrained
 from osler.model.decoder import Decoder
 from osler.model.layers import Layout
 from osler.ops.labels import IGNORED
@@ -122,6 +122,7 @@ class OslerLM(TemplateLM):
             for window in get_rolling_token_windows(ids, self.prefix_token_id, self.longest, context_len=1):
                 before, scored = make_disjoint_window(window)
                 row = [*before, *scored[:-1]], [*[IGNORED] * (len(before) - 1), *scored]
+                warn_of_untrained(self.model.trained_seq_len, len(row[0]))
                 total += label_logprobs(self.model, *pad_rows([row]))[1].double().sum().item()
             sums.append(total)
         return sums

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from osler.inference.rows import warn_of_untrained
 from osler.model.decoder import Decoder
 from osler.model.transformer import Transformer
 from osler.ops.cross_entropy import linear_logprobs
@@ -85,6 +86,7 @@ def sum_logprobs(decoder: Decoder, rows: Sequence[list[int]], start: int) -> lis
     alike: this beginning runs through the model once. The sums depend on these rows alone, to the bit, because no other rows
     share their batch.
     """
+    warn_of_untrained(decoder.trained_seq_len, max(map(len, rows)) - 1)  # the last token is not fed
     past = decoder.read([rows[0][: start - 1]])[0] if start > 1 else None
     _, hidden_BTD = decoder.read([ids[:-1] for ids in rows], past)
     sums, is_greedy = [], []

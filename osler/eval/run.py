@@ -29,6 +29,7 @@ from osler.eval.likelihood import TextScore, batches, measure, windows
 from osler.eval.score import TOO_LONG, ScoredExam, describe_cut, describe_too_long, summarise
 from osler.inference.engine import InferenceEngine
 from osler.inference.load import LoadedModel, open_model
+from osler.inference.rows import warn_of_untrained
 from osler.ops.sampling_params import SamplingParams
 from osler.records.answers import AnswerLog
 from osler.records.results import ExamScore, add_exams
@@ -374,6 +375,7 @@ def text_score(config: EvalConfig, ready: LoadedModel, documents: Iterator[list[
     longest, seq_len = ready.model.config.max_seq_len, config.seq_len or ready.seq_len
     if seq_len > longest:
         raise UserError(f"seq_len {seq_len} is longer than the {longest} tokens (max_seq_len) that the model allows.")
+    warn_of_untrained(ready.seq_len, seq_len)
     with Progress(count, "documents", label="text") as progress:
 
         def counted() -> Iterator[list[int]]:

@@ -75,6 +75,15 @@ def dense_form(config: ModelConfig, max_tokens: int) -> ModelConfig:
 
 def qwen3_config(config: ModelConfig) -> dict[str, Any]:
     """Return the shape of a model as the fields of Qwen3's ``config.json``, without tokens."""
+    rope: dict[str, Any] = {"rope_type": "default"}
+    if (yarn := config.rope_scaling) is not None:
+        rope = {
+            "rope_type": "yarn",
+            "factor": yarn.factor,
+            "original_max_position_embeddings": yarn.original_max_seq_len,
+            "beta_fast": yarn.beta_fast,
+            "beta_slow": yarn.beta_slow,
+        }
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
@@ -88,7 +97,8 @@ def qwen3_config(config: ModelConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_seq_len,
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        **({} if yarn is None else {"rope_scaling": rope}),
+        "rope_parameters": {**rope, "rope_theta": config.rope_theta},
         "tie_word_embeddings": config.tie_embeddings,
         "attention_bias": False,
         "hidden_act": "silu",

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from osler.inference.rows import Capabilities, Continuation, Request, Rows, check_request
+from osler.inference.rows import Capabilities, Continuation, Request, Rows, check_request, warn_of_untrained
 from osler.model.decoder import Decoder
 from osler.model.kv_cache import KVCache
 from osler.ops.sampling import RowSampling
@@ -103,6 +103,7 @@ class Batch:
         found = self._rows.continuations(torch.tensor(ended, device=self.decoder.device), requests)
         for place, continuation in zip(places, found, strict=True):
             place.tokens, place.request = (*place.tokens, *continuation.ids[:-1]), None  # the last token is in no cache
+            warn_of_untrained(self.decoder.trained_seq_len, len(place.tokens))
         self._shrink()
         return [(place.number, continuation) for place, continuation in zip(places, found, strict=True)]
 

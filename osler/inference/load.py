@@ -77,9 +77,8 @@ class LoadedModel:
 
     @property
     def seq_len(self) -> int:
-        """The length in tokens of the rows it was trained on; the longest that it allows when that is not known."""
-        longest = self.model.config.max_seq_len
-        return min(int(self.training.get("seq_len", longest)), longest)
+        """The length in tokens of the longest rows it was trained on; the longest that it allows when that is not known."""
+        return self.model.trained_seq_len
 
     @property
     def run(self) -> RunFolder | None:
@@ -122,8 +121,8 @@ def load_model(
         )
     model = Transformer(config, compute_dtype=compute_dtype)
     model.load_state_dict(loaded.tensors["model"])
-    training = load_yaml(loaded.files.get(CONFIG_FILE, b"").decode(), str(loaded.path / CONFIG_FILE)) or {}
-    return LoadedModel(loaded.path, model.to(device).eval(), tokenizer, loaded.state, training, loaded.files)
+    model.trained_seq_len = trained_seq_len_of(loaded)
+    return LoadedModel(loaded.path, model.to(device).eval(), tokenizer, loaded.state, _training_of(loaded), loaded.files)
 
 
 def open_model(checkpoint: str | Path, *, device: str = "auto", which: str = "newest") -> LoadedModel:
@@ -136,6 +135,16 @@ def open_model(checkpoint: str | Path, *, device: str = "auto", which: str = "ne
 def tokenizer_of(loaded: store.Loaded) -> Tokenizer:
     """Return the tokenizer in a checkpoint that describes itself."""
     return Tokenizer.from_bytes(loaded.files[TOKENIZER_FILE], name=str(loaded.path / TOKENIZER_FILE))
+
+
+def trained_seq_len_of(loaded: store.Loaded) -> int:
+    """Return the tokens of the longest rows that the model of a checkpoint was trained on; where unknown, its ``max_seq_len``."""
+    longest = described_model(loaded).max_seq_len  # a checkpoint without the number has that of its own run
+    return int(loaded.state.get("trained_seq_len") or min(_training_of(loaded).get("seq_len", longest), longest))
+
+
+def _training_of(loaded: store.Loaded) -> Mapping[str, Any]:
+    return load_yaml(loaded.files.get(CONFIG_FILE, b"").decode(), str(loaded.path / CONFIG_FILE)) or {}
 
 
 def described_model(loaded: store.Loaded) -> ModelConfig:

@@ -6,8 +6,10 @@ vocabulary, E bytes of a packed mask.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -17,6 +19,8 @@ from osler.model.config import ModelConfig
 from osler.ops.sampling import RowSampling, pack_mask, row_uniform, sample
 from osler.ops.sampling_params import SamplingParams
 from osler.runtime.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 class Request(NamedTuple):
@@ -77,13 +81,29 @@ def check_request(config: ModelConfig, request: Request, name: str = "The prompt
     if new_tokens > room:
         raise UserError(
             f"{name} has {len(prompt)} tokens and {new_tokens} new ones were asked for, but the model was built for "
-            f"max_seq_len {config.max_seq_len}: shorten the prompt or ask for at most {max(room, 0)} tokens."
+            f"max_seq_len {config.max_seq_len}: shorten the prompt, ask for at most {max(room, 0)} tokens, or train the model on "
+            "longer rows with `osler pretrain init_from=RUN context.max_seq_len=...`."
         )
     if unknown := [token for token in (min(prompt), max(prompt)) if not 0 <= token < config.vocab_size]:
         raise UserError(
             f"{name} has token id {unknown[0]}, and the model's vocabulary has ids 0 to {config.vocab_size - 1}; "
             "is this prompt from another tokenizer?"
         )
+
+
+@cache
+def _warn_of_untrained(trained_seq_len: int) -> None:
+    logger.warning(
+        f"The model was trained on rows of at most {trained_seq_len:,} tokens and reads longer ones now; positions behind that "
+        f"were never learned, so its words there mean little. Stay within {trained_seq_len:,} tokens, or train it on longer rows "
+        "first: `osler pretrain init_from=RUN seq_len=... context.max_seq_len=...`."
+    )
+
+
+def warn_of_untrained(trained_seq_len: int, length: int) -> None:
+    """Warn, once in a process, when a row of ``length`` tokens is longer than all that a model was trained on."""
+    if length > trained_seq_len:
+        _warn_of_untrained(trained_seq_len)
 
 
 class Rows:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Annotated, Literal
 
 from osler.config.schema import TAGGED, Ge, PositiveFloat, PositiveInt, config
+from osler.runtime.errors import UserError
 
 MODEL_FILE = "model.json"  # in every checkpoint: the config of its model
 VOCAB_MULTIPLE = 64  # matmuls over the vocabulary run at full speed only at multiples of the tile size
@@ -59,6 +60,21 @@ AttentionConfig = Annotated[DenseAttentionConfig | SparseAttentionConfig, TAGGED
 
 
 @config
+class YarnConfig:
+    """RoPE for longer rows than a model was trained on (YaRN, arXiv 2309.00071)."""
+
+    type: Literal["yarn"] = "yarn"
+    factor: Annotated[float, Ge(1)]  # how many times as long the rows may be; the slowest rotations are slowed by it
+    original_max_seq_len: PositiveInt  # tokens of the rows before
+    beta_fast: PositiveFloat = 32.0  # pairs that rotate at least so many times in such a row keep their speed
+    beta_slow: PositiveFloat = 1.0  # pairs that rotate at most so many times are slowed by the whole factor
+
+    def __post_init__(self) -> None:
+        if self.beta_fast <= self.beta_slow:
+            raise ValueError(f"beta_fast {self.beta_fast:g} is not above beta_slow {self.beta_slow:g}")
+
+
+@config
 class ModelConfig:
     """A decoder-only transformer. The defaults are the quickstart's one-million-parameter model."""
 
@@ -72,6 +88,7 @@ class ModelConfig:
     vocab_size: PositiveInt = 2048  # tokens; no fewer than the tokenizer's
     max_seq_len: Annotated[int, Ge(2)] = 2048  # tokens of context at most
     rope_theta: PositiveFloat = 10_000.0  # base of the rotary position embedding
+    rope_scaling: YarnConfig | None = None  # RoPE for longer rows than before; a run sets it with `context`
     norm_eps: PositiveFloat = 1e-6  # added to the mean square in every RMSNorm
     norm_weight: bool = False  # false: every RMSNorm, QK-norm included, is parameter-free
     qk_norm_weight: bool = False  # whether QK-norm has weights; needs norm_weight
@@ -177,3 +194,40 @@ class ModelConfig:
         """Return the bytes of the keys and values of ``batch`` rows of ``seq_len`` tokens, and of the keys of a sparse index."""
         index = self.attention.index_head_dim if isinstance(self.attention, SparseAttentionConfig) else 0
         return self.num_layers * batch * seq_len * (2 * self.kv_size + index) * dtype_bytes
+
+
+@config
+class ContextConfig:
+    """A longer context for the model that a run starts from, which the run then trains on rows of that length."""
+
+    max_seq_len: Annotated[int, Ge(2)]  # tokens of context from here on
+    # what RoPE becomes: yarn slows its slow rotations, base raises rope_theta, keep leaves it as it is
+    rope: Literal["yarn", "base", "keep"] = "yarn"
+    # of rope=base; null: the slowest rotation is slowed by as much as the rows grow, as "NTK-aware" scaling does
+    rope_theta: PositiveFloat | None = None
+
+    def __post_init__(self) -> None:
+        if self.rope_theta is not None and self.rope != "base":
+            raise ValueError(f"rope_theta is of rope=base, and rope is {self.rope}")
+
+    def extend(self, model: ModelConfig, trained_seq_len: int) -> ModelConfig:
+        """Return the shape of ``model`` with the longer context; it was trained on rows of ``trained_seq_len`` tokens.
+
+        Raises UserError when the context is not longer, or when another base is asked of a model that has YaRN.
+        """
+        if self.max_seq_len <= trained_seq_len:
+            raise UserError(
+                f"The model was trained on rows of {trained_seq_len} tokens, and context.max_seq_len {self.max_seq_len} is not "
+                "more: leave context out."
+            )
+        if self.rope == "base" and model.rope_scaling is not None:
+            raise UserError("The model has YaRN already, which another rope_theta would change: use context.rope=yarn or keep.")
+        longer, factor = replace(model, max_seq_len=self.max_seq_len), self.max_seq_len / trained_seq_len
+        if self.rope == "base":
+            slowed = model.rope_theta * factor ** (model.head_dim / max(model.head_dim - 2, 1))
+            return replace(longer, rope_theta=self.rope_theta or slowed)
+        if self.rope == "yarn":
+            original = trained_seq_len if model.rope_scaling is None else model.rope_scaling.original_max_seq_len
+            factor = self.max_seq_len / original
+            return replace(longer, rope_scaling=YarnConfig(factor=factor, original_max_seq_len=original))
+        return longer

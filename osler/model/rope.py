@@ -1,15 +1,47 @@
 """Rotary position embedding (arXiv 2104.09864), half-split layout as in the standard classes, tables in fp32."""
 
+import math
+
 import torch
 from torch import Tensor
 
+from osler.model.config import YarnConfig
 
-def rope_tables(max_seq_len: int, head_dim: int, theta: float, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines, each [max_seq_len, head_dim] fp32; the second half of a row repeats the first."""
+
+def rope_tables(
+    max_seq_len: int, head_dim: int, theta: float, scaling: YarnConfig | None = None, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines, each [max_seq_len, head_dim] fp32; the second half of a row repeats the first.
+
+    With ``scaling`` both are multiplied by YaRN's temperature, so that scores are sharper by its square.
+    """
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    temperature = 1.0
+    if scaling is not None:
+        frequencies = yarn_frequencies(frequencies, theta, scaling)
+        temperature += 0.1 * math.log(scaling.factor)
     angles = torch.outer(torch.arange(max_seq_len, dtype=torch.float32, device=device), frequencies)
     angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
+    return angles.cos() * temperature, angles.sin() * temperature
+
+
+def yarn_frequencies(frequencies: Tensor, theta: float, scaling: YarnConfig) -> Tensor:
+    """Return what YaRN makes of RoPE's frequencies, [head_dim / 2]: the fast ones stay, the slow ones are divided by the factor.
+
+    Between the two they are mixed, linearly in the number of the pair. As in the authors' code, the ramp begins and ends at
+    whole numbers.
+    """
+    pairs = len(frequencies)
+
+    def pair_with(rotations: float) -> float:
+        """Return the (fractional) number of the pair that rotates so many times in the original row."""
+        return pairs * math.log(scaling.original_max_seq_len / (2 * math.pi * rotations)) / math.log(theta)
+
+    first = max(math.floor(pair_with(scaling.beta_fast)), 0)
+    last = max(min(math.ceil(pair_with(scaling.beta_slow)), 2 * pairs - 1), first)
+    number = torch.arange(pairs, dtype=torch.float32, device=frequencies.device)
+    slowed = ((number - first) / (last - first or 0.001)).clamp(0, 1)
+    return frequencies * (1 - slowed) + frequencies / scaling.factor * slowed
 
 
 def apply_rope(x_BTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

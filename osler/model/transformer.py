@@ -56,6 +56,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, *, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config = config
+        self.trained_seq_len = config.max_seq_len  # tokens of the longest rows that the weights were trained on, where known
         self.compute_dtype = compute_dtype
         self.embed_tokens = nn.Embedding(config.padded_vocab_size, config.embed_rank or config.hidden_size)
         self.embed_proj = None if config.embed_rank is None else Linear(config.embed_rank, config.hidden_size)
@@ -66,7 +67,8 @@ class Transformer(nn.Module):
 
     def make_tables(self, device: torch.device) -> None:
         """Compute RoPE's tables on a device. The tables are not weights, so a model that began on ``meta`` needs this too."""
-        cos, sin = rope_tables(self.config.max_seq_len, self.config.head_dim, self.config.rope_theta)
+        shape = self.config
+        cos, sin = rope_tables(shape.max_seq_len, shape.head_dim, shape.rope_theta, shape.rope_scaling)
         self.register_buffer("rope_cos", cos.to(device), persistent=False)
         self.register_buffer("rope_sin", sin.to(device), persistent=False)
 
@@ -79,7 +81,7 @@ class Transformer(nn.Module):
         with torch.device("meta"):
             copy = Transformer(self.config, compute_dtype=dtype or self.compute_dtype)
         copy.load_state_dict(weights, assign=True)
-        copy.rope_cos, copy.rope_sin = self.rope_cos, self.rope_sin
+        copy.rope_cos, copy.rope_sin, copy.trained_seq_len = self.rope_cos, self.rope_sin, self.trained_seq_len
         return copy
 
     def forward(self, ids_BT: Tensor, *, document_BT: Tensor | None = None) -> Tensor:

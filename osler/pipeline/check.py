@@ -15,7 +15,7 @@ from osler.data.config import HubData, PreparedData, sources_of
 from osler.data.named import check_task, learned_items, load_task
 from osler.data.prepared import tokenizer_of_shards
 from osler.eval.run import parts
-from osler.inference.load import described_model, teaches_reasoning, tokenizer_of
+from osler.inference.load import described_model, teaches_reasoning, tokenizer_of, trained_seq_len_of
 from osler.model.config import ModelConfig
 from osler.monitor.logger import check_trackers
 from osler.pipeline.config import FILES, ExamStage, PipelineConfig, Stage, read_reference, references_of
@@ -44,6 +44,7 @@ class Origin(NamedTuple):
 
     place: str
     model: ModelConfig
+    trained_seq_len: int
     stage: TrainConfig | None  # the stage that will train it from the start; None when there is a checkpoint already
     tokenizer: str  # fingerprint of its tokenizer, empty while that is yet to be trained
 
@@ -107,23 +108,29 @@ def origin_of(pipeline: PipelineConfig, text: str, run: RunFolder) -> Origin:
         stage = pipeline.stages[name]
         assert not isinstance(stage, ExamStage)
         if found is None and stage.init_from is not None:
-            return origin_of(pipeline, stage.init_from, run)
+            return after(stage, origin_of(pipeline, stage.init_from, run))
     if found is not None:
         loaded = store.load(found, names=[])
-        return Origin(str(found), described_model(loaded), None, tokenizer_of(loaded).fingerprint)
+        return Origin(str(found), described_model(loaded), trained_seq_len_of(loaded), None, tokenizer_of(loaded).fingerprint)
     assert isinstance(stage, TrainConfig)
     tokenizer = tokenizer_at_hand(stage)
     if tokenizer is None:
-        return Origin(f"the stage {name}", stage.model, stage, "")
-    return Origin(f"the stage {name}", fitted(stage.model, tokenizer), stage, tokenizer.fingerprint)
+        return Origin(f"the stage {name}", stage.model, stage.seq_len, stage, "")
+    return Origin(f"the stage {name}", fitted(stage.model, tokenizer), stage.seq_len, stage, tokenizer.fingerprint)
+
+
+def after(stage: TrainConfig | GrpoConfig, origin: Origin) -> Origin:
+    """Return what a later stage starts from when ``stage`` has trained the model of ``origin``."""
+    trained = max(origin.trained_seq_len, stage.seq_len) if isinstance(stage, TrainConfig) else origin.trained_seq_len
+    return origin._replace(model=stage.model_from(origin.model, origin.trained_seq_len), trained_seq_len=trained)
 
 
 def check_fit(stage: Any, origin: Origin) -> None:
     """Raise UserError when a stage asks for more than its model will have room for, or for another model or tokenizer."""
     room = f"the {origin.model.max_seq_len} tokens (max_seq_len) of the model of {origin.place}"
     if isinstance(stage, TrainConfig):
-        if stage.seq_len > origin.model.max_seq_len:
-            raise UserError(f"seq_len {stage.seq_len} is longer than {room}.")
+        if stage.seq_len > after(stage, origin).model.max_seq_len:
+            raise UserError(f"seq_len {stage.seq_len} is longer than {room}: context.max_seq_len={stage.seq_len} extends it.")
         if isinstance(stage.data, PreparedData):
             shards = tokenizer_of_shards(stage.data.path, stage.tokenizer.path)
             if shards.fingerprint != origin.tokenizer:

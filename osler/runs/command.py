@@ -17,7 +17,7 @@ from osler.checkpoint import store
 from osler.checkpoint.folders import refuse_checkpoint
 from osler.config.recipe import as_comments, dump_yaml, load_recipe, override
 from osler.config.schema import decode, encode, hints
-from osler.inference.load import described_model
+from osler.inference.load import described_model, trained_seq_len_of
 from osler.records.jsonl import EventLog
 from osler.runs.config import RunConfig
 from osler.runs.folder import refuse_another, stored_config, taken
@@ -74,7 +74,10 @@ def carry_out(job: Job, request: Request) -> int:
     refuse_checkpoint(folder.root)
     has_origin = config.init_from is not None or config.branch_from is not None
     if has_origin and any(override.startswith("model.") for override in request.overrides):
-        logger.warning("model.* changes nothing here, because the model comes from the checkpoint that the run starts from.")
+        logger.warning(
+            "model.* changes nothing here, because the model comes from the checkpoint that the run starts from. "
+            "(context.max_seq_len=... makes its context longer.)"
+        )
     if request.dry_run:
         print(describe_plan(job, config, folder, request.back_to))
         return 0
@@ -147,6 +150,8 @@ def describe_plan(job: Job, config: Any, folder: RunFolder, back_to: int | None)
         start = store.load(store.resolve(config.init_from), names=[])
     has_origin = config.branch_from is not None or config.init_from is not None
     model = described_model(start) if start is not None and has_origin else None
+    if model is not None and start is not None and loaded is None:
+        model = config.model_from(model, trained_seq_len_of(start))
     if found.is_branch and loaded is not None:
         logger.info(describe_branch(config, loaded))
     job.check(config, folder, loaded)

@@ -54,6 +54,10 @@ class RunConfig:
     allow_data_change: bool = False  # whether a started run may go on with other data, never with another tokenizer
     monitor: MonitorConfig = MonitorConfig()
 
+    def model_from(self, model: ModelConfig, trained_seq_len: int) -> ModelConfig:
+        """Return the shape of the model of a run that starts from ``model``, which was trained on rows of so many tokens."""
+        return model
+
     def numbers(self, model: ModelConfig | None = None) -> dict[str, str]:
         """Return what follows from the config, for a person; ``model`` is that of the checkpoint that the run starts from."""
         raise NotImplementedError

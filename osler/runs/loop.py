@@ -19,11 +19,13 @@ from contextlib import closing
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from osler.checkpoint import store
 from osler.checkpoint.folders import best_checkpoint, folder_name, is_better, mark_best
 from osler.checkpoint.saver import Saver
+from osler.inference.load import trained_seq_len_of
 from osler.monitor.collect import Collector
 from osler.monitor.history import RunSettings
 from osler.monitor.logger import RunLogger
@@ -33,6 +35,7 @@ from osler.runs.folder import check_fingerprints
 from osler.runs.incidents import Incidents
 from osler.runs.process import Learner, Run
 from osler.runtime import format as fmt
+from osler.runtime.errors import UserError
 from osler.runtime.faults import fault
 from osler.runtime.log import Progress
 from osler.runtime.stop import AskedToStop, StopFlag
@@ -207,6 +210,12 @@ class Loop:
             self.save()
             self.world.broadcast_from_first(lambda: self.saver.wait(needed=True))
             return False
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"The memory of the GPU is too small for a step ({error}). Compute fewer rows at once (micro_batch_tokens), "
+                "compute activations again (recompute=selective, then full), or take shorter rows (seq_len). More GPUs share the "
+                "rows and, with parallel.type=fsdp, the weights; a single row is never split over them (no context parallelism)."
+            ) from error
         fault("train-step")
         stopping = self._agree_to_stop()
         if line is not None:
@@ -256,6 +265,7 @@ class Loop:
             "step": trainer.step,
             "tokens": trainer.tokens,
             "stopped_early": self.stopped_early,
+            "trained_seq_len": learner.model.trained_seq_len,
             **trainer.state(),  # before ``incidents``, because it passes the latest losses to them
             "incidents": self.incidents.checkpointed(trainer.step),
             "fingerprints": trainer.fingerprints(),
@@ -286,6 +296,7 @@ class Loop:
         """Load weights, optimizer, the trainer's position and the incidents from a checkpoint of the same data."""
         learner = self.trainer.learner
         learner.engine.restore(learner.model, learner.optimizer, loaded.tensors, loaded.state["optimizer"])
+        learner.model.trained_seq_len = trained_seq_len_of(loaded)
         self.trainer.restore(loaded)
         self.incidents.restore(loaded.state["incidents"])
         # Read from the folder, because a checkpoint is written before the evaluation that may make it the best.

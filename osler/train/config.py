@@ -23,12 +23,13 @@ from osler.data.config import (
     wrong_weights,
 )
 from osler.data.curriculum import Timeline, lay_out, rows_per_micro_batch
-from osler.model.config import ModelConfig
+from osler.model.config import ContextConfig, ModelConfig
 from osler.optim.schedule import LinearConfig, ScheduleConfig, warmup_of
 from osler.parallel.config import NoParallelConfig, ParallelConfig
 from osler.runs.config import CheckpointConfig, RunConfig
 from osler.tasks.registry import TaskConfig
 from osler.tokenizer.config import SMALLEST_VOCABULARY, BPEConfig, TokenizerConfig
+from osler.train.memory import estimated
 
 DataConfig = Annotated[TextData | PreparedData, TAGGED]
 # Evaluations read at most this share of the tokens that a run learns. Reading a token takes a third of the time of learning it.
@@ -81,6 +82,7 @@ class TrainConfig(RunConfig):
     seed: Seed = 0  # of the weights and of the order of the data
     init_from: str | None = None  # run folder or checkpoint to start from; its model and tokenizer replace those given here
     model: ModelConfig = ModelConfig()
+    context: ContextConfig | None = None  # a longer context for the model of init_from; null: it stays as it is
     tokenizer: TokenizerConfig = BPEConfig()
     # a model to learn from besides the data; a run without init_from, shards and tokenizer.path takes its tokenizer; null: none
     teacher: TeacherConfig | None = None
@@ -88,12 +90,14 @@ class TrainConfig(RunConfig):
     # sets that the run is evaluated on, each by itself and all together; none: what is held out of each source of data. An
     # evaluation reads of all of them a fifth of what is learned until the next one, but of each 131,072 to a million tokens
     validation: ValidationSets = ()
-    # stream cuts documents anywhere, whole keeps them whole and pads; auto: whole for sft
+    # stream cuts documents anywhere, and the next row goes on there; whole keeps them whole and pads; auto: whole for sft
     packing: Literal["auto", "stream", "whole"] = "auto"
     # examples whose answer does not fit into a row with its question (sft, packing whole): refuse to begin, or drop them
     too_long: Literal["refuse", "drop"] = "refuse"
-    document_mask: bool = False  # whether attention stays inside a document
-    seq_len: PositiveInt = 128  # tokens in a row; with a curriculum in its longest rows, and in rows of held-out text
+    # whether attention stays inside a document; takes seq_len² bytes a row, and on a GPU more (`osler show` says how much)
+    document_mask: bool = False
+    # tokens in a row; with a curriculum in its longest rows, and in rows of held-out text. One process computes all of a row
+    seq_len: PositiveInt = 128
     batch_tokens: PositiveInt = 8_192  # tokens per optimizer step
     micro_batch_tokens: PositiveInt | None = None  # tokens per forward pass of one process; null: its whole batch at once
     curriculum: tuple[CurriculumStage, ...] = ()  # stages of shorter rows and other batches; none: the same throughout
@@ -105,7 +109,8 @@ class TrainConfig(RunConfig):
     precision: Literal["auto", "bf16", "fp32", "pure-bf16", "fp8"] = "auto"
     # with torch.compile; auto: where it works and the run is long enough to pay
     compile: Literal["auto", "always", "never"] = "auto"
-    parallel: ParallelConfig = NoParallelConfig()  # how several processes share the work
+    # how several processes share the rows of a batch; a row is never split over them (no context parallelism)
+    parallel: ParallelConfig = NoParallelConfig()
     loader_workers: NonNegativeInt = 1  # threads that prepare batches ahead; 0: none; changes no batch
     log_every_steps: PositiveInt = 10  # optimizer steps between two lines of metrics
     # tokens between two evaluations, which read 131,072 to a million tokens of each set; null: 4 to 50 evaluations in a run, or
@@ -119,6 +124,10 @@ class TrainConfig(RunConfig):
             raise ValueError(f"batch_tokens {self.batch_tokens} is not a multiple of seq_len {self.seq_len}")
         if self.init_from is None and self.seq_len > self.model.max_seq_len:
             raise ValueError(f"seq_len {self.seq_len} is longer than model.max_seq_len {self.model.max_seq_len}")
+        if self.context and self.init_from is None:
+            raise ValueError("context extends the model of init_from; a new model has model.max_seq_len tokens of context")
+        if self.context and self.seq_len > self.context.max_seq_len:
+            raise ValueError(f"seq_len {self.seq_len} is longer than context.max_seq_len {self.context.max_seq_len}")
         micro = self.micro_batch_tokens
         if micro is not None and (micro % self.seq_len or self.batch_tokens % micro):
             raise ValueError(
@@ -217,9 +226,21 @@ class TrainConfig(RunConfig):
         tokens = f"{self.total_tokens:,} tokens"
         return tokens if self.max_minutes is None else f"{self.max_minutes:g} minutes (at most {tokens})"
 
+    def model_from(self, model: ModelConfig, trained_seq_len: int) -> ModelConfig:
+        return model if self.context is None else self.context.extend(model, trained_seq_len)
+
     def training_flops(self, model: ModelConfig) -> int:
         """FLOPs of the whole run on this model, each stage at its own row length."""
         return sum(tokens * model.flops_per_token(span.seq_len) for span, tokens in self.timeline.shares(self.total_tokens))
+
+    def memory(self, model: ModelConfig) -> dict[str, str]:
+        """Return an estimate of the memory of a step on one GPU, where a forward pass has the most tokens."""
+        passes = [
+            (span.seq_len, rows_per_micro_batch(span.rows_per_batch, span.seq_len, self.micro_batch_tokens))
+            for span in self.timeline.spans
+        ]
+        seq_len, rows = max(passes, key=lambda one: (one[0] * one[1], one[0]))
+        return estimated(model, rows=rows, seq_len=seq_len, precision=self.precision, document_mask=self.document_mask)
 
     def numbers(self, model: ModelConfig | None = None) -> dict[str, str]:
         most = "" if self.max_minutes is None else "at most "
@@ -239,4 +260,5 @@ class TrainConfig(RunConfig):
             more = ", and the teacher's forward passes" if self.teacher else ""
             numbers |= {"parameters": f"{model.num_parameters:,}", "FLOPs": f"{most}{self.training_flops(model):.3g}{more}"}
             numbers |= model.words_of_attention()
+            numbers |= self.memory(model)
         return numbers

@@ -27,7 +27,7 @@ from osler.data.prepared import Prepared, tokenizer_of_shards
 from osler.data.preparer import GIGABYTE, SHARDS_SHARE
 from osler.data.shards import SHARD_TOKENS, token_dtype
 from osler.data.sources import at_known_commits, open_corpora, train_tokenizer
-from osler.inference.load import described_model, tokenizer_of
+from osler.inference.load import described_model, tokenizer_of, trained_seq_len_of
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.parallel.config import DeepSpeedConfig, FsdpConfig
@@ -120,6 +120,8 @@ def check_branch(config: TrainConfig, start: store.Loaded) -> None:
             f"Step {start.step:,} of {start.path} is {seen:,} tokens into its run, and with the batches given here it would be "
             f"{tokens:,}: {until}."
         )
+    if config.context != there.context:
+        raise UserError(f"A branch keeps the model of {start.path}: to extend its context, start a new run with init_from.")
     if config.packs_whole != there.packs_whole or (config.packs_whole and config.seq_len != there.seq_len):
         raise UserError(
             f"With another packing, or documents kept whole in rows of another seq_len, step {start.step:,} is another place in "
@@ -158,14 +160,18 @@ def make_model(
     if checkpoint is None and config.init_from is not None:
         source = store.load(store.resolve(config.init_from), names=["model"])
     shape, tokenizer = (config.model, None) if source is None else (described_model(source), tokenizer_of(source))
+    trained_seq_len = config.timeline.spans[0].seq_len if source is None else trained_seq_len_of(source)
+    if source is not None and checkpoint is None:
+        shape = config.model_from(shape, trained_seq_len)
     if source is not None and config.seq_len > shape.max_seq_len:
         raise UserError(
             f"seq_len {config.seq_len} is longer than the {shape.max_seq_len} tokens (max_seq_len) that the model in "
-            f"{source.path} allows."
+            f"{source.path} allows: set context.max_seq_len={config.seq_len} to extend it in a new run with init_from."
         )
     is_cut_first = processes > 1 and isinstance(config.parallel, FsdpConfig)
     with torch.device("meta" if is_cut_first else "cpu"):
         model = Transformer(shape, compute_dtype=machine.dtype)
+    model.trained_seq_len = trained_seq_len
 
     def fill() -> None:
         if source is None:
@@ -260,12 +266,13 @@ def check_prepared(config: TrainConfig, prepared: Prepared, max_seq_len: int) ->
     if not count:
         return
     longest = max(length for lengths in torn for length in lengths)
-    wanted = min(max_seq_len, -(-(longest - 1) // ROUND_LENGTH) * ROUND_LENGTH)
+    needed = -(-(longest - 1) // ROUND_LENGTH) * ROUND_LENGTH
+    wanted = min(max_seq_len, needed)
     what = (
         f"{count:,} of {sum(shards.num_documents for shards in splits):,} examples are longer than a row of seq_len "
         f"{config.seq_len} (the longest has {longest:,} tokens), so that answers would be cut from their questions"
     )
-    more = f"the model reads no more than {max_seq_len} tokens (max_seq_len)"
+    more = f"the model reads no more than {max_seq_len} tokens (context.max_seq_len={needed} extends it in a run with init_from)"
     if wanted > config.seq_len:
         more = f"set seq_len={wanted} batch_tokens={-(-config.batch_tokens // wanted) * wanted}"
     if any(len(lengths) == shards.num_documents for shards, lengths in zip(splits, torn, strict=True)):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from osler.checkpoint import store
 from osler.checkpoint.folders import fingerprint_of
-from osler.inference.load import described_model, load_model, tokenizer_of
+from osler.inference.load import described_model, load_model, tokenizer_of, trained_seq_len_of
 from osler.model.config import ModelConfig
 from osler.model.transformer import SummedLoss, Transformer
 from osler.ops.distillation import Mix, linear_distillation
@@ -108,4 +108,9 @@ def check_teacher(teacher: store.Loaded, student: ModelConfig, tokenizer: str, s
         raise UserError(
             f"The teacher {teacher.path} reads {shape.max_seq_len:,} tokens (max_seq_len), and a row has seq_len {seq_len:,}: "
             "set a smaller seq_len."
+        )
+    if (trained := trained_seq_len_of(teacher)) < seq_len:
+        logger.warning(
+            f"The teacher {teacher.path} was trained on rows of at most {trained:,} tokens, and a row has seq_len {seq_len:,}: "
+            "behind them it teaches what it never learned. Set a smaller seq_len, or train the teacher on longer rows first."
         )

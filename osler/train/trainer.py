@@ -198,7 +198,9 @@ class SupervisedTrainer(Trainer):
         self.on_device.append(self.train_step(self.collector.fetch(self.iterator, self.step + 1)))
         self.step += 1
         # A step that compiles says nothing about the speed or the time left.
-        if self.step in (self.first_step, self.timeline.at_step(self.step - 1).first_step + 1):
+        stage, model = self.timeline.at_step(self.step - 1), self.learner.model
+        if self.step in (self.first_step, stage.first_step + 1):
+            model.trained_seq_len = max(model.trained_seq_len, stage.seq_len)
             self.since = self.tokens, time.monotonic()
             self.collector.restart_clock()
         self._watch_clock()

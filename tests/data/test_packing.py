@@ -130,6 +130,25 @@ def test_both_packings_conserve_tokens_for_any_lengths(make_shards, lengths, seq
         assert packing.row(index).labels.tolist() == stream[index * seq_len + 1 : (index + 1) * seq_len + 1]
 
 
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.integers(2, 9), max_size=4), st.integers(20, 90), st.integers(1, 12), st.integers(0, 3))
+def test_a_document_longer_than_a_row_goes_on_in_the_next_one(make_shards, others, length, seq_len, seed) -> None:  # type: ignore[no-untyped-def]
+    """Each of its tokens is read once and predicted once; in a row it is one document, so its mask never crosses a row."""
+    order = Order(make_shards([*others, length]), seed)
+    packing, document = StreamPacking(order, seq_len), order.shards.document(len(others))[0].tolist()
+    begin = stream_of(order, 1).index(document[0])  # the place of the document in the stream
+    first = begin // seq_len
+    rows = [packing.row(index) for index in range(first, (begin + length - 1) // seq_len + 1)]
+    place = slice(begin - first * seq_len, begin - first * seq_len + length)  # in these rows
+    ids, labels, number = (np.concatenate(part) for part in zip(*rows, strict=True))
+    assert ids[place].tolist() == document and labels[place][:-1].tolist() == document[1:]
+    number[: place.start] = number[place.stop :] = -1
+    assert all(len(np.unique(part[part >= 0])) == 1 for part in np.split(number, len(rows)))
+    resumed = StreamPacking(order, seq_len, first_token=seq_len * (first + 1))
+    for index, row in enumerate(rows[1:]):
+        assert all(np.array_equal(*pair) for pair in zip(row, resumed.row(index), strict=True))
+
+
 def test_whole_documents_that_fit_are_never_cut(make_shards) -> None:  # type: ignore[no-untyped-def]
     packing = WholePacking(Order(make_shards([9, 9, 17, 5, 5, 6, 2]), 0), 16)
     assert packing.rows_of_first_epoch == 4  # 17 | 9 6 2 | 9 5 | 5: best fit decreasing

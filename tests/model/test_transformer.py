@@ -9,7 +9,7 @@ import torch
 from osler.config.schema import encode
 from osler.export.huggingface import qwen3_config, qwen3_weights
 from osler.model import layers
-from osler.model.config import ModelConfig
+from osler.model.config import ModelConfig, YarnConfig
 from osler.model.decoder import Decoder
 from osler.model.layers import Layout, Linear, joint_linear
 from osler.model.transformer import SummedLoss, Transformer
@@ -27,6 +27,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "multi_head": {"num_heads": 4, "num_kv_heads": 4, "head_init": "normal"},
     "factorized": {"embed_rank": 16, "head_init": "normal"},
     "factorized_and_tied": {"embed_rank": 16, "tie_embeddings": True, "head_init": "normal"},
+    "yarn": {"rope_scaling": YarnConfig(factor=4, original_max_seq_len=10, beta_fast=1.5, beta_slow=0.1), "head_init": "normal"},
 }
 
 
