@@ -19,7 +19,7 @@ from measuring import in_fresh_python, publish
 from osler.config.recipe import dump_yaml, load_recipe
 from osler.inference.load import load_model
 from osler.runtime.files import read_json
-from osler.tasks.item import render_answer, render_question
+from osler.tasks.item import bare, render_answer, render_question
 from osler.tasks.needle import load_needle
 from osler.tasks.registry import NeedleTask
 
@@ -37,7 +37,7 @@ def write_rows(path: Path, pretrained: Path, count: int) -> None:
     for number, cell in enumerate(cells):
         items += load_needle(NeedleTask(lengths=cell[:1], depths=cell[1:], limit=each, seed=LEARNED_SEED + number), context)
     random.Random(0).shuffle(items)
-    rows = [{"question": render_question(item), "answer": render_answer(item)} for item in items]
+    rows = [{"question": render_question(item), "answer": render_answer(item)} for item in map(bare, items)]  # as cloze asks
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 

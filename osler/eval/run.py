@@ -257,14 +257,15 @@ def uses_template(config: ExamSettings, ready: LoadedModel) -> bool:
 def methods(config: ExamSettings, ready: LoadedModel, has_options: bool, is_needle: bool = False) -> list[str]:
     """Return how an exam is taken: as requested, or as the model's training and the kind of questions suggest.
 
-    A needle test is taken by likelihood unless something else is requested, because it then needs no room for a written answer.
+    A needle test is taken by the likelihood of texts unless something else is requested, because that shows most of a small model
+    and needs no room for a written answer.
     """
     if config.method in ("likelihood", "letters", "cloze", "both") and not has_options:
         raise UserError("These questions have no options to compare the likelihoods of; use method=generation.")
     template = uses_template(config, ready)
     likelihood = ["likelihood"] if template else ["cloze", "letters"]
     if config.method != "auto" or is_needle:
-        ways = {"auto": likelihood, "likelihood": likelihood, "both": ["generation", *likelihood]}
+        ways = {"auto": ["cloze"], "likelihood": likelihood, "both": ["generation", *likelihood]}
         return ways.get(config.method, [config.method])
     if template:
         return ["generation"]

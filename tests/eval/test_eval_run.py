@@ -174,8 +174,8 @@ def test_a_needle_test_by_length_and_depth_goes_on_and_is_compared(readers, caps
     command = ("--needle", "task.lengths=[420,640]", "task.depths=[0,100]", "task.limit=3")
     assert evaluate(str(readers / "dense"), *command, "--json", str(readers / "scores.json")) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"copy, likelihood: accuracy by .*\ntokens +0% deep +100% deep\n420 +\d+% +\d+%\n640 ", printed)
-    answers = readers / "dense" / "answers" / "sft-needle-likelihood.jsonl"
+    assert re.search(r"copy, cloze: accuracy by .*\ntokens +0% deep +100% deep\n420 +\d+% +\d+%\n640 ", printed)
+    answers = readers / "dense" / "answers" / "sft-needle-cloze.jsonl"
     whole, lines = answers.read_text(), answers.read_text().splitlines(keepends=True)
     answers.write_text("".join(lines[:5]))
     assert evaluate(str(readers / "dense"), *command) == 0
@@ -187,10 +187,10 @@ def test_a_needle_test_by_length_and_depth_goes_on_and_is_compared(readers, caps
     assert evaluate(str(readers / "other"), *command) == 0
     assert cli.main(["compare", *(str(readers / name) for name in ("dense", "other")), "--out", str(readers / "both.html")]) == 0
     table = capsys.readouterr().out
-    assert re.search(r"^needle, likelihood +dense → other .* 12$", table, re.M)
+    assert re.search(r"^needle, cloze +dense → other .* 12$", table, re.M)
     assert len(re.findall('<svg class="chart heat"', (readers / "both.html").read_text())) == 4
     page = build_report(readers / "dense").read_text()
-    assert len(re.findall('<svg class="chart heat"', page)) == 2 and "fine-tuning on copy, likelihood, accuracy by length" in page
+    assert len(re.findall('<svg class="chart heat"', page)) == 2 and "fine-tuning on copy, cloze, accuracy by length" in page
 
 
 def test_a_needle_test_that_does_not_fit_is_refused_by_name(readers, capsys):
