@@ -22,6 +22,8 @@ KEPT = [
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.osler.choose.default,  # it scores all keys, and its result is small
+    torch.ops.osler.gather_attention.default,
 ]
 
 

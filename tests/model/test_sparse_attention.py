@@ -83,8 +83,9 @@ def test_packed_documents_equal_separate_ones(kind):
     together, measured = model.with_index(ids, documents)
     for part in (slice(21), slice(21, 50)):
         alone, of_alone = model.with_index(ids[:, part])
-        torch.testing.assert_close(together[:, part], alone)
-        torch.testing.assert_close(measured[:, part, 0], of_alone[..., 0])
+        # RoPE's tables are in fp32, and the second document stands elsewhere.
+        torch.testing.assert_close(together[:, part], alone, atol=1e-5, rtol=0)
+        torch.testing.assert_close(measured[:, part, 0], of_alone[..., 0], atol=1e-5, rtol=0)
 
 
 def test_warm_up_trains_the_indexer_alone_until_it_finds_what_is_attended_to():
