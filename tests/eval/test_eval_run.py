@@ -160,13 +160,15 @@ def test_the_clean_subset_stands_beside_the_full_set(runs, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def readers(clinic_runs: Path, tmp_path_factory) -> Path:
-    """Two runs of one step, ``dense`` and ``other``, that read 640 tokens."""
+    """Two runs of one step that read 640 tokens, with dense and with sparse attention."""
     root = tmp_path_factory.mktemp("readers")
     config = load_yaml((clinic_runs / "sft" / "config.yaml").read_text(), "")
     config |= {"model": {**config["model"], "max_seq_len": 640}, "total_tokens": 512}
     config["data"] |= {"cards": 0, "drills": 0}
-    for seed, name in enumerate(("dense", "other")):
-        assert train(decode(TrainConfig, {**config, "seed": seed}), RunFolder.create(root / name))
+    index = {"index_heads": 2, "index_head_dim": 16, "top_k": 64, "local_window": 16}
+    for name, fields in {"dense": {}, "sparse": index}.items():
+        model = {**config["model"], "attention": {"type": name, **fields}}
+        assert train(decode(TrainConfig, {**config, "model": model}), RunFolder.create(root / name))
     return root
 
 
@@ -184,10 +186,10 @@ def test_a_needle_test_by_length_and_depth_goes_on_and_is_compared(readers, caps
     scores = read_json(readers / "scores.json")["scores"]
     assert [(one["split"], one["n"], one["too_long"]) for one in scores[::2]] == [("needle", 12, 0), ("copy", 12, 0)]
     assert list(scores[0]["groups"]) == [f"{length} tokens, {depth}% deep" for length in (420, 640) for depth in (0, 100)]
-    assert evaluate(str(readers / "other"), *command) == 0
-    assert cli.main(["compare", *(str(readers / name) for name in ("dense", "other")), "--out", str(readers / "both.html")]) == 0
+    assert evaluate(str(readers / "sparse"), *command) == 0
+    assert cli.main(["compare", *(str(readers / name) for name in ("dense", "sparse")), "--out", str(readers / "both.html")]) == 0
     table = capsys.readouterr().out
-    assert re.search(r"^needle, cloze +dense → other .* 12$", table, re.M)
+    assert re.search(r"^needle, cloze +dense → sparse .* 12$", table, re.M)
     assert len(re.findall('<svg class="chart heat"', (readers / "both.html").read_text())) == 4
     page = build_report(readers / "dense").read_text()
     assert len(re.findall('<svg class="chart heat"', page)) == 2 and "fine-tuning on copy, cloze, accuracy by length" in page
