@@ -9,8 +9,11 @@ import pytest
 import torch
 from run_folders import assert_same_run
 
+from osler.checkpoint import store
 from osler.cli.main import main
+from osler.eval.config import EvalConfig
 from osler.eval.exams import score_by_likelihood
+from osler.eval.run import text_score
 from osler.inference import rows
 from osler.inference.engine import InferenceEngine
 from osler.inference.load import load_model
@@ -22,7 +25,8 @@ from osler.runs.loop import Loop
 from osler.runtime.errors import UserError
 from osler.runtime.faults import InjectedError
 from osler.tasks.registry import load_clinic
-from osler.train.config import TrainConfig
+from osler.train.config import TeacherConfig, TrainConfig
+from osler.train.teacher import check_teacher, described_teacher
 
 SHAPE = ModelConfig(head_dim=32, max_seq_len=1024)
 
@@ -63,6 +67,10 @@ def test_a_run_extends_the_context_of_another_and_resumes(tiny, runs, tmp_path, 
     model = load_model(tmp_path / "whole").model
     assert model.config.rope_scaling == YarnConfig(factor=8, original_max_seq_len=64)
     assert (model.config.max_seq_len, model.trained_seq_len) == (512, 512)
+    short = [f"init_from={tmp_path / 'whole'}", "seq_len=64", "total_tokens=512", "--run", tmp_path / "shorter"]
+    assert osler(*command, *short) == 0
+    shorter = load_model(tmp_path / "shorter").model
+    assert (shorter.config, shorter.trained_seq_len) == (model.config, 512), "short rows do not make it forget"
     again = ["context.max_seq_len=512", f"init_from={tmp_path / 'whole'}", "--run", str(tmp_path / "again")]
     assert main([*command, *again]) == 2
     assert "trained on rows of 512 tokens" in capsys.readouterr().err
@@ -79,6 +87,22 @@ def test_positions_that_were_never_learned_are_warned_of_once(runs, caplog) -> N
     rows._warn_of_untrained.cache_clear()
     score_by_likelihood(ready.model, ready.tokenizer, load_clinic(split="validation", limit=2))
     assert caplog.text.count("trained on rows of at most 64 tokens") == 2
+    rows._warn_of_untrained.cache_clear()
+    text_score(EvalConfig(seq_len=128), ready, iter([[5, 6, ready.tokenizer.eos_id]]), 1, 9)
+    assert caplog.text.count("trained on rows of at most 64 tokens") == 3
+    teacher = described_teacher(TeacherConfig(path=str(runs.pretrain)))
+    for seq_len, warnings in ((64, 3), (128, 4)):
+        check_teacher(teacher, ready.model.config, ready.tokenizer.fingerprint, seq_len)
+        assert caplog.text.count("trained on rows of at most 64 tokens") == warnings
+
+
+def test_a_rollback_takes_back_the_length_of_rows_with_the_weights(make_trainer, tmp_path) -> None:
+    loop = Loop(make_trainer(tmp_path / "run", total_tokens=512))
+    assert loop.fit()
+    model = loop.trainer.learner.model
+    model.trained_seq_len = 128
+    loop._load(store.load(store.resolve(tmp_path / "run")))
+    assert model.trained_seq_len == 64
 
 
 def test_a_device_that_is_too_small_is_told_with_what_helps(make_trainer, tmp_path) -> None:
