@@ -25,7 +25,6 @@ from torch import Tensor
 from osler.checkpoint import store
 from osler.checkpoint.folders import best_checkpoint, folder_name, is_better, mark_best
 from osler.checkpoint.saver import Saver
-from osler.inference.load import trained_seq_len_of
 from osler.monitor.collect import Collector
 from osler.monitor.history import RunSettings
 from osler.monitor.logger import RunLogger
@@ -296,7 +295,7 @@ class Loop:
         """Load weights, optimizer, the trainer's position and the incidents from a checkpoint of the same data."""
         learner = self.trainer.learner
         learner.engine.restore(learner.model, learner.optimizer, loaded.tensors, loaded.state["optimizer"])
-        learner.model.trained_seq_len = trained_seq_len_of(loaded)
+        learner.model.trained_seq_len = loaded.state.get("trained_seq_len", learner.model.trained_seq_len)
         self.trainer.restore(loaded)
         self.incidents.restore(loaded.state["incidents"])
         # Read from the folder, because a checkpoint is written before the evaluation that may make it the best.
