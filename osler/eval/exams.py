@@ -110,7 +110,7 @@ def score_by_generation(
 
 
 def parse_text(tokenizer: Tokenizer, ids: Sequence[int], stops: Sequence[str]) -> Completion:
-    """Return the text that was written as an answer, cut at the end-of-text token and before the first of ``stops``."""
+    """Return an answer: the text that was written, up to the end-of-text token or the first of ``stops``."""
     body = list(takewhile(lambda token: token != tokenizer.eos_id, ids))
     whole = tokenizer.decode(body, skip_special=True)
     end = min((whole.index(stop) for stop in stops if stop in whole), default=len(whole))
@@ -118,7 +118,7 @@ def parse_text(tokenizer: Tokenizer, ids: Sequence[int], stops: Sequence[str]) -
 
 
 def _row_number(item: ExamItem, visit: int) -> int:
-    """Return the ``Request.number`` of an item that is shown for the ``visit``-th time; it depends on nothing else."""
+    """Return the ``Request.number`` of an item that is shown on its ``visit`` (0, 1 ...); it depends on nothing else."""
     return int.from_bytes(hashlib.sha256(f"{visit}:{item.id}".encode()).digest()[:4], "big")
 
 
@@ -130,9 +130,9 @@ def shared_exam(
     permutations: int = 1,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Return which fractions of the answers are right and cannot be read (unparsed, cut or too long); each rank scores a part.
+    """Return two fractions of the answers: of those that are right, and of those that are unparsed, cut or too long.
 
-    Raises UserError when there are no items, and AskedToStop when training is to end.
+    Each rank scores a part of the items. Raises UserError when there are no items, and AskedToStop when training is to end.
     """
     own = items[world.rank :: world.size]
     counts = (0.0, 0.0, 0.0)
@@ -148,7 +148,7 @@ def shared_exam(
 def presentations(items: Iterable[ExamItem], permutations: int, seed: int) -> Iterator[ExamItem]:
     """Yield every item in ``permutations`` option orders: as it is, then its rotations, then rotations of shuffled orders.
 
-    An item whose options point at each other is shown as often, but always as it is, so that all items weigh the same. An item
+    An item whose options point at each other is shown ``permutations`` times as it is, so that all items weigh the same. An item
     without options is shown once.
     """
     for item in items:

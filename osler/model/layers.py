@@ -27,7 +27,7 @@ class RMSNorm(nn.Module):
 
 
 class WeightlessNorm:
-    """RMSNorm without a weight for decoding.
+    """RMSNorm without a weight, as decoding computes it.
 
     A CPU's rms_norm is made of seven operators; these four do the same (4.5 against 7.5 microseconds for 64 rows of 128).
     """
@@ -73,7 +73,7 @@ class Layout(NamedTuple):
 
 
 class DecodeLinear:
-    """Copies of linear layers on the same input as one matmul in the layout of decoding, together with the norm before them.
+    """Linear layers on the same input, copied into one matmul in the layout of decoding, with the norm before them.
 
     The norm's weight is multiplied into the columns of the matrix. oneDNN packs the matrix where it can, which on x86 CPUs is 1.3
     to 2.4 times as fast as the plain fp32 matmul at the sizes of decoding.

@@ -135,7 +135,8 @@ def read_exam(task: ExamFile, given: Iterable[Row]) -> list[ExamItem]:
 
     Raises UserError for a row that cannot be read, and when no item is left.
     """
-    rows, schema = [ExamRow(row, task) for row in given], SCHEMAS[type(task)]
+    rows = [ExamRow(row, task) for row in given]
+    schema = SCHEMAS[type(task)]
     if not rows:
         raise UserError(f"{shown(task.path)} has no rows.")
     if isinstance(task, MedmcqaTask):
@@ -177,7 +178,8 @@ def medqa_item(row: ExamRow) -> ExamItem:
 def medmcqa_item(row: ExamRow) -> ExamItem:
     """Read a labelled row of MedMCQA (Pal et al. 2022, arXiv 2203.14371)."""
     assert isinstance(row.task, MedmcqaTask)
-    subject, options = row.values.get("subject_name"), tuple(row.text(name) for name in ("opa", "opb", "opc", "opd"))
+    subject = row.values.get("subject_name")
+    options = tuple(row.text(name) for name in ("opa", "opb", "opc", "opd"))
     if row.values.get("cop") == 4 and row.task.first_option == 0:
         hub = "and the hub's files count from 0: give an exam first_option=1; in data to learn from, write every 'cop' one less"
         raise row.error(f"'cop' is 4, so this file counts its options from 1, as the authors' original does, {hub}.")
