@@ -117,10 +117,10 @@ def _open(
 
 
 def exams_in_data(config: TrainConfig, shards: Path, start: store.Loaded | None) -> Callable[[], Mapping[str, bytes]]:
-    """Return a function that gives a checkpoint's file on which exam items are in the data that the model has learned from.
+    """Return a function that gives the file by which a checkpoint says which exam items are in the data it learned from.
 
     The model learns from the data of this run, and may have learned from others before. What is known of those is in the same
-    file of ``start``, the checkpoint that the run continues from, or at its beginning of ``init_from``. The function gives no
+    file of ``start``, the checkpoint that the run continues from, or of ``init_from`` if the run begins. The function gives no
     file while the data of this run are being prepared.
     """
     before = None
@@ -175,7 +175,7 @@ def _open_given(config: TrainConfig, tokenizer: Tokenizer, whose: str) -> Prepar
 
 
 def is_source_gone(config: TrainConfig, run: RunFolder) -> bool:
-    """Return whether sources of the shards are missing. Of a run that has begun, only those in its own config may be."""
+    """Return whether sources of the shards are gone; one that a started run's config does not have is wrong and not gone."""
     missing = _missing(config)
     if not missing or not run.config.exists():
         return bool(missing)
