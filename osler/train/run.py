@@ -55,7 +55,6 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
     world = world or World(device=config.device)
     run = Run(folder, world)
     start = find_start(config, run, setup.check_branch)
-    # read before training, so that a split or file that does not exist fails now
     checkpoint = start.load()
     # A run by the clock takes as many steps as it can, so compiling pays from one minute on.
     steps = config.total_steps if config.max_minutes is None else int(config.max_minutes * COMPILE_MIN_STEPS)
@@ -64,6 +63,7 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
     kept = folder.root / TOKENIZER_FILE
     tokenizer = world.broadcast_from_first(lambda: refuse_missing_bytes(setup.make_tokenizer(config, tokenizer, kept)))
     model.config = setup.fitted(model.config, tokenizer)
+    # Exams are read before training, so that a split or file that does not exist fails now.
     exams = probe_items(config, tokenizer, model.config.max_seq_len) if config.exam.every_tokens else {}
     teacher = open_teacher(config, machine, model.config, tokenizer, None if start.is_branch else checkpoint)
     engine = parallelize(
