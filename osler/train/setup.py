@@ -299,6 +299,6 @@ def tell_of_repeats(config: TrainConfig, prepared: Prepared, loader: Loader) -> 
     if config.max_minutes is None and epochs > most:
         what = f"its {tokens:,} tokens" if len(by_source) == 1 else f"the source {name}"
         logger.info(
-            f"Note: the run reads {what} {epochs:.1f} times. Repeats are worth nearly what new data are up to about 4 times, and "
-            f"hardly anything after 16. Give more data, or set total_tokens={int(config.total_tokens * most / epochs)}."
+            f"Note: the run reads {what} {epochs:.1f} times. Up to about 4 times repeats are worth nearly what new data are, and "
+            f"after 16 hardly anything. Give more data, or set total_tokens={int(config.total_tokens * most / epochs)}."
         )
