@@ -23,6 +23,7 @@ class RunSettings:
     clip_norm: float
     warmup_tokens: int = 0
     vocab_size: int = 0  # 0: the loss is not a cross-entropy over the vocabulary
+    is_frozen: bool = False  # whether the weights that the loss depends on stay as they are
     loader_workers: int = 0
     max_new_tokens: int = 0  # 0: the run is not GRPO
     zero_reward_patience: int = 5  # lines without a reward that raise an alert

@@ -221,7 +221,7 @@ def stalled(past: History) -> Iterator[str]:
     """
     sums, jumps, count = past.loss_sums, past.jump_sums, len(past.loss_sums) - 1
     lr = past.line.get("train/lr", past.settings.lr)
-    if count < 60 or lr < 0.1 * past.peak_lr:
+    if count < 60 or lr < 0.1 * past.peak_lr or past.settings.is_frozen:
         return
     size = count // 5
     now = (sums[count] - sums[count - size]) / size

@@ -29,10 +29,11 @@ def group_of(parameter_name: str) -> str:
 def grouped(
     model: nn.Module, matrices: Mapping[str, Any], embeddings: Mapping[str, Any], vectors: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Return the parameter groups that are not empty with their settings; ``base_lr`` keeps a group's peak learning rate."""
+    """Return the groups of trained parameters, but no empty one, with settings; ``base_lr`` keeps the peak learning rate."""
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups = []
     for name, settings in {"matrices": matrices, "embeddings": embeddings, "vectors": vectors}.items():
-        parameters = [parameter for of, parameter in model.named_parameters() if group_of(of) == name]
+        parameters = [parameter for of, parameter in trained if group_of(of) == name]
         if parameters:
             groups.append({"params": parameters, "name": name, "base_lr": settings["lr"], **settings})
     return groups
@@ -64,7 +65,7 @@ OPTIMIZERS: dict[type, Callable[..., torch.optim.Optimizer]] = {AdamWConfig: bui
 def build_optimizer(
     model: nn.Module, config: AdamWConfig | MuonConfig, *, seed: int = 0, process_group: dist.ProcessGroup | None = None
 ) -> torch.optim.Optimizer:
-    """Build the optimizer of ``config`` over all of ``model``'s parameters; ``seed`` is for stochastic rounding.
+    """Build the optimizer of ``config`` over all trained parameters of ``model``; ``seed`` is for stochastic rounding.
 
     The ranks of ``process_group`` hold the same model and gradients, whole or sharded, and may share an update's work.
     """

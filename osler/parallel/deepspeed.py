@@ -89,7 +89,9 @@ class DeepSpeedEngine(ParallelEngine):
     def backward(self, loss: Tensor) -> None:
         self.inner.backward(loss, scale_wrt_gas=False)
 
-    def update(self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def update(
+        self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], apart: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, Tensor]:
         self.inner.step()
         skipped = not self.inner.was_step_applied()
         grad_norm = math.inf if skipped else float(self.inner.get_global_grad_norm())

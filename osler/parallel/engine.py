@@ -54,13 +54,19 @@ class ParallelEngine:
         """Add the gradient of one micro-batch."""
         loss.backward()
 
-    def update(self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def update(
+        self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], apart: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, Tensor]:
         """Clip the gradients and make the optimizer's step, which its kernel skips when a gradient is not finite.
 
-        Return the gradient norm before clipping, and 1 for a skipped step; both stay on the device.
+        The gradients of ``apart`` are clipped by themselves. Return the norm of the others before clipping, and 1 for a skipped
+        step; both stay on the device.
         """
-        grad_norm = whole(torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm, foreach=True))
-        skipped = (~torch.isfinite(grad_norm)).float()
+        norms = [
+            whole(torch.nn.utils.clip_grad_norm_(part, self.clip_norm, foreach=True)) for part in (parameters, apart) if part
+        ]
+        grad_norm = norms[0]
+        skipped = (~torch.isfinite(torch.stack(norms)).all()).float()
         optimizer.found_inf = skipped  # type: ignore[attr-defined]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,9 +139,9 @@ def check_fit(stage: Any, origin: Origin) -> None:
                 raise UserError(f"the shards in {stage.data.path} were made with another tokenizer than that of {place}.")
         if stage.teacher is not None:
             check_teacher(described_teacher(stage.teacher), origin.model, origin.tokenizer, stage.seq_len)
-        first = origin.stage
+        first, alike = origin.stage, partial(replace, attention=ModelConfig.attention)
         for key, given, usual, there in (
-            ("model", stage.model, ModelConfig(), first and first.model),
+            ("model", alike(stage.model), ModelConfig(), first and alike(first.model)),
             ("tokenizer", stage.tokenizer, BPEConfig(), first and first.tokenizer),
         ):
             if there is not None and given not in (usual, there):

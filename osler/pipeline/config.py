@@ -14,6 +14,7 @@ import functools
 import re
 from collections.abc import Container, Mapping
 from dataclasses import fields
+from keyword import iskeyword
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -176,8 +177,8 @@ def pipeline_class(recipe: Mapping[str, Any], source: str = "") -> type[Pipeline
         if stage["kind"] not in list(STAGES):  # a list, because a kind of any type may be given
             kinds = ", ".join(STAGES)
             raise UserError(f"{source}: {name}.kind: should be one of {kinds}, given {shown(stage['kind'])}")
-        if not re.fullmatch(r"[A-Za-z]\w*(-\w+)*", name) or name in OWN_FOLDERS:
-            raise UserError(f"{source}: {name}: a stage has a folder of its name; give it one of letters, digits, _ and -")
+        if not re.fullmatch(r"[A-Za-z]\w*", name) or iskeyword(name) or hasattr(PipelineConfig, name) or name in OWN_FOLDERS:
+            raise UserError(f"{source}: {name}: a stage names a folder and a field: give it a name of letters, digits and _")
     return _class_of(tuple((name, stage["kind"]) for name, stage in stages.items()))
 
 

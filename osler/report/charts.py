@@ -101,6 +101,8 @@ FAMILIES: tuple[Family, ...] = (  # a metric is in the first family whose prefix
            (Spec("How right and how sure", (("train/token_accuracy", "likeliest token right"),
                   ("train/label_probability", "given to the right one"), ("train/top_probability", "given to the likeliest")),
                  "Good: all climb, and the model is about as often right as it is sure. Much surer is overconfident."),)),
+    Family("Sparse attention", ("index/",),
+           "Good: the distance from attention falls and the recall climbs towards 1: the indexers find the keys that matter."),
     Family("Performance", ("perf/",),
            "Good: level from the first minutes on. Memory that grows, or time that goes into data, is worth a look.",
            (Spec("Where a step's time goes", (("perf/data_ms", "data"), ("perf/forward_ms", "forward"),

@@ -73,10 +73,10 @@ def carry_out(job: Job, request: Request) -> int:
     folder = RunFolder(Path(request.run_dir or Path("runs") / name))
     refuse_checkpoint(folder.root)
     has_origin = config.init_from is not None or config.branch_from is not None
-    if has_origin and any(override.startswith("model.") for override in request.overrides):
+    if has_origin and any(given.startswith("model.") and not given.startswith("model.attention") for given in request.overrides):
         logger.warning(
-            "model.* changes nothing here, because the model comes from the checkpoint that the run starts from. "
-            "(context.max_seq_len=... makes its context longer.)"
+            "model.* changes nothing here but a sparse model.attention, because the model comes from the checkpoint that the run "
+            "starts from. (context.max_seq_len=... makes its context longer.)"
         )
     if request.dry_run:
         print(describe_plan(job, config, folder, request.back_to))

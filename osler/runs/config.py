@@ -55,9 +55,9 @@ class RunConfig:
     monitor: MonitorConfig = MonitorConfig()
 
     def model_from(self, model: ModelConfig, trained_seq_len: int) -> ModelConfig:
-        """Return the shape of the model of a run that starts from ``model``, which was trained on rows of so many tokens."""
+        """Return the shape of the model of a run that starts from ``model``, trained on rows of so many tokens."""
         return model
 
     def numbers(self, model: ModelConfig | None = None) -> dict[str, str]:
-        """Return what follows from the config, for a person; ``model`` is that of the checkpoint that the run starts from."""
+        """Return what follows from the config, for a person; ``model`` is that of a run that does not begin with new weights."""
         raise NotImplementedError

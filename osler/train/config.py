@@ -6,6 +6,7 @@ laptop's CPU with the built-in clinic.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from osler.config.schema import TAGGED, Fraction, Ge, Le, NonNegativeInt, PositiveFloat, PositiveInt, Seed, config
@@ -23,15 +24,17 @@ from osler.data.config import (
     wrong_weights,
 )
 from osler.data.curriculum import Timeline, lay_out, rows_per_micro_batch
-from osler.model.config import ContextConfig, ModelConfig
+from osler.model.config import ContextConfig, ModelConfig, SparseAttentionConfig
 from osler.optim.schedule import LinearConfig, ScheduleConfig, warmup_of
 from osler.parallel.config import NoParallelConfig, ParallelConfig
 from osler.runs.config import CheckpointConfig, RunConfig
+from osler.runtime.errors import UserError
 from osler.tasks.registry import TaskConfig
 from osler.tokenizer.config import SMALLEST_VOCABULARY, BPEConfig, TokenizerConfig
 from osler.train.memory import estimated
 
 DataConfig = Annotated[TextData | PreparedData, TAGGED]
+INDEXER_SHAPE = ("index_heads", "index_head_dim")  # fields of sparse attention that its weights are made for
 # Evaluations read at most this share of the tokens that a run learns. Reading a token takes a third of the time of learning it.
 EVALUATED_SHARE = 0.2
 
@@ -80,9 +83,12 @@ class TrainConfig(RunConfig):
 
     kind: Literal["pretrain", "sft"] = "pretrain"  # pretrain learns every token, sft only what the model must answer
     seed: Seed = 0  # of the weights and of the order of the data
-    init_from: str | None = None  # run folder or checkpoint to start from; its model and tokenizer replace those given here
+    # run folder or checkpoint to start from; its model and tokenizer replace those given here, but for a sparse model.attention
+    init_from: str | None = None
     model: ModelConfig = ModelConfig()
     context: ContextConfig | None = None  # a longer context for the model of init_from; null: it stays as it is
+    # all weights, or the indexers of sparse attention alone: they warm up on dense attention before they choose its keys
+    trains: Literal["all", "indexers"] = "all"
     tokenizer: TokenizerConfig = BPEConfig()
     # a model to learn from besides the data; a run without init_from, shards and tokenizer.path takes its tokenizer; null: none
     teacher: TeacherConfig | None = None
@@ -163,8 +169,16 @@ class TrainConfig(RunConfig):
                 raise ValueError(f"data.disk_budget_gb deletes shards that training has done with, which needs {needed}")
         elif self.validation:
             raise ValueError(f"{self.data.path} has its validation sets; give others to `osler data prepare` as validation=[...]")
-        if self.teacher and self.parallel.type == "deepspeed":
-            raise ValueError("a teacher was never tried with parallel.type=deepspeed: use parallel.type=ddp or fsdp")
+        is_sparse = isinstance(self.model.attention, SparseAttentionConfig)
+        untried = "a teacher" if self.teacher else "sparse attention" if is_sparse or self.trains == "indexers" else ""
+        if untried and self.parallel.type == "deepspeed":
+            raise ValueError(f"{untried} was never tried with parallel.type=deepspeed: use parallel.type=ddp or fsdp")
+        if self.trains == "indexers" and self.init_from is None and self.branch_from is None:
+            raise ValueError(
+                "trains=indexers teaches indexers what the attention of a trained model looks at: give that model with init_from"
+            )
+        if self.trains == "indexers" and self.teacher:
+            raise ValueError("trains=indexers leaves the model as it is, so a teacher has nothing to teach: leave teacher out")
         if self.precision == "pure-bf16" and self.optim.type != "adamw":
             raise ValueError(
                 f"precision=pure-bf16 rounds inside its own AdamW; with optim.type={self.optim.type} use precision=bf16"
@@ -227,7 +241,32 @@ class TrainConfig(RunConfig):
         return tokens if self.max_minutes is None else f"{self.max_minutes:g} minutes (at most {tokens})"
 
     def model_from(self, model: ModelConfig, trained_seq_len: int) -> ModelConfig:
-        return model if self.context is None else self.context.extend(model, trained_seq_len)
+        return self._with_attention(model if self.context is None else self.context.extend(model, trained_seq_len))
+
+    def _with_attention(self, start: ModelConfig) -> ModelConfig:
+        """Return the model of a run that begins with the weights of ``start``, with the sparse attention given here, if any."""
+        given, there = self.model.attention, start.attention
+        if not isinstance(given, SparseAttentionConfig):
+            given = there
+        if not isinstance(given, SparseAttentionConfig):
+            if self.trains == "indexers":
+                raise UserError(
+                    "trains=indexers needs a sparse model, and the one to start from is dense: set model.attention.type=sparse."
+                )
+            return start
+        if not isinstance(there, SparseAttentionConfig):
+            if self.trains == "all":
+                raise UserError(
+                    "model.attention is sparse, and the model to start from has no indexers. New ones would choose keys by "
+                    "chance, so they warm up first: make a run with trains=indexers optim.lr=1e-3, then start from that run."
+                )
+        elif any(getattr(given, name) != getattr(there, name) for name in INDEXER_SHAPE):
+            sizes = " and ".join(f"{name} {getattr(there, name)}" for name in INDEXER_SHAPE)
+            raise UserError(f"The indexers of the model to start from have {sizes}: set the same in model.attention.")
+        try:
+            return replace(start, attention=given)
+        except ValueError as error:
+            raise UserError(f"The model to start from cannot have this model.attention: {error}.") from error
 
     def training_flops(self, model: ModelConfig) -> int:
         """FLOPs of the whole run on this model, each stage at its own row length."""

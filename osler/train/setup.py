@@ -29,6 +29,7 @@ from osler.data.shards import SHARD_TOKENS, token_dtype
 from osler.data.sources import at_known_commits, open_corpora, train_tokenizer
 from osler.inference.load import described_model, tokenizer_of, trained_seq_len_of
 from osler.model.config import ModelConfig
+from osler.model.init import init_indexers, is_of_indexer
 from osler.model.transformer import Transformer
 from osler.parallel.config import DeepSpeedConfig, FsdpConfig
 from osler.parallel.deepspeed import read_settings
@@ -38,7 +39,7 @@ from osler.runs.process import Machine
 from osler.runs.resume import config_in
 from osler.runtime.device import pick_device
 from osler.runtime.errors import UserError
-from osler.runtime.sharded import load_whole
+from osler.runtime.sharded import load_whole, whole
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.round_trip import Losses, refuse_missing_bytes
 from osler.train.config import TrainConfig
@@ -113,6 +114,11 @@ def check_disk_budget(config: TrainConfig) -> None:
 def check_branch(config: TrainConfig, start: store.Loaded) -> None:
     """Raise UserError when a run with this config cannot take over steps and rows from a checkpoint of another run."""
     there = decode(TrainConfig, config_in(start), source=str(start.path))
+    if config.trains != there.trains:
+        raise UserError(
+            f"trains is {config.trains} here and {there.trains} in {start.path}, whose optimizer holds the state of other "
+            f"weights: start a new run with init_from={start.path}."
+        )
     tokens, seen = config.timeline.tokens_before(start.step), start.state["tokens"]
     until = f"leave them as they were there; a curriculum may change them after a first stage with until_tokens={seen}"
     if tokens != seen:
@@ -162,7 +168,12 @@ def make_model(
     shape, tokenizer = (config.model, None) if source is None else (described_model(source), tokenizer_of(source))
     trained_seq_len = config.timeline.spans[0].seq_len if source is None else trained_seq_len_of(source)
     if source is not None and checkpoint is None:
-        shape = config.model_from(shape, trained_seq_len)
+        there, shape = shape, config.model_from(shape, trained_seq_len)
+        if shape.attention.type != there.attention.type:
+            logger.info(
+                f"{source.path} has no indexers. New ones are drawn, and this run teaches them what attention looks at; all "
+                "other weights stay as they are."
+            )
     if source is not None and config.seq_len > shape.max_seq_len:
         raise UserError(
             f"seq_len {config.seq_len} is longer than the {shape.max_seq_len} tokens (max_seq_len) that the model in "
@@ -172,12 +183,16 @@ def make_model(
     with torch.device("meta" if is_cut_first else "cpu"):
         model = Transformer(shape, compute_dtype=machine.dtype)
     model.trained_seq_len = trained_seq_len
+    if config.trains == "indexers":
+        model.warm_up_indexers()
 
     def fill() -> None:
         if source is None:
             model.init_weights(config.seed)
         elif checkpoint is None:
-            load_whole(model, source.tensors["model"])
+            init_indexers(model, shape, config.seed)  # for a start that has none
+            drawn = {name: whole(weight) for name, weight in model.state_dict().items() if is_of_indexer(name)}
+            load_whole(model, {**drawn, **source.tensors["model"]})
 
     if is_cut_first:
         return model, tokenizer, fill

@@ -26,6 +26,7 @@ from osler.data.loader import Batch, Loader
 from osler.data.shard_set import fingerprint_of, is_partial
 from osler.data.stream import untended, wait_for_batches
 from osler.model.config import SparseAttentionConfig
+from osler.model.init import is_of_indexer
 from osler.model.sparse_attention import MEASURED
 from osler.model.transformer import nan_gradient_unless_finite
 from osler.monitor.collect import has_learned, step_stats
@@ -39,6 +40,8 @@ from osler.runs.resume import warn_of_endless_warmup
 from osler.train.config import TrainConfig
 from osler.train.teacher import Teacher
 
+# metric, its word in the progress bar, its format
+SHOWN = (("train/loss", "loss", ".3f"), ("index/recall", "recall", ".3f"), ("perf/tokens_per_second", "tokens/s", ",.0f"))
 PLANNED_SHARE = 0.97  # share of the minutes that training takes; the rest is for the last checkpoint and evaluation
 
 
@@ -55,6 +58,11 @@ class StepResult(NamedTuple):
     grad_norm: Tensor
     skipped: Tensor
     parts: Tensor
+
+    @property
+    def row(self) -> Tensor:
+        """All of them in one vector."""
+        return torch.cat([torch.stack(self[:3]), self.parts])
 
 
 class TrainStep:
@@ -77,7 +85,9 @@ class TrainStep:
         ``around_update`` returns a context for the update, while the gradients exist. It is given a function that returns the
         rows of the batch.
         """
-        self.parameters = [parameter for parameter in learner.model.parameters() if parameter.requires_grad]
+        trained = {name: parameter for name, parameter in learner.model.named_parameters() if parameter.requires_grad}
+        self.indexer = [parameter for name, parameter in trained.items() if is_of_indexer(name)]
+        self.parameters = [parameter for name, parameter in trained.items() if not is_of_indexer(name)]
         self.optimizer, self.engine, self.device = learner.optimizer, learner.engine, learner.device
         self.micro_batch_tokens = micro_batch_tokens
         self.document_mask, self.teacher = document_mask, teacher
@@ -107,7 +117,8 @@ class TrainStep:
             totals = totals + losses.detach()
             self.mark("backward")
         with self.around_update(lambda: ProbeRows(batch.ids, batch.labels, batch.document_ids if self.document_mask else None)):
-            norm_and_skipped = self.engine.update(self.optimizer, self.parameters)
+            # The gradients of model and indexer have nothing to do with each other, so neither may shrink the other's step.
+            norm_and_skipped = self.engine.update(self.optimizer, self.parameters, self.indexer)
         self.mark("optimizer")
         return StepResult(torch.where(found_tokens > 0, totals[0], math.nan), *norm_and_skipped, totals[1:-1])
 
@@ -175,6 +186,7 @@ class SupervisedTrainer(Trainer):
             super().settings(),
             warmup_tokens=warmup_of(self.config.schedule, self.total),
             vocab_size=self.learner.model.config.vocab_size,
+            is_frozen=self.config.trains == "indexers",
             loader_workers=self.config.loader_workers,
         )
 
@@ -260,8 +272,7 @@ class SupervisedTrainer(Trainer):
         """Bring the results of the steps to the host. Between evaluations nothing else waits for the device."""
         if not self.on_device:
             return
-        results = [torch.cat([torch.stack(result[:3]), result.parts]) for result in self.on_device]
-        rows = self.world.all_reduce_mean(torch.stack(results)).tolist()
+        rows = self.world.all_reduce_mean(torch.stack([result.row for result in self.on_device])).tolist()
         self.on_device.clear()
         for step, (loss, grad_norm, skipped, *_) in enumerate(rows, start=self.step - len(rows) + 1):
             if has_learned(loss, grad_norm):
@@ -295,9 +306,10 @@ class SupervisedTrainer(Trainer):
         return metrics
 
     def shown(self, metrics: Mapping[str, float]) -> dict[str, str]:
-        loss, speed = metrics.get("train/loss"), metrics.get("perf/tokens_per_second")
-        shown = {"loss": "none" if loss is None else f"{loss:.3f}"}
-        return shown if speed is None else {**shown, "tokens/s": f"{speed:,.0f}"}
+        shown = {"loss": "none"}
+        for name, word, form in SHOWN:
+            shown |= {word: format(metrics[name], form)} if name in metrics else {}
+        return shown
 
     def evaluate(self) -> dict[str, float]:
         metrics = self.held_out() if self.crossed(self.config.evaluation_tokens) else {}

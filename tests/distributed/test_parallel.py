@@ -33,6 +33,11 @@ def test_a_teacher_teaches_the_same_on_two_ranks(run_cases, tiny, runs, tmp_path
     assert run_cases("distributed/teacher_runs.py", tiny.pretrain, runs.sft, tmp_path) == 2
 
 
+@pytest.mark.slow
+def test_stages_of_sparse_attention_are_the_same_on_two_ranks_and_after_a_kill_at_their_edges(run_cases, tiny, runs, tmp_path):
+    assert run_cases("distributed/sparse_runs.py", tiny.pretrain, runs.pretrain, tmp_path) == 9
+
+
 def test_muon_shared_and_sharded_is_muon_on_one_rank(run_cases, tmp_path):
     assert run_cases("distributed/muon_ranks.py", tmp_path) == 1
 

@@ -175,10 +175,14 @@ def test_a_run_that_learns_nothing_is_told_when_the_warmup_is_over_and_one_worse
     assert told(line | {LOSS: max(line[LOSS], 8.2)} for line in healthy(4)) == {}, "as a tied head starts with: variance 1"
 
 
-@pytest.mark.parametrize(("lr", "expected"), [(SETTINGS.lr, {"stalled-loss"}), (SETTINGS.lr / 20, set())])
-def test_a_plateau_is_told_before_the_run_has_doubled_and_never_when_the_rate_is_spent(lr, expected):
+@pytest.mark.parametrize(
+    ("lr", "is_frozen", "expected"),
+    [(SETTINGS.lr, False, {"stalled-loss"}), (SETTINGS.lr / 20, False, set()), (SETTINGS.lr, True, set())],
+)
+def test_a_plateau_is_told_before_the_run_has_doubled_and_never_when_it_must_be(lr, is_frozen, expected):
     flat = {n: {LOSS: 1.8 + 0.01 * ((7 * n) % 5 - 2), LR: lr} for n in range(100, 240)}
-    found = told(line | flat.get(n, {}) for n, line in enumerate(healthy(240)))
+    lines = (line | flat.get(n, {}) for n, line in enumerate(healthy(240)))
+    found = told(lines, replace(SETTINGS, is_frozen=is_frozen))
     assert found.keys() == expected and all(line < 200 for line in found.values())
 
 

@@ -21,7 +21,7 @@ SMALL = {
     "tune": {"kind": "grpo", "init_from": "teach"},
     "exam": {"kind": "exam", "of": {"tuned": "tune"}, "task": {"type": "clinic"}},
 }
-PIPELINES = ["quickstart", "usmle-2day", "textbooks/medqa", "textbooks/gsm8k", "textbooks/pubmedqa"]
+PIPELINES = ["quickstart", "usmle-2day", "sparse-long", "textbooks/medqa", "textbooks/gsm8k", "textbooks/pubmedqa"]
 QUESTION = {"question": "Which metal?", "options": dict(zip("ABCD", ("Iron", "Gold", "Tin", "Lead"), strict=True))}
 DECIDED = {"question": "Does it?", "context": {"contexts": ["One."]}, "long_answer": "Yes.", "final_decision": "yes"}
 
@@ -113,7 +113,7 @@ def test_each_stage_is_explained():
         ("teach.total_token=5", "teach.total_token: unknown key; did you mean `teach.total_tokens`?"),
         ("teach.kind=distil", "teach.kind: should be one of pretrain, sft, grpo, exam"),
         ("teach.kind=[sft]", "teach.kind: should be one of pretrain, sft, grpo, exam"),
-        ("answers={kind: sft}", "answers: a stage has a folder of its name"),
+        *((f"{name}={{kind: sft}}", f"{name}: a stage names a folder and") for name in ("answers", "stages", "warm-up", "if")),
         ("read.init_from=teach", "read refers to teach, which is not an earlier stage"),
         ("exam.of={a: exam}", "exam refers to exam, which is not an earlier stage"),
         ("late={kind: sft, init_from: exam}", "late refers to exam, which is an exam and has no checkpoint"),

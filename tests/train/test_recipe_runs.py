@@ -34,10 +34,11 @@ from tests.data.hub_server import cut, serving, times
 from tests.data.test_named import ROWS
 
 KINDS = {name: load_recipe(name).get("kind") for name in available_recipes()}
-PRETRAIN = [name for name, kind in KINDS.items() if kind == "pretrain"]
+SPARSE_LONG = ["sparse-long/dense", "sparse-long/warmup", "sparse-long/sparse"]
+PRETRAIN = [name for name, kind in KINDS.items() if kind == "pretrain" and name not in SPARSE_LONG]
 GRPO = [name for name, kind in KINDS.items() if kind == "grpo"]
 IN_STAGES = {"superbpe-curriculum": 6, "ultra-curriculum": 10, "four-stage/1-wikipedia-24gb": 4, "four-stage/all": 4}
-NAMED = [name for name in PRETRAIN if load_recipe(name)["data"]["type"] in ("hub", "mixture")]
+NAMED = [name for name in (*PRETRAIN, *SPARSE_LONG) if load_recipe(name)["data"]["type"] in ("hub", "mixture")]
 STEPS = 10
 SMALL_CLINIC = [f"data.{name}={count}" for name, count in {"passages": 60, "examples": 60, "cards": 0, "drills": 0}.items()]
 MODEL = {"num_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8}
@@ -165,6 +166,23 @@ def test_a_pretraining_recipe_passes_the_dry_run_and_runs_scaled_down(name, stan
     if stages:
         assert [line["train/stage"] for line in steps] == [number for number in range(1, stages + 1) for _ in range(2)]
         assert [line["train/seq_len"] for line in steps[::2]] == [stage.seq_len // 8 for stage in config.curriculum]
+
+
+def test_the_stages_of_sparse_attention_run_scaled_down(stand_in, tmp_path):
+    """Each of two steps: with dense attention, of the indexers alone, and with sparse attention."""
+    overrides = [f"root={stand_in.hub}", "warmup.model.attention={top_k: 16, local_window: 4}"]
+    for name in SPARSE_LONG:
+        given = [*scaled_down(decode(TrainConfig, load_recipe(name))), "data.streaming=false", "curriculum=[]"]
+        given += ["seq_len=64", "batch_tokens=256", "micro_batch_tokens=128", "total_tokens=512"]
+        given += ["schedule.warmup_tokens=256", f"tokenizer.path={stand_in.tokenizer}"]
+        overrides += [f"{name.removeprefix('sparse-long/')}.{field}" for field in given]
+    assert main(["pipeline", "sparse-long", *overrides, "--run", str(tmp_path)]) == 0
+    lines = {stage.name: logged(stage)[1] for stage in tmp_path.iterdir() if (stage / "metrics.jsonl").exists()}
+    assert {stage: math.isfinite(line.get("index/recall", math.nan)) for stage, line in lines.items()} == {
+        "dense": False, "warmup": True, "sparse": True
+    }  # fmt: skip
+    attention = load_model(tmp_path / "sparse").model.config.attention
+    assert (attention.type, attention.top_k) == ("sparse", 16)
 
 
 @pytest.mark.slow
