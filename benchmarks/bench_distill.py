@@ -1,11 +1,11 @@
 """A small model with and without a teacher at equal tokens on the clinic: held-out loss, exam, and their paired differences.
 
-    python benchmarks/bench_distill.py --teacher runs/quickstart/sft --out FILE [--seeds 0 1 2]
+    python benchmarks/bench_distill.py --teachers runs/quickstart --out FILE [--seeds 0 1 2]
 
-Of each seed one student is pretrained on text (`distill/pretrain`) and fine-tuned twice from there (`distill/sft`): on the text
-alone and beside the teacher, with the same rows in the same order. A seed is that of weights and order; all seeds share the
-teacher and the text. Both arms sit the exam of `osler eval` on the two test splits. Writes one JSON object after every seed. The
-same command goes on where it was stopped.
+Of each seed a student is pretrained on text (`distill/pretrain`) and fine-tuned from there (`distill/sft`), twice: on the tokens
+alone, and beside the quickstart's model of the same stage as its teacher, with the same rows in the same order. A seed is that of
+weights and order; all seeds share the teachers and the text. Both arms sit the exam of `osler eval` on the two test splits.
+Writes one JSON object after every seed. The same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from osler.runtime.files import RunFolder
 from osler.tasks.registry import load_clinic
 
 SPLITS = ("new_findings", "new_questions")
-ARMS = {"plain": ["teacher=null"], "distilled": []}
+ARMS = ("plain", "distilled")
+WEIGHT = "teacher.weight=0.9"
 # Student's t, two-sided 95 %, by degrees of freedom from 1 on
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -50,17 +51,18 @@ def train(command: list[str], run: Path, shards: Path) -> None:
         shards.symlink_to(run / "data")
 
 
-def one_seed(seed: int, folder: Path, teacher: Path, items: int, overrides: list[str]) -> dict[str, Any]:
-    """Train one student and its two continuations; return what became of them."""
-    student = folder / f"{seed}-pretrain"
-    tokenizer = f"tokenizer.path={teacher / 'tokenizer.json'}"
-    common = [field for field in overrides if not field.startswith("teacher.")]
-    train(["pretrain", "distill/pretrain", tokenizer, f"seed={seed}", *common], student, folder / "text")
+def one_seed(seed: int, folder: Path, teachers: Path, items: int, overrides: list[str]) -> dict[str, Any]:
+    """Train the students of both arms; return what became of them."""
+    common = [f"seed={seed}", *(field for field in overrides if not field.startswith("teacher."))]
+    weight = [WEIGHT, *(field for field in overrides if field.startswith("teacher."))]
+    tokenizer = f"tokenizer.path={teachers / 'pretrain' / 'tokenizer.json'}"
     arms, scores = {}, {}
-    for arm, fields in ARMS.items():
-        run = folder / f"{seed}-{arm}"
-        fields = fields or [f"teacher.path={teacher}", *(field for field in overrides if field.startswith("teacher."))]
-        train(["sft", "distill/sft", f"init_from={student}", f"seed={seed}", *fields, *common], run, folder / "questions")
+    for arm in ARMS:
+        student, run = folder / f"{seed}-{arm}-pretrain", folder / f"{seed}-{arm}"
+        beside = {stage: [f"teacher.path={teachers / stage}", *weight] for stage in ("pretrain", "sft")}
+        beside = beside if arm == "distilled" else {stage: ["teacher=null"] for stage in beside}
+        train(["pretrain", "distill/pretrain", tokenizer, *beside["pretrain"], *common], student, folder / "text")
+        train(["sft", "distill/sft", f"init_from={student}", *beside["sft"], *common], run, folder / "questions")
         *_, last = read_metrics(RunFolder(run).metrics, having="eval/loss")
         scores[arm] = examine(run, items)
         told = {split: {"accuracy": score.accuracy, "interval": score.interval} for split, score in scores[arm].items()}
@@ -99,7 +101,7 @@ def with_interval(values: list[float]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", type=Path, required=True, help="the quickstart's fine-tuned run")
+    parser.add_argument("--teachers", type=Path, required=True, help="the quickstart's folder")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--items", type=int, default=500, help="questions of each split (default: 500)")
     parser.add_argument("--runs", type=Path, default=Path("runs/bench-distill"), help="where runs are kept and gone on with")
@@ -108,11 +110,11 @@ def main() -> None:
     args = parser.parse_args()
     if len(set(args.seeds)) < len(args.seeds) or len(args.seeds) > len(T_95) + 1:
         parser.error(f"--seeds: give each seed once, and at most {len(T_95) + 1}")
-    taught = {split: score.accuracy for split, score in examine(args.teacher, args.items).items()}
+    taught = {split: score.accuracy for split, score in examine(args.teachers / "sft", args.items).items()}
     rows: list[dict[str, Any]] = []
     args.runs.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
-        rows.append(one_seed(seed, args.runs.absolute(), args.teacher.absolute(), args.items, args.overrides))
+        rows.append(one_seed(seed, args.runs.absolute(), args.teachers.absolute(), args.items, args.overrides))
         result = {"benchmark": "distill", "overrides": args.overrides, "teacher_accuracy": taught, **over_seeds(rows)}
         publish({**result, "seeds": rows}, args.out)
 
