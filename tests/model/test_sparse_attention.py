@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from osler.export.huggingface import dense_form, qwen3_weights
 from osler.inference.engine import InferenceEngine
 from osler.inference.recompute import generate_by_recompute
 from osler.model.config import DenseAttentionConfig, ModelConfig, SparseAttentionConfig
@@ -15,6 +16,7 @@ from osler.model.layers import Layout
 from osler.model.transformer import SummedLoss, Transformer
 from osler.ops.sampling_params import SamplingParams
 from osler.parallel.activation_checkpoint import set_recompute
+from osler.runtime.errors import UserError
 from tests.models import SHAPE, tiny_model
 
 pytestmark = pytest.mark.usefixtures("no_compiled_code")
@@ -184,6 +186,18 @@ def test_sparse_costs_fewer_flops_from_a_length_on():
     assert config.flops_per_token(length - 1) >= dense.flops_per_token(length - 1)
     costly = SparseAttentionConfig(index_heads=64, index_head_dim=128)
     assert ModelConfig(attention=costly).sparse_wins_from is None
+
+
+def test_export_is_refused_but_for_rows_in_which_the_model_is_dense():
+    model = build()
+    with pytest.raises(UserError, match="--max-tokens 12"):
+        qwen3_weights(model.config, model.state_dict())
+    short = dense_form(model.config, 12)
+    dense = Transformer(short, compute_dtype=torch.float64).to(torch.float64)
+    names = {name.removeprefix("model."): weight for name, weight in qwen3_weights(short, model.state_dict()).items()}
+    dense.load_state_dict({name: names[name] for name in dense.state_dict()})
+    assert short.max_seq_len == 12 and not any(map(is_of_indexer, names))
+    torch.testing.assert_close(dense(ids_of(2, 12)), model(ids_of(2, 12)))
 
 
 @pytest.mark.parametrize(

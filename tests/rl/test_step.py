@@ -10,12 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from osler.model.config import SparseAttentionConfig
 from osler.optim.build import build_optimizer
 from osler.optim.config import AdamWConfig
 from osler.parallel.engine import ParallelEngine
 from osler.rl.config import AlgorithmConfig
 from osler.rl.step import PolicyLoss, TrainingRow, assign_to_ranks, completion_logprobs, micro_batches, update_policy
 from osler.runs.process import Learner
+from tests.models import tiny_model
 
 
 def row(prompt, completion, *, advantage=1.0, trained=True):
@@ -89,6 +91,16 @@ def test_a_backward_pass_without_rows_of_no_advantage_is_the_same_update(make_po
     torch.testing.assert_close(fast, plain, atol=1e-6, rtol=0)
     assert fast_metrics.pop("data/padding_frac") <= plain_metrics.pop("data/padding_frac")  # passes of their own for the others
     assert fast_metrics == pytest.approx(plain_metrics, abs=1e-5)
+
+
+def test_the_index_of_a_sparse_policy_learns_from_completions_in_the_same_pass():
+    model = tiny_model(attention=SparseAttentionConfig(index_heads=2, index_head_dim=16, top_k=6, local_window=2))
+    weight = model.layers[0].self_attn.indexer.q_proj.weight
+    before = weight.detach().clone()
+    update_policy(learner_of(model), [row(20, 14, trained=False), row(12, 3, trained=False)], AlgorithmConfig(beta=0.0))
+    assert torch.equal(weight, before), "rows that are not trained teach the index nothing"
+    update_policy(learner_of(model), [row(20, 14), row(12, 3, advantage=-1.0)], AlgorithmConfig(beta=0.0))
+    assert not torch.equal(weight, before)
 
 
 @pytest.mark.parametrize(("most", "updates"), [(None, 6), (0.9, 6), (0.2, 1)])
