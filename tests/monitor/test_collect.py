@@ -23,6 +23,10 @@ OF_TEXT = {  # what only supervised training logs
     "train/unlearned_steps", "perf/tokens_per_second", "perf/data_ms", "eval/loss", "eval/train_gap", "eval/bits_per_byte",
     "eval/token_accuracy", "eval/<set>/loss", "eval/<set>/bits_per_byte", "eval/<set>/token_accuracy",
     "distill/kl",
+    "index/kl",
+    "index/recall",
+    "index/entropy",
+    "index/distance",
 }  # fmt: skip
 AREAS = ("train/", "grad/", "update/", "model/", "data/", "eval/", "perf/")
 UNREADABLE = "eval/<split>_unparsed_frac"  # the small exam of training counts right answers alone

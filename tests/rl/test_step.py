@@ -117,7 +117,7 @@ def test_updates_go_on_until_the_policy_is_farther_from_the_sampler_than_it_may_
     """The policy itself drew these rows, so it moves away from them update by update."""
     rows = [row(3, 4, advantage=advantage) for advantage in (1.0, 0.5, -0.5, -1.0)]
     with torch.no_grad():
-        logp, _, _ = completion_logprobs(make_policy(), rows, temperature=1.0)
+        logp, *_ = completion_logprobs(make_policy(), rows, temperature=1.0)
     rows = [replace(one, logprobs=drawn) for one, drawn in zip(rows, logp.tolist(), strict=True)]
     algorithm = AlgorithmConfig(beta=0.0)
     means = [moved(make_policy, rows, replace(algorithm, updates_per_batch=n))[1]["approx_kl"] for n in (1, 2, 3, 4)]
