@@ -201,8 +201,8 @@ class ContextConfig:
     """A longer context for the model that a run starts from, which the run then trains on rows of that length."""
 
     max_seq_len: Annotated[int, Ge(2)]  # tokens of context from here on
-    # what RoPE becomes: yarn slows its slow rotations, base raises rope_theta, keep leaves it as it is
-    rope: Literal["yarn", "base", "keep"] = "yarn"
+    # what RoPE becomes: keep leaves it as it is, base raises rope_theta, yarn slows its slow rotations
+    rope: Literal["keep", "base", "yarn"] = "keep"
     # of rope=base; null: the slowest rotation is slowed by as much as the rows grow, as "NTK-aware" scaling does
     rope_theta: PositiveFloat | None = None
 

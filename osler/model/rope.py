@@ -28,7 +28,7 @@ def rope_tables(
 def yarn_frequencies(frequencies: Tensor, theta: float, scaling: YarnConfig) -> Tensor:
     """Return what YaRN makes of RoPE's frequencies, [head_dim / 2]: the fast ones stay, the slow ones are divided by the factor.
 
-    Between the two they are mixed, linearly in the number of the pair. As in the authors' code, the ramp begins and ends at
+    Between the two they are mixed, linearly in the number of the pair. As in ``transformers``, the ramp begins and ends at
     whole numbers.
     """
     pairs = len(frequencies)

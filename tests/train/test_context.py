@@ -41,20 +41,20 @@ def test_another_base_slows_the_slowest_rotation_by_as_much_as_rows_grow() -> No
 
 def test_yarn_keeps_fast_rotations_slows_slow_ones_and_sharpens_attention() -> None:
     """Published behaviour (arXiv 2309.00071); tests/model compares all numbers with another implementation."""
-    longer = ContextConfig(max_seq_len=2048).extend(SHAPE, 512)
+    longer = ContextConfig(max_seq_len=2048, rope="yarn").extend(SHAPE, 512)
     assert longer.rope_scaling == YarnConfig(factor=4, original_max_seq_len=512)
     plain, yarn = (rope_tables(9, 32, 1e4, scaling) for scaling in (None, longer.rope_scaling))
     angles = [torch.atan2(sin, cos)[1, :16] for cos, sin in (plain, yarn)]
     assert (angles[0] / angles[1])[[0, 15]].tolist() == pytest.approx([1, 4], rel=1e-4)
     lengths = (yarn[0] ** 2 + yarn[1] ** 2).sqrt()
     torch.testing.assert_close(lengths, torch.full_like(lengths, 0.1 * math.log(4) + 1))
-    again = ContextConfig(max_seq_len=8192).extend(longer, 2048)
+    again = ContextConfig(max_seq_len=8192, rope="yarn").extend(longer, 2048)
     assert again.rope_scaling == YarnConfig(factor=16, original_max_seq_len=512), "stretched from the rows of the beginning"
 
 
 def test_a_run_extends_the_context_of_another_and_resumes(tiny, runs, tmp_path, osler, capsys) -> None:
     command = ["pretrain", tiny.pretrain, f"init_from={runs.pretrain}", "seq_len=512", "batch_tokens=512", "total_tokens=3072"]
-    longer = [*command, "context.max_seq_len=512", "checkpoint.every_tokens=1024"]
+    longer = [*command, "context.max_seq_len=512", "context.rope=yarn", "checkpoint.every_tokens=1024"]
     assert osler(*command, "--run", tmp_path / "short") == 2
     assert "seq_len 512 is longer than the 256 tokens" in (told := capsys.readouterr().err) and "context.max_seq_len=512" in told
     assert osler(*longer, "--run", tmp_path / "plan", "--dry-run") == 0
@@ -134,7 +134,7 @@ def test_a_stage_of_a_pipeline_fits_the_context_that_it_or_an_earlier_one_extend
     short = TrainConfig(init_from="read", seq_len=512)
     with pytest.raises(UserError, match=r"seq_len 512 .* context.max_seq_len=512 extends it"):
         check_fit(short, origin)
-    longer = replace(short, context=ContextConfig(max_seq_len=512))
+    longer = replace(short, context=ContextConfig(max_seq_len=512, rope="yarn"))
     check_fit(longer, origin)
     check_fit(short, after(longer, origin))
     with pytest.raises(UserError, match="has YaRN already"):
