@@ -58,7 +58,7 @@ def index_scores(index: Index) -> Tensor:
 
 def _scores(q: Tensor, keys: Tensor, weight_BRCJ: Tensor) -> tuple[Tensor, Tensor]:
     """Return I, and the hits relu(q . k): of queries [B, R, C, J, I] with their keys, or [B, 1, 1, R * C * J, I] with all."""
-    hits = (q @ keys.transpose(-1, -2)).relu_()
+    hits = (q @ keys.transpose(-1, -2)).relu()
     return (weight_BRCJ[..., None, :] @ wide(hits).view(*weight_BRCJ.shape, -1)).squeeze(-2), hits
 
 
@@ -228,7 +228,7 @@ def _gather_backward(grad_BNTH: Tensor, grad_kl_BT: Tensor, saved: list[Tensor])
     q_BNTH, k_BKSH, v_BKSH, q_BRTJI, k_BSI, weight_BRTJ, _ = tensors
     kv_heads, choices, scale = k_BKSH.shape[1], q_BRTJI.shape[1], q_BNTH.shape[-1] ** -0.5
     wide_type, dtype = log_sum_BKTG.dtype, q_BNTH.dtype
-    grad_q, grad_q_index, grad_weight = (torch.empty_like(x) for x in (q_BNTH, q_BRTJI, weight_BRTJ))
+    grad_q, grad_q_index, grad_weight = (x.new_empty(x.shape) for x in (q_BNTH, q_BRTJI, weight_BRTJ))
     # Many queries choose the same key, so its gradient is summed in fp32.
     grad_k, grad_v, grad_k_index = (torch.zeros(x.shape, dtype=wide_type, device=x.device) for x in (k_BKSH, v_BKSH, k_BSI))
     grad_q_BKTGH, grad_BKTGH, out_BKTGH = (x.unflatten(1, (kv_heads, -1)).transpose(2, 3) for x in (grad_q, grad_BNTH, out_BNTH))
@@ -252,7 +252,7 @@ def _gather_backward(grad_BNTH: Tensor, grad_kl_BT: Tensor, saved: list[Tensor])
 
 @_gather_backward.register_fake
 def _empty_gradients(grad_BNTH: Tensor, grad_kl_BT: Tensor, saved: list[Tensor]) -> list[Tensor]:
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in saved[:6]]
+    return [x.new_empty(x.shape) for x in saved[:6]]
 
 
 def _add_rows(total: Tensor, rows: Tensor, values: Tensor) -> None:
@@ -350,7 +350,7 @@ def _nothing_measured(q_BNTH: Tensor, *_: Tensor) -> Tensor:
 @torch.library.custom_op("osler::index_all_keys_backward", mutates_args=())
 def _all_keys_backward(grad_kl_BT: Tensor, saved: list[Tensor]) -> list[Tensor]:
     _, _, q_BRTJI, k_BTI, weight_BRTJ, _ = saved
-    grad_q, grad_weight = torch.empty_like(q_BRTJI), torch.empty_like(weight_BRTJ)
+    grad_q, grad_weight = (x.new_empty(x.shape) for x in (q_BRTJI, weight_BRTJ))
     grad_k = torch.zeros(k_BTI.shape, dtype=weight_BRTJ.dtype, device=k_BTI.device)
     for part, p_BRCS, scores_BRCS, hits, is_seen_B1CS in _compared(saved):
         share_BRCS = scores_BRCS.masked_fill(~is_seen_B1CS, -torch.inf).softmax(-1)
@@ -365,7 +365,7 @@ def _all_keys_backward(grad_kl_BT: Tensor, saved: list[Tensor]) -> list[Tensor]:
 
 @_all_keys_backward.register_fake
 def _empty_index_gradients(grad_kl_BT: Tensor, saved: list[Tensor]) -> list[Tensor]:
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in saved[2:5]]
+    return [x.new_empty(x.shape) for x in saved[2:5]]
 
 
 def _all_keys_gradients(ctx: Any, grad_BTM: Tensor) -> tuple[Tensor | None, ...]:

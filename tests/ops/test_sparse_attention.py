@@ -117,3 +117,22 @@ def test_recall_is_the_attention_that_falls_on_the_chosen_keys():
     p = attention_shares(q, k, is_seen(torch.arange(T)[:, None], first_BT[:, None, :, None], T), K)
     expected = (p * (chosen[..., None] == torch.arange(T)).any(-2)).sum(-1).mean(1)
     torch.testing.assert_close(recall(q, k, index, first_BT, Choice(top_k=9, window=3)), expected)
+
+
+def test_a_compiler_is_told_the_shapes_and_strides_of_the_results():
+    """Queries come as transposed views, whose strides no result has."""
+    qkv, index, first_BT = row(K, torch.float32)
+    chosen = choose(index, first_BT, Choice(top_k=9, window=3))
+    q, k, v = (x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in qkv)
+    parts = [part.detach().transpose(1, 2).contiguous().transpose(1, 2) for part in index]
+    tensors, ops = [q, k, v, *parts, chosen], torch.ops.osler
+    out, log_sum, measured = ops.gather_attention(*tensors)
+    kl = measured[..., 0].contiguous()
+    for operator, arguments in (
+        (ops.choose, (*parts, first_BT, 9, 3)),
+        (ops.gather_attention, tensors),
+        (ops.gather_attention_backward, (out, kl, [*tensors, out, log_sum])),
+        (ops.index_all_keys, (q, k, *parts, first_BT)),
+        (ops.index_all_keys_backward, (kl, [q, k, *parts, first_BT])),
+    ):
+        torch.library.opcheck(operator.default, tuple(arguments), test_utils=("test_schema", "test_faketensor"))
