@@ -33,9 +33,10 @@ def model_of(kind: str, length: int, args: argparse.Namespace, *, heads: int | N
     from osler.model import sparse_attention
     from osler.model.config import DenseAttentionConfig, ModelConfig, SparseAttentionConfig
     from osler.model.transformer import Transformer
+    from osler.ops.sparse_attention import mask_attention
 
-    if kind != "dense":
-        sparse_attention.gathers = lambda *_: kind == "gather"  # the reference is not chosen at these lengths
+    if kind == "mask":  # no model uses the reference by itself
+        sparse_attention.gather_attention = mask_attention
     heads = heads or args.hidden_size // HEAD_DIM
     config = ModelConfig(
         num_layers=layers or args.layers,

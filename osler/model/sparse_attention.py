@@ -34,7 +34,6 @@ from osler.ops.sparse_attention import (
     index_measured,
     index_scores,
     is_seen,
-    mask_attention,
     recall,
 )
 
@@ -122,8 +121,8 @@ class SparseAttention(Attention):
             out_BNTH = attention(q_BNTH, k_BKTH, v_BKTH, mask=seen)
             measured_BTM = index_measured(q_BNTH, k_BKTH, index, first_BT) if measures else None
         else:
-            way = gather_attention if gathers(length, self.choice) else mask_attention
-            out_BNTH, measured_BTM = way(q_BNTH, k_BKTH, v_BKTH, index, choose(index, first_BT, self.choice))
+            chosen_BRTX = choose(index, first_BT, self.choice)
+            out_BNTH, measured_BTM = gather_attention(q_BNTH, k_BKTH, v_BKTH, index, chosen_BRTX)
         if not measures or measured_BTM is None:
             return self.output(out_BNTH), None
         recall_BT = recall(q_BNTH, k_BKTH, index, first_BT, self.choice)
@@ -131,11 +130,6 @@ class SparseAttention(Attention):
 
     def for_decoding(self, layer: int, norm: RMSNorm, layout: Layout) -> DecodeSparseAttention:
         return DecodeSparseAttention(self, layer, norm, layout)
-
-
-def gathers(length: int, choice: Choice) -> bool:
-    """Return whether rows of a length are attended to by ``gather_attention`` rather than ``mask_attention``."""
-    return length > 0
 
 
 class DecodeSparseAttention(DecodeAttention):

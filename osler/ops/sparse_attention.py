@@ -265,7 +265,7 @@ def _scores_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of queries, keys and weights of ``_scores``."""
     grad_weight = (wide(hits).view(*weight_BRCJ.shape, -1) @ grad_BRCX[..., None]).squeeze(-1)
-    grad_hits = (weight_BRCJ[..., None] * grad_BRCX[..., None, :]).view_as(hits).masked_fill_(hits <= 0, 0.0).to(q.dtype)
+    grad_hits = (weight_BRCJ[..., None] * grad_BRCX[..., None, :]).reshape(hits.shape).masked_fill_(hits <= 0, 0.0).to(q.dtype)
     return grad_hits @ keys, grad_hits.transpose(-1, -2) @ q, grad_weight
 
 

@@ -178,7 +178,7 @@ def update_policy(
     whose loss or gradient is not finite is skipped and counted under ``train/skipped_steps``.
     """
     engine, optimizer, world = learner.engine, learner.optimizer, learner.engine.world
-    parameters = list(learner.model.parameters())
+    parameters = learner.clipped_parameters
     batches, padding_frac = _prepare(rows, algorithm, micro_batch_tokens, learner.device, world)
     if algorithm.beta > 0.0:
         assert reference is not None
@@ -201,7 +201,7 @@ def update_policy(
             sums = add_sums(sums, part)
         history.append(sums)
         with collector.update(lambda: probe_rows(rows)) if collector else nullcontext():
-            updates.append(torch.stack(engine.update(optimizer, parameters)))
+            updates.append(torch.stack(engine.update(optimizer, *parameters)))
         mark("optimizer")
         if len(updates) < algorithm.updates_per_batch and has_moved_too_far(sums, algorithm, world):
             break

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from osler.inference.load import describing_files
 from osler.model.config import MODEL_FILE, ModelConfig
+from osler.model.init import is_of_indexer
 from osler.model.transformer import Transformer
 from osler.parallel.compile import should_compile
 from osler.parallel.config import ParallelConfig
@@ -136,3 +138,16 @@ class Learner:
     def device(self) -> torch.device:
         """The device of the parameters."""
         return next(self.model.parameters()).device
+
+    @property
+    def clipped_parameters(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The trained parameters without those of indexers, and those of indexers.
+
+        Their gradients have nothing to do with each other, so neither may shrink the other's step (``ParallelEngine.update``).
+        """
+        others: list[Tensor] = []
+        of_indexers: list[Tensor] = []
+        for name, weight in self.model.named_parameters():
+            if weight.requires_grad:
+                (of_indexers if is_of_indexer(name) else others).append(weight)
+        return others, of_indexers

@@ -26,7 +26,6 @@ from osler.data.loader import Batch, Loader
 from osler.data.shard_set import fingerprint_of, is_partial
 from osler.data.stream import untended, wait_for_batches
 from osler.model.config import SparseAttentionConfig
-from osler.model.init import is_of_indexer
 from osler.model.sparse_attention import MEASURED
 from osler.model.transformer import nan_gradient_unless_finite
 from osler.monitor.collect import has_learned, step_stats
@@ -85,9 +84,7 @@ class TrainStep:
         ``around_update`` returns a context for the update, while the gradients exist. It is given a function that returns the
         rows of the batch.
         """
-        trained = {name: parameter for name, parameter in learner.model.named_parameters() if parameter.requires_grad}
-        self.indexer = [parameter for name, parameter in trained.items() if is_of_indexer(name)]
-        self.parameters = [parameter for name, parameter in trained.items() if not is_of_indexer(name)]
+        self.parameters = learner.clipped_parameters
         self.optimizer, self.engine, self.device = learner.optimizer, learner.engine, learner.device
         self.micro_batch_tokens = micro_batch_tokens
         self.document_mask, self.teacher = document_mask, teacher
@@ -117,8 +114,7 @@ class TrainStep:
             totals = totals + losses.detach()
             self.mark("backward")
         with self.around_update(lambda: ProbeRows(batch.ids, batch.labels, batch.document_ids if self.document_mask else None)):
-            # The gradients of model and indexer have nothing to do with each other, so neither may shrink the other's step.
-            norm_and_skipped = self.engine.update(self.optimizer, self.parameters, self.indexer)
+            norm_and_skipped = self.engine.update(self.optimizer, *self.parameters)
         self.mark("optimizer")
         return StepResult(torch.where(found_tokens > 0, totals[0], math.nan), *norm_and_skipped, totals[1:-1])
 

@@ -55,8 +55,9 @@ def test_where_all_keys_are_chosen_the_model_is_the_dense_one_with_the_same_seed
 
 
 @KINDS
-def test_text_teaches_the_indexer_nothing_and_the_kl_the_model_nothing(kind):
-    model, ids = build(kind), ids_of(2, 41)
+@pytest.mark.parametrize("length", [10, 40])  # tokens of a row: all keys are chosen, or 12 of them
+def test_text_teaches_the_indexer_nothing_and_the_kl_the_model_nothing(kind, length):
+    model, ids = build(kind), ids_of(2, length + 1)
     losses = SummedLoss(model)(ids[:, :-1], ids[:, 1:], None)
     kl = model.with_index(ids[:, :-1])[1][..., 0].sum()  # type: ignore[index]
     torch.testing.assert_close(losses[-1], losses[0] + 3 * losses[1])

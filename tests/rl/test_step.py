@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from osler.model.config import SparseAttentionConfig
+from osler.model.init import is_of_indexer
 from osler.optim.build import build_optimizer
 from osler.optim.config import AdamWConfig
 from osler.parallel.engine import ParallelEngine
@@ -126,6 +127,19 @@ def test_updates_go_on_until_the_policy_is_farther_from_the_sampler_than_it_may_
     for updates, (nearer, farther) in enumerate(pairwise(found), start=2):
         limited = replace(algorithm, updates_per_batch=9, target_kl=(nearer + farther) / 2)
         assert moved(make_policy, rows, limited)[1]["opsm/updates"] == updates
+
+
+def test_the_kl_of_a_sparse_policys_index_does_not_shrink_the_step_of_the_policy():
+    """It would if all gradients were clipped together: here the index has a thousand times the gradient."""
+    algorithm, ends = AlgorithmConfig(beta=0.0), []
+    for factor in (1.0, 1000.0):
+        learner = replace(learner_of(tiny_model(attention=SparseAttentionConfig(top_k=6, local_window=2))), clip_norm=1e-3)
+        for name, parameter in learner.model.named_parameters():
+            if is_of_indexer(name):
+                parameter.register_hook(lambda gradient, factor=factor: gradient * factor)
+        update_policy(learner, [row(3, 9), row(3, 4, advantage=-1.0)], algorithm)
+        ends.append({name: weight.detach() for name, weight in learner.model.named_parameters()})
+    assert all(torch.equal(ends[0][name], weight) for name, weight in ends[1].items() if not is_of_indexer(name))
 
 
 def test_only_rows_with_something_to_learn_are_backpropagated(make_policy, monkeypatch):
