@@ -3,9 +3,12 @@
 Shapes are static, because a training step has one shape in each stage of a curriculum, and code for a known shape is faster.
 """
 
+import contextlib
 import functools
 import logging
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,6 +19,7 @@ from osler.runtime.errors import UserError
 logger = logging.getLogger(__name__)
 
 COMPILE_MIN_STEPS = 100  # compiling costs 10 to 30 seconds; shorter runs end sooner without it
+LINKING_SECONDS = 30  # the C++ compiler needs less to write a library
 COMPILED_SHAPES = 64  # of one function at most; torch's own limit is 8, and a curriculum may have more stages
 
 
@@ -64,7 +68,10 @@ def compile_works(device: torch.device) -> tuple[bool, str]:
     """Return whether ``torch.compile`` works here, and if not, why. Compiles a tiny function once, which takes seconds."""
     from torch._inductor import cpp_builder
     from torch._inductor.exc import InvalidCxxCompiler
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
     from torch._inductor.utils import fresh_cache
+
+    remove_empty_libraries(Path(cache_dir()))
 
     def tiny(x: Tensor) -> Tensor:
         return torch.tanh(x * 2.0 + 1.0).sum()
@@ -82,6 +89,19 @@ def compile_works(device: torch.device) -> tuple[bool, str]:
     if not torch.allclose(result, tiny(x), rtol=1e-4):
         return False, f"a compiled function gave {result.item()} instead of {tiny(x).item()}"
     return True, ""
+
+
+def remove_empty_libraries(cache: Path) -> None:
+    """Remove the libraries without content from torch's cache of compiled code.
+
+    A process that is killed while it links leaves one, and every later run would fail to load it. What is younger than
+    ``LINKING_SECONDS`` may be in the making by another process, and stays.
+    """
+    for library in cache.rglob("*.so"):
+        with contextlib.suppress(FileNotFoundError):  # another process does the same
+            status = library.stat()
+            if status.st_size == 0 and time.time() - status.st_mtime > LINKING_SECONDS:
+                library.unlink()
 
 
 def _first_reason(text: str) -> str:

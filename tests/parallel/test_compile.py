@@ -1,12 +1,14 @@
 """Whether compiling works is tried; many shapes are compiled, each once, and compute the same."""
 
 import functools
+import os
+import time
 
 import pytest
 import torch
 
 from osler.model.transformer import SummedLoss
-from osler.parallel.compile import compile_works
+from osler.parallel.compile import LINKING_SECONDS, compile_works, remove_empty_libraries
 from osler.parallel.config import NoParallelConfig
 from osler.parallel.parallelize import parallelize
 from osler.runtime.world import World
@@ -40,3 +42,14 @@ def test_compile_says_what_is_missing(monkeypatch):
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
     works, reason = compile_works.__wrapped__(torch.device("cpu"))
     assert not works and "no C++ compiler found: install g++" in reason
+
+
+def test_empty_libraries_of_a_killed_compilation_are_removed(tmp_path):
+    long_ago = time.time() - 2 * LINKING_SECONDS
+    for name, content, is_old in (("torn.so", b"", True), ("whole.so", b"ELF", True), ("linking.so", b"", False)):
+        (tmp_path / "ab").mkdir(exist_ok=True)
+        (tmp_path / "ab" / name).write_bytes(content)
+        if is_old:
+            os.utime(tmp_path / "ab" / name, (long_ago, long_ago))
+    remove_empty_libraries(tmp_path)
+    assert {path.name for path in (tmp_path / "ab").iterdir()} == {"whole.so", "linking.so"}
