@@ -26,7 +26,9 @@ from torch import Tensor
 
 from osler.ops.cross_entropy import wide
 
-CHUNK_ELEMENTS = 2**21  # of the largest tensor of a chunk: larger ones leave the caches of a CPU
+# Elements of the largest tensor of a chunk. On a CPU larger ones leave its caches. On a GPU, where no size was measured, small
+# ones cost more in calls than in arithmetic.
+CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
 RECENCY = 2.0**-40  # added to a score for each position: of keys without any hit the latest is chosen, the same one everywhere
 RECALL_QUERIES = 64  # queries of a row whose attention to all keys is computed, to know how much of it falls on the chosen ones
 NUM_MEASURED = 3
@@ -86,7 +88,7 @@ def choose(index: Index, first_BT: Tensor, choice: Choice) -> Tensor:
 def _choose(q_BRTJI: Tensor, k_BSI: Tensor, weight_BRTJ: Tensor, first_BT: Tensor, top_k: int, window: int) -> Tensor:
     keys, behind = k_BSI.shape[1], k_BSI.shape[1] - q_BRTJI.shape[2]
     chosen_BRTX = _no_choice(q_BRTJI, k_BSI, weight_BRTJ, first_BT, top_k, window).fill_(-1)
-    for part in _chunks(q_BRTJI.shape[2], q_BRTJI[:, :, 0, :, 0].numel() * keys):
+    for part in _chunks(q_BRTJI.shape[2], q_BRTJI[:, :, 0, :, 0].numel() * keys, k_BSI.device):
         seen = behind + part.stop  # no query of the chunk sees a later key
         scores_BRCS = index_scores(Index(q_BRTJI[:, :, part], k_BSI[:, :seen], weight_BRTJ[:, :, part]))
         place_C1 = torch.arange(behind + part.start, seen, device=k_BSI.device)[:, None]
@@ -100,8 +102,8 @@ def _no_choice(q_BRTJI: Tensor, k_BSI: Tensor, weight_BRTJ: Tensor, first_BT: Te
     return q_BRTJI.new_empty(*q_BRTJI.shape[:3], min(top_k, k_BSI.shape[1]), dtype=torch.int32)
 
 
-def _chunks(queries: int, elements_per_query: int) -> Iterator[slice]:
-    size = max(1, CHUNK_ELEMENTS // elements_per_query)
+def _chunks(queries: int, elements_per_query: int, device: torch.device) -> Iterator[slice]:
+    size = max(1, CHUNK_ELEMENTS[device.type] // elements_per_query)
     yield from (slice(start, min(start + size, queries)) for start in range(0, queries, size))
 
 
@@ -178,7 +180,7 @@ def _gathered_chunks(tensors: list[Tensor]) -> Iterator[tuple[slice, _Chunk]]:
     head_BK11 = torch.arange(0, batch * kv_heads * keys, keys, device=k_BSI.device).view(batch, kv_heads, 1, 1)
     row_B111 = torch.arange(0, batch * keys, keys, device=k_BSI.device).view(batch, 1, 1, 1)
     widest = max(kv_heads * size, choices * k_BSI.shape[-1])
-    for part in _chunks(q_BNTH.shape[2], batch * num_chosen * widest):
+    for part in _chunks(q_BNTH.shape[2], batch * num_chosen * widest, k_BSI.device):
         chosen_BRCX = chosen_BRTX[:, :, part].long()
         row_BKCX, index_row_BRCX = (chosen_BRCX.clamp_min(0) + start for start in (head_BK11, row_B111))
         yield part, _Chunk(
@@ -306,7 +308,7 @@ def _compared(tensors: list[Tensor]) -> Iterator[_Compared]:
     q_BNTH, k_BKTH, q_BRTJI, k_BTI, weight_BRTJ, first_BT = tensors
     batch, heads, queries, _ = q_BNTH.shape
     widest = batch * max(heads, q_BRTJI.shape[1] * q_BRTJI.shape[3]) * queries
-    for part in _chunks(queries, widest):
+    for part in _chunks(queries, widest, k_BTI.device):
         place_C1 = torch.arange(part.start, part.stop, device=q_BNTH.device)[:, None]
         is_seen_B1CS = is_seen(place_C1, first_BT[:, None, part, None], part.stop)
         p_BRCS = attention_shares(q_BNTH[:, :, part], k_BKTH[:, :, : part.stop], is_seen_B1CS, q_BRTJI.shape[1])

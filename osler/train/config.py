@@ -34,6 +34,7 @@ from osler.tokenizer.config import SMALLEST_VOCABULARY, BPEConfig, TokenizerConf
 from osler.train.memory import estimated
 
 DataConfig = Annotated[TextData | PreparedData, TAGGED]
+UNTRIED_WITH_DEEPSPEED = "{} was never tried with parallel.type=deepspeed: use parallel.type=ddp or fsdp"
 INDEXER_SHAPE = ("index_heads", "index_head_dim")  # fields of sparse attention that its weights are made for
 # Evaluations read at most this share of the tokens that a run learns. Reading a token takes a third of the time of learning it.
 EVALUATED_SHARE = 0.2
@@ -172,7 +173,7 @@ class TrainConfig(RunConfig):
         is_sparse = isinstance(self.model.attention, SparseAttentionConfig)
         untried = "a teacher" if self.teacher else "sparse attention" if is_sparse or self.trains == "indexers" else ""
         if untried and self.parallel.type == "deepspeed":
-            raise ValueError(f"{untried} was never tried with parallel.type=deepspeed: use parallel.type=ddp or fsdp")
+            raise ValueError(UNTRIED_WITH_DEEPSPEED.format(untried))
         if self.trains == "indexers" and self.init_from is None and self.branch_from is None:
             raise ValueError(
                 "trains=indexers teaches indexers what the attention of a trained model looks at: give that model with init_from"
@@ -241,7 +242,10 @@ class TrainConfig(RunConfig):
         return tokens if self.max_minutes is None else f"{self.max_minutes:g} minutes (at most {tokens})"
 
     def model_from(self, model: ModelConfig, trained_seq_len: int) -> ModelConfig:
-        return self._with_attention(model if self.context is None else self.context.extend(model, trained_seq_len))
+        try:
+            return self._with_attention(model if self.context is None else self.context.extend(model, trained_seq_len))
+        except ValueError as error:
+            raise UserError(f"The model to start from cannot have this model.attention and context: {error}.") from error
 
     def _with_attention(self, start: ModelConfig) -> ModelConfig:
         """Return the model of a run that begins with the weights of ``start``, with the sparse attention given here, if any."""
@@ -263,10 +267,9 @@ class TrainConfig(RunConfig):
         elif any(getattr(given, name) != getattr(there, name) for name in INDEXER_SHAPE):
             sizes = " and ".join(f"{name} {getattr(there, name)}" for name in INDEXER_SHAPE)
             raise UserError(f"The indexers of the model to start from have {sizes}: set the same in model.attention.")
-        try:
-            return replace(start, attention=given)
-        except ValueError as error:
-            raise UserError(f"The model to start from cannot have this model.attention: {error}.") from error
+        if self.parallel.type == "deepspeed":
+            raise UserError(f"The model to start from is sparse: {UNTRIED_WITH_DEEPSPEED.format('sparse attention')}.")
+        return replace(start, attention=given)
 
     def training_flops(self, model: ModelConfig) -> int:
         """FLOPs of the whole run on this model, each stage at its own row length."""

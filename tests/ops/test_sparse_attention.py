@@ -24,7 +24,7 @@ B, T, N, K, H, J = 2, 40, 4, 2, 8, 4
 
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sparse_attention, "CHUNK_ELEMENTS", 2_000)
+    monkeypatch.setitem(sparse_attention.CHUNK_ELEMENTS, "cpu", 2_000)
 
 
 def row(choices: int, dtype: torch.dtype = torch.float64) -> tuple[list[Tensor], Index, Tensor]:

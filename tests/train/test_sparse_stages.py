@@ -11,12 +11,14 @@ from run_folders import STOPPED, assert_same_run, logged
 from osler.checkpoint import store
 from osler.config.schema import decode
 from osler.inference.load import described_model, load_model
+from osler.model.config import ContextConfig, ModelConfig, SparseAttentionConfig
 from osler.model.init import is_of_indexer
 from osler.model.sparse_attention import MEASURED
 from osler.optim.build import build_optimizer
 from osler.parallel.config import DeepSpeedConfig, NoParallelConfig
 from osler.parallel.parallelize import parallelize
 from osler.runs.process import Learner
+from osler.runtime.errors import UserError
 from osler.runtime.faults import InjectedError
 from osler.runtime.world import World
 from osler.train.batches import make_loader
@@ -189,3 +191,11 @@ def test_another_choice_of_keys_may_be_made_of_the_same_indexers(tiny, stages, o
 def test_deepspeed_knows_no_sparse_attention():
     with pytest.raises(ValueError, match=r"sparse attention was never tried with .* use parallel\.type=ddp or fsdp"):
         TrainConfig(trains="indexers", init_from="run", parallel=DeepSpeedConfig())
+    with pytest.raises(UserError, match="The model to start from is sparse: sparse attention was never tried"):
+        TrainConfig(init_from="run", parallel=DeepSpeedConfig()).model_from(ModelConfig(attention=SparseAttentionConfig()), 128)
+
+
+def test_a_context_shorter_than_top_k_is_refused():
+    config = TrainConfig(init_from="run", context=ContextConfig(max_seq_len=200))
+    with pytest.raises(UserError, match=r"cannot have this .* context: attention\.top_k 256 exceeds max_seq_len 200"):
+        config.model_from(ModelConfig(attention=SparseAttentionConfig()), 128)
