@@ -59,7 +59,7 @@ RECIPE: dict[str, Any] = {
 SPARSE = {"type": "sparse", "top_k": TOP_K}
 SHORT_TOKENS = 240 * BATCH_TOKENS  # of the first stage, in rows of 256 tokens
 BRANCH = {
-    "total_tokens": 25 * BATCH_TOKENS, "optim": {"lr": 1.0e-3}, "schedule": {"type": "linear", "warmup_tokens": 4 * BATCH_TOKENS},
+    "total_tokens": 40 * BATCH_TOKENS, "optim": {"lr": 1.0e-3}, "schedule": {"type": "linear", "warmup_tokens": 4 * BATCH_TOKENS},
 }  # fmt: skip
 STAGES: dict[str, dict[str, Any]] = {
     "dense": {
@@ -68,7 +68,7 @@ STAGES: dict[str, dict[str, Any]] = {
     },
     "warmup": {  # one row a step
         "init_from": "dense", "trains": "indexers", "model": RECIPE["model"] | {"attention": SPARSE}, "batch_tokens": SEQ_LEN,
-        "total_tokens": 120 * SEQ_LEN, "optim": {"lr": 1.0e-3}, "schedule": {"type": "constant", "warmup_tokens": 5 * SEQ_LEN},
+        "total_tokens": 400 * SEQ_LEN, "optim": {"lr": 1.0e-3}, "schedule": {"type": "constant", "warmup_tokens": 5 * SEQ_LEN},
     },
     "sparse": {"init_from": "warmup", **BRANCH},
     "dense-on": {"init_from": "dense", **BRANCH},
