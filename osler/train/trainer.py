@@ -208,7 +208,8 @@ class SupervisedTrainer(Trainer):
         # A step that compiles says nothing about the speed or the time left.
         stage, model = self.timeline.at_step(self.step - 1), self.learner.model
         if self.step in (self.first_step, stage.first_step + 1):
-            model.trained_seq_len = max(model.trained_seq_len, stage.seq_len)
+            if self.config.trains == "all":  # frozen weights learn nothing of longer rows
+                model.trained_seq_len = max(model.trained_seq_len, stage.seq_len)
             self.since = self.tokens, time.monotonic()
             self.collector.restart_clock()
         self._watch_clock()

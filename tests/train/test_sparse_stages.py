@@ -26,6 +26,7 @@ from osler.train.config import TrainConfig
 from osler.train.trainer import TrainStep
 
 SPARSE = "model.attention={type: sparse, top_k: 8, local_window: 2, index_heads: 2, index_head_dim: 8}"
+LONGER = "seq_len=128"  # than the rows of the dense run
 WARMUP = ["trains=indexers", SPARSE, "optim.lr=1e-2", "schedule.type=constant"]
 
 
@@ -40,8 +41,8 @@ def stages(tiny, runs, tmp_path_factory) -> SimpleNamespace:
 
     root = tmp_path_factory.mktemp("stages")
     warmup, sparse = root / "warmup", root / "sparse"
-    assert main(["pretrain", tiny.pretrain, f"init_from={runs.pretrain}", *WARMUP, "--run", str(warmup)]) == 0
-    assert main(["pretrain", tiny.pretrain, f"init_from={warmup}", "--run", str(sparse)]) == 0
+    assert main(["pretrain", tiny.pretrain, f"init_from={runs.pretrain}", *WARMUP, LONGER, "--run", str(warmup)]) == 0
+    assert main(["pretrain", tiny.pretrain, f"init_from={warmup}", LONGER, "--run", str(sparse)]) == 0
     return SimpleNamespace(dense=runs.pretrain, warmup=warmup, sparse=sparse)
 
 
@@ -57,6 +58,8 @@ def test_the_warm_up_moves_the_indexers_and_nothing_else_by_a_bit(stages):
     assert {name for group in warm.state["optimizer"]["groups"] for name in group["params"]} == new, "frozen weights, too"
     assert {name.rpartition("/")[0] for name in warm.tensors["optimizer"]} == new, "moments of frozen weights"
     assert not any(torch.equal(end[name], weight) for name, weight in after.items()), "the last stage trains all"
+    lengths = [load_model(run).model.trained_seq_len for run in (stages.dense, stages.warmup, stages.sparse)]
+    assert lengths == [64, 64, 128], "frozen weights do not learn longer rows"
     assert {name.rpartition("/")[0] for name in sparse.tensors["optimizer"]} == after.keys()
     assert described_model(sparse).attention == described_model(warm).attention, "taken over from where it starts"
 
@@ -129,7 +132,7 @@ def test_no_optimizer_touches_what_is_frozen(optim, tiny, stages, osler, tmp_pat
 @pytest.mark.parametrize("stage", ["warmup", "sparse"])
 def test_an_interrupted_stage_ends_as_without_the_interruption(stage, stages, tiny, osler, tmp_path):
     start = [f"init_from={stages.dense}", *WARMUP] if stage == "warmup" else [f"init_from={stages.warmup}"]
-    command = ["pretrain", tiny.pretrain, *start, "--run", tmp_path / "run"]
+    command = ["pretrain", tiny.pretrain, *start, LONGER, "--run", tmp_path / "run"]
     assert osler(*command, fault="train-step:sigterm:7") == STOPPED
     assert osler(*command) == 0
     assert_same_run(tmp_path / "run", getattr(stages, stage))
