@@ -28,6 +28,7 @@ def benchmark_module(monkeypatch):
     return importlib.import_module
 
 
+@pytest.mark.slow
 def test_bench_times_a_recipe(capsys):
     assert main(["bench", *TINY, "--steps", "2"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -49,6 +50,7 @@ def test_peers_take_turns_and_are_compared_round_by_round(benchmark_module):
     assert result["osler_over_hf"]["median"] == pytest.approx(ours["tokens_per_second"] / theirs["tokens_per_second"])
 
 
+@pytest.mark.slow
 def test_the_peer_is_the_same_model_with_the_same_loss(benchmark_module):
     """With the same weights Hugging Face's model gives the same summed loss, so what is timed is the same work."""
     config = decode(TrainConfig, override({}, [*TINY, "model.norm_weight=false", "model.head_init=normal"]))

@@ -41,10 +41,10 @@ class SparseAttentionConfig:
             raise ValueError(
                 f"index_head_dim {self.index_head_dim} is not a multiple of 4; RoPE rotates pairs in half of an index head"
             )
-        if self.local_window >= self.top_k:
+        if self.local_window > self.top_k - 2:
             raise ValueError(
                 f"local_window {self.local_window} leaves nothing of top_k {self.top_k} to choose, because the window and the "
-                f"first token of a document are always kept; set local_window to {self.top_k - 1} at most, or a larger top_k"
+                f"first token of a document are always kept; set local_window to {self.top_k - 2} at most, or a larger top_k"
             )
 
     def parameters(self, hidden_size: int) -> int:
@@ -213,7 +213,7 @@ class ContextConfig:
     def extend(self, model: ModelConfig, trained_seq_len: int) -> ModelConfig:
         """Return the shape of ``model`` with the longer context; it was trained on rows of ``trained_seq_len`` tokens.
 
-        Raises UserError when the context is not longer, or when another base is asked of a model that has YaRN.
+        Raises UserError when the context or the base is not larger, or when another base is asked of a model that has YaRN.
         """
         if self.max_seq_len <= trained_seq_len:
             raise UserError(
@@ -222,6 +222,11 @@ class ContextConfig:
             )
         if self.rope == "base" and model.rope_scaling is not None:
             raise UserError("The model has YaRN already, which another rope_theta would change: use context.rope=yarn or keep.")
+        if self.rope_theta is not None and self.rope_theta <= model.rope_theta:
+            raise UserError(
+                f"context.rope_theta {self.rope_theta:g} is not larger than the {model.rope_theta:g} of the model, so it would "
+                "make rotations faster: set a larger one, or leave it out."
+            )
         longer, factor = replace(model, max_seq_len=self.max_seq_len), self.max_seq_len / trained_seq_len
         if self.rope == "base":
             slowed = model.rope_theta * factor ** (model.head_dim / max(model.head_dim - 2, 1))

@@ -122,7 +122,9 @@ def origin_of(pipeline: PipelineConfig, text: str, run: RunFolder) -> Origin:
 
 def after(stage: TrainConfig | GrpoConfig, origin: Origin) -> Origin:
     """Return what a later stage starts from when ``stage`` has trained the model of ``origin``."""
-    trained = max(origin.trained_seq_len, stage.seq_len) if isinstance(stage, TrainConfig) else origin.trained_seq_len
+    trained = origin.trained_seq_len
+    if isinstance(stage, TrainConfig) and stage.trains == "all":
+        trained = max(trained, stage.seq_len)
     return origin._replace(model=stage.model_from(origin.model, origin.trained_seq_len), trained_seq_len=trained)
 
 
@@ -130,8 +132,7 @@ def check_fit(stage: Any, origin: Origin) -> None:
     """Raise UserError when a stage asks for more than its model will have room for, or for another model or tokenizer."""
     room = f"the {origin.model.max_seq_len} tokens (max_seq_len) of the model of {origin.place}"
     if isinstance(stage, TrainConfig):
-        if stage.seq_len > after(stage, origin).model.max_seq_len:
-            raise UserError(f"seq_len {stage.seq_len} is longer than {room}: context.max_seq_len={stage.seq_len} extends it.")
+        after(stage, origin)
         if isinstance(stage.data, PreparedData):
             shards = tokenizer_of_shards(stage.data.path, stage.tokenizer.path)
             if shards.fingerprint != origin.tokenizer:

@@ -116,7 +116,7 @@ FAMILIES: tuple[Family, ...] = (  # a metric is in the first family whose prefix
     Family("Data", ("data/",),
            "Good: the share consumed of each source matches its target, and no source is read many times over."),
     Family("Reinforcement learning", ("reward", "frac_reward", "rewards/", "loss", "kl", "entropy", "clip_ratio/", "completions/",
-            "sampling/", "opsm/", "groups/", "filters/", "answer/", "tasks/"),
+            "sampling/", "opsm/", "groups/", "filters/", "answer/", "tasks/", "approx_kl"),
            "Good: rewards climb while the distance from the reference stays small and answers stay varied."),
 )  # fmt: skip
 OTHER = Family("Other", (), "Metrics that the table does not know; the run that logged them does.")

@@ -84,9 +84,13 @@ class Ruler:
 
         fewest = tokens(FEWEST_VISITS)
         if length < fewest:
+            enough, room = SHORTEST << (fewest // SHORTEST).bit_length(), self.context.room
+            remedy = f"Ask for more, such as lengths=[{min(enough, room)}]."
+            if fewest > room:
+                remedy = f"The model reads {room:,}, so it has to learn longer rows first (context.max_seq_len of a run)."
             raise UserError(
                 f"{key}: lengths has {length:,}, which is too short: {self.case.id} takes {fewest:,} tokens with a history of "
-                f"{FEWEST_VISITS + 1} visits. Ask for more, such as lengths=[{SHORTEST << (fewest // SHORTEST).bit_length()}]."
+                f"{FEWEST_VISITS + 1} visits. {remedy}"
             )
         # The sums are exact unless a token spans two sentences, as with superwords.
         count = max(FEWEST_VISITS, bisect_right(self.ends, length - fewest + self.ends[FEWEST_VISITS]) - 1)

@@ -243,9 +243,19 @@ class TrainConfig(RunConfig):
 
     def model_from(self, model: ModelConfig, trained_seq_len: int) -> ModelConfig:
         try:
-            return self._with_attention(model if self.context is None else self.context.extend(model, trained_seq_len))
+            model = self._with_attention(model if self.context is None else self.context.extend(model, trained_seq_len))
         except ValueError as error:
             raise UserError(f"The model to start from cannot have this model.attention and context: {error}.") from error
+        self.check_rows(model)
+        return model
+
+    def check_rows(self, model: ModelConfig) -> None:
+        """Raise UserError if the rows are longer than ``model``, which this run starts from, reads."""
+        if self.seq_len > model.max_seq_len:
+            raise UserError(
+                f"seq_len {self.seq_len} is longer than the {model.max_seq_len} tokens (max_seq_len) that the model to start "
+                f"from reads: context.max_seq_len={self.seq_len} extends it in a new run with init_from."
+            )
 
     def _with_attention(self, start: ModelConfig) -> ModelConfig:
         """Return the model of a run that begins with the weights of ``start``, with the sparse attention given here, if any."""

@@ -174,11 +174,8 @@ def make_model(
                 f"{source.path} has no indexers. New ones are drawn, and this run teaches them what attention looks at; all "
                 "other weights stay as they are."
             )
-    if source is not None and config.seq_len > shape.max_seq_len:
-        raise UserError(
-            f"seq_len {config.seq_len} is longer than the {shape.max_seq_len} tokens (max_seq_len) that the model in "
-            f"{source.path} allows: set context.max_seq_len={config.seq_len} to extend it in a new run with init_from."
-        )
+    if checkpoint is not None:
+        config.check_rows(shape)
     is_cut_first = processes > 1 and isinstance(config.parallel, FsdpConfig)
     with torch.device("meta" if is_cut_first else "cpu"):
         model = Transformer(shape, compute_dtype=machine.dtype)

@@ -116,6 +116,7 @@ def test_an_unknown_split_is_refused() -> None:
         exam(0, "test", 10)
 
 
+@pytest.mark.slow
 def test_whole_samples_fit_a_row() -> None:
     """With an own vocabulary of 2,048 a whole sample fits a row of 128 tokens, 99.9 % of them 120."""
     passages, items = list(textbook(0, 6000)), list(map(exam_item, exam(0, "train", 6000)))

@@ -528,6 +528,7 @@ def test_a_source_that_changes_while_it_is_prepared_is_named(tmp_path: Path, not
         prepare(corpus, tokenizer, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_after_a_kill_anywhere_the_bytes_are_the_same_and_no_shard_is_written_twice(run_cases, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     assert run_cases("data/killed_preparations.py", tmp_path) > 20
 

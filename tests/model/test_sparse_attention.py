@@ -113,6 +113,7 @@ def test_warm_up_trains_the_indexer_alone_until_it_finds_what_is_attended_to():
     assert not model.eager_copy(model.state_dict()).layers[0].self_attn.warms_up
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["off", "selective", "full"])
 def test_recomputed_and_compiled_gradients_are_the_same(mode):
     ids, documents = ids_of(2, 41), torch.arange(40).expand(2, -1) // 30
@@ -203,7 +204,7 @@ def test_export_is_refused_but_for_rows_in_which_the_model_is_dense():
     ("attention", "message"),
     [
         ({"top_k": 65}, "top_k 65 exceeds max_seq_len 64"),
-        ({"top_k": 8, "local_window": 8}, "set local_window to 7 at most"),
+        ({"top_k": 8, "local_window": 7}, "set local_window to 6 at most"),
         ({"index_head_dim": 18, "top_k": 40}, "index_head_dim 18 is not a multiple of 4"),
         ({"index_heads": 3, "top_k": 40, "selection": "per_kv_group"}, "shares 3 index_heads evenly among 2 num_kv_heads"),
     ],

@@ -36,6 +36,8 @@ def test_another_base_slows_the_slowest_rotation_by_as_much_as_rows_grow() -> No
     slowest = [shape.rope_theta ** -(30 / 32) for shape in (SHAPE, longer)]
     assert longer.max_seq_len == 2048 and slowest[0] / slowest[1] == pytest.approx(4)
     assert ContextConfig(max_seq_len=2048, rope="base", rope_theta=5e5).extend(SHAPE, 512).rope_theta == 5e5
+    with pytest.raises(UserError, match="rope_theta 100 is not larger than the 10000 of the model"):
+        ContextConfig(max_seq_len=2048, rope="base", rope_theta=100.0).extend(SHAPE, 512)
     assert ContextConfig(max_seq_len=2048, rope="keep").extend(SHAPE, 512) == replace(SHAPE, max_seq_len=2048)
 
 
@@ -55,8 +57,10 @@ def test_yarn_keeps_fast_rotations_slows_slow_ones_and_sharpens_attention() -> N
 def test_a_run_extends_the_context_of_another_and_resumes(tiny, runs, tmp_path, osler, capsys) -> None:
     command = ["pretrain", tiny.pretrain, f"init_from={runs.pretrain}", "seq_len=512", "batch_tokens=512", "total_tokens=3072"]
     longer = [*command, "context.max_seq_len=512", "context.rope=yarn", "checkpoint.every_tokens=1024"]
-    assert osler(*command, "--run", tmp_path / "short") == 2
-    assert "seq_len 512 is longer than the 256 tokens" in (told := capsys.readouterr().err) and "context.max_seq_len=512" in told
+    for only in ([], ["--dry-run"]):
+        assert osler(*command, "--run", tmp_path / "short", *only) == 2
+        told = capsys.readouterr().err
+        assert "seq_len 512 is longer than the 256 tokens" in told and "context.max_seq_len=512" in told
     assert osler(*longer, "--run", tmp_path / "plan", "--dry-run") == 0
     assert "max_seq_len 512" in capsys.readouterr().out
     assert osler(*longer, "--run", tmp_path / "whole") == 0
@@ -132,7 +136,7 @@ def test_a_context_that_cannot_be_is_refused(case) -> None:
 def test_a_stage_of_a_pipeline_fits_the_context_that_it_or_an_earlier_one_extends() -> None:
     origin = Origin("the stage read", replace(SHAPE, max_seq_len=128), 128, None, "")
     short = TrainConfig(init_from="read", seq_len=512)
-    with pytest.raises(UserError, match=r"seq_len 512 .* context.max_seq_len=512 extends it"):
+    with pytest.raises(UserError, match=r"seq_len 512 is longer than the 128 .* context.max_seq_len=512 extends it"):
         check_fit(short, origin)
     longer = replace(short, context=ContextConfig(max_seq_len=512, rope="yarn"))
     check_fit(longer, origin)

@@ -138,6 +138,7 @@ def test_an_interrupted_stage_ends_as_without_the_interruption(stage, stages, ti
     assert_same_run(tmp_path / "run", getattr(stages, stage))
 
 
+@pytest.mark.slow
 def test_a_pipeline_of_the_stages_goes_on_at_their_edges(tiny, stages, osler, tmp_path, capsys):
     """It crashes in the last evaluation of the warm-up, which is saved by then, and is stopped in the first sparse step."""
     dense = json.loads(Path(tiny.pretrain).read_text())
