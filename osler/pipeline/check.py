@@ -130,7 +130,6 @@ def after(stage: TrainConfig | GrpoConfig, origin: Origin) -> Origin:
 
 def check_fit(stage: Any, origin: Origin) -> None:
     """Raise UserError when a stage asks for more than its model will have room for, or for another model or tokenizer."""
-    room = f"the {origin.model.max_seq_len} tokens (max_seq_len) of the model of {origin.place}"
     if isinstance(stage, TrainConfig):
         after(stage, origin)
         if isinstance(stage.data, PreparedData):
@@ -150,7 +149,10 @@ def check_fit(stage: Any, origin: Origin) -> None:
         return
     new_tokens = stage.max_new_tokens if isinstance(stage, ExamStage) else stage.algorithm.max_new_tokens
     if new_tokens >= origin.model.max_seq_len:
-        raise UserError(f"max_new_tokens {new_tokens} leaves no room for a question in {room}.")
+        raise UserError(
+            f"max_new_tokens {new_tokens} leaves no room for a question in the {origin.model.max_seq_len} tokens (max_seq_len) "
+            f"of the model of {origin.place}."
+        )
 
 
 def tell_of_reasoning(pipeline: PipelineConfig, name: str, stage: GrpoConfig) -> None:

@@ -138,7 +138,7 @@ def test_a_mistake_in_a_recipe_is_told(fields, told):
             "teach.init_from=gone@best",
             "gone@best is no earlier stage; known: read. And no run or checkpoint either: gone@best is no",
         ),
-        ("teach.seq_len=4096", "stage teach: seq_len 4096 is longer than the 2048 tokens (max_seq_len) of the model"),
+        ("teach.seq_len=4096", "stage teach: seq_len 4096 is longer than the 2048 tokens (max_seq_len) that the model"),
         ("teach.model.num_layers=9", "stage teach: model differs from that of the stage read, which this stage goes on from"),
         ("teach.tokenizer.vocab_size=300", "stage teach: tokenizer differs from that of the stage read"),
         ("tune.algorithm.max_new_tokens=2048", "stage tune: max_new_tokens 2048 leaves no room for a question"),
