@@ -60,13 +60,13 @@ def open_clinic(data: ClinicData, key: str) -> Corpus:
         texts = [Document(text=text, where="clinic textbook") for text in textbook(seed, passages)]
         return [*texts, *(_worked_example(item, data.reasoning) for item in examples)]
 
-    train = documents(data.seed, data.passages, load_clinic(split="train", limit=data.examples, seed=data.seed))
-    train += [Document(text=text, where="clinic cards") for text in cards(data.seed, data.cards)]
-    train += documents(data.seed, 0, map(exam_item, drills(data.seed, data.drills)))
+    learned = documents(data.seed, data.passages, load_clinic(split="train", limit=data.examples, seed=data.seed))
+    learned += [Document(text=text, where="clinic cards") for text in cards(data.seed, data.cards)]
+    learned += documents(data.seed, 0, map(exam_item, drills(data.seed, data.drills)))
     seed = data.seed + VALIDATION_SEED_SHIFT
     items = load_clinic(split="validation", limit=data.validation_examples, seed=seed)
     validation = documents(seed, data.validation_passages, items)
-    return in_memory(train, in_memory(validation, seed=data.seed) if validation else None, 0.0, data.seed)
+    return in_memory(learned, in_memory(validation, seed=data.seed) if validation else None, 0.0, data.seed)
 
 
 def _worked_example(item: ExamItem, reasoning: bool) -> Document:
@@ -151,7 +151,7 @@ def _keyed(data: TextData, validation: Sources | None = None) -> Iterator[tuple[
 
 
 def check_present(data: TextData, validation: Sources, out: Path, consent: str) -> None:
-    """Raise UserError when sources that are still there differ from those of the folder `out`; `consent` would allow that."""
+    """Raise UserError when a source on this machine differs from that in `out`; it names `consent`, which allows that."""
     cleaners: dict[CleanConfig, Cleaner] = {}
     data, validation = at_known_commits(data, validation, out, is_known=True)
     learned = [_open(data, source, key, cleaners, validation) if is_there(source) else None for key, source in _keyed(data)]
@@ -180,8 +180,8 @@ def check_sources(data: TextData, validation: Sources = ()) -> None:
             _open_cleaner(data, source, key, cleaners)
         if source.no_benchmark_contamination and (clean is None or not clean.exams or clean.exam_questions != "drop"):
             raise UserError(
-                f"The recipe claims no_benchmark_contamination, but {key} ({source.title}) is not checked for exams: list their "
-                f"files in {key}.clean.exams with exam_questions=drop, or leave the claim out."
+                f"The recipe claims no_benchmark_contamination, but {key} ({source.title}) does not drop the questions "
+                f"of any exam: list exams in {key}.clean.exams with exam_questions=drop, or leave the claim out."
             )
     for key, source in [*_keyed(data), *_keyed(data, validation)]:
         if isinstance(source, ClinicData):
@@ -192,7 +192,7 @@ def check_sources(data: TextData, validation: Sources = ()) -> None:
             if not is_empty and (count >= FIRST_DOCUMENTS or size >= FIRST_CHARS):
                 break
         if is_empty:
-            found = f"of {count:,} documents {count:,} are empty" if count else "there are no documents"
+            found = f"no text in any of {count:,} documents" if count else "no documents"
             what = "evaluate" if key.startswith("validation") else "learn from"
             raise UserError(f"There is nothing to {what}: {found} in {key} ({source.place}).")
 
@@ -215,7 +215,7 @@ def prepare_sources(
 
 
 def at_known_commits(data: TextData, validation: Sources, out: str | Path, *, is_known: bool = False) -> tuple[TextData, Sources]:
-    """Return a config and its validation sets at commits of the hub: the commits that `out` was begun with, else the newest.
+    """Return a config and its validation sets with commits in place of the hub's `main`: those of `out`, else the newest.
 
     So every process uses the same texts and looks for the same exams, also after a stop, even when `main` moves on the hub. With
     `is_known` the hub is not asked, because `out` has all commits already.
@@ -232,14 +232,14 @@ def at_known_commits(data: TextData, validation: Sources, out: str | Path, *, is
     }
 
     def pinned(value: Any, key: str) -> Any:
-        """Return a part of the config, with a commit for every source and exam that is read from the hub."""
+        """Return a part of the config, with a commit for every source and exam that is read from `main` of the hub."""
         if isinstance(value, tuple):
             return tuple(pinned(item, f"{key}[{number}]") for number, item in enumerate(value))
         if isinstance(value, (Preparation, CleanConfig)):
             given = {field.name: getattr(value, field.name) for field in fields(value)}
             value = replace(value, **{name: pinned(item, f"{key}.{name}") for name, item in given.items()})
-        is_named = isinstance(value, (HubData, HubExam)) and value.revision == HubData.revision
-        if not is_named or value.path or value.root or root:
+        follows_main = isinstance(value, (HubData, HubExam)) and value.revision == HubData.revision
+        if not follows_main or value.path or value.root or root:
             return value
         commit = known.get((type(value), value.name), "")
         if not commit and not is_known:
@@ -260,7 +260,7 @@ def train_tokenizer(data: TextData, wanted: BPEConfig | SuperBPEConfig, validati
     sets = [*open_validation(data, validation).values(), *(corpus.validation for corpus in corpora.values())]
     keys = keys_of(document for corpus in sets if corpus is not None for document in corpus.documents())
     held = hold_out(corpora, find_limits(corpora), keys)
-    logger.info(f"Training a tokenizer of {wanted.vocab_size:,} tokens on the text; tokenizer.path=FILE would take one.")
+    logger.info(f"Training a tokenizer of {wanted.vocab_size:,} tokens on the text; tokenizer.path=FILE takes a trained one.")
 
     def texts() -> Iterator[str]:
         for corpus, weight in zip(corpora.values(), weights, strict=True):

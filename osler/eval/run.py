@@ -45,7 +45,7 @@ from osler.tokenizer.round_trip import Losses, refuse_missing_bytes
 
 logger = logging.getLogger(__name__)
 
-CLEAN = ", clean"  # marks the score on an exam's questions that are not in the model's data
+CLEAN = ", clean"  # marks the score on questions that were looked for in the model's data and not found
 ROUND_TRIPS = 256  # documents whose start is encoded and decoded again, to see what the tokenizer loses
 FORMS: dict[str, Form] = {"likelihood": "answer", "letters": "letters", "cloze": "cloze"}  # what each method scores
 
@@ -64,9 +64,9 @@ def run(
     if harness is not None:
         if json_file or replace(config, device="auto", which="newest", rows=EvalConfig.rows) != EvalConfig():
             raise UserError("--harness goes with device=, which= and rows= only; give all else in its own options.")
-        from osler.eval import harness as door  # an extra
+        from osler.eval import harness as harness_command  # needs the extra "harness"
 
-        return door.run(harness, checkpoint=checkpoint, device=config.device, which=config.which, rows=config.rows)
+        return harness_command.run(harness, checkpoint=checkpoint, device=config.device, which=config.which, rows=config.rows)
     for number, task in enumerate(config.exams):
         check_task(task, "task" if config.task else f"tasks[{number}]", config.root)
     if json_file is not None and not Path(json_file).parent.is_dir():
@@ -81,7 +81,7 @@ def run(
         scores = sit(config, ready, name, ready.run)
         print(table(scores))
         if ready.run is not None:
-            save_scores(ready.run, name, scores, last=ready.kind)  # the run itself comes last, not an earlier step
+            save_scores(ready.run, name, scores, last=ready.kind)  # an earlier step's row goes before the run's own
             logger.info(f"Saved to {ready.run.exams}; `osler report {ready.run.root}` shows it.")
     if config.text is not None:
         files = TextFiles(config.text, config.text_field, path_key="text", field_key="text_field")
@@ -161,7 +161,9 @@ def scores_of(
     *,
     takes_full: bool = False,
 ) -> Iterator[ScoredExam]:
-    """Yield the scores on the items that are shown: one by letters or by writing, else one by ``normalise`` and a raw one.
+    """Yield the scores on the items that are shown.
+
+    There is one for letters or generation; for another method one by ``normalise`` and, unless that is none, a raw one.
 
     Written solutions that end in a number, after a plain prompt, are scored twice more, read as lm-evaluation-harness reads them.
     """
@@ -211,13 +213,13 @@ def tell_checked(split: str, ids: Set[str], known: ExamsInData) -> None:
     if checked:
         subset = f' "{split}{CLEAN}" is the score on those that were not.' if found and ids & known.clean else ""
         logger.info(
-            f"{split}: the model's data were checked for {checked:,} of its {len(ids):,} questions. {found:,} were found in "
-            f"them, or in what was dropped from them.{subset}"
+            f"{split}: {checked:,} of its {len(ids):,} questions were looked for in the model's data. {found:,} were found "
+            f"there, or in documents that were dropped.{subset}"
         )
 
 
 def clean_subset(score: ScoredExam, known: ExamsInData) -> Iterator[ScoredExam]:
-    """Yield the score on the questions that are known not to be in the model's data, if others were found there."""
+    """Yield the score on the questions that were looked for in the model's data and not found, if others were found."""
     clean = [result for result in score.results if result.item.id in known.clean]
     if clean and any(result.item.id in known.found for result in score.results):
         subset = summarise(clean, max_seq_len=int(score.max_seq_len))
@@ -225,7 +227,7 @@ def clean_subset(score: ScoredExam, known: ExamsInData) -> Iterator[ScoredExam]:
 
 
 def parts(config: ExamSettings) -> dict[str, Any]:
-    """Return the exams by the name they are shown under; each split of an exam that is made is a separate exam.
+    """Return the exams by the name they are shown under; each split of a ``MadeExam`` is a separate exam.
 
     A second exam of the same name gets its file in its name. Raises UserError when that does not tell them apart.
     """
@@ -244,7 +246,9 @@ def parts(config: ExamSettings) -> dict[str, Any]:
         name = f"{task.exam} {task.split}".strip() + (f", {task.fold}" if task.fold != "all" else "")
         name += (f", {task.shots} shots" if task.shots else "") + (", plain prompt" if config.prompt == "plain" else "")
         if name in named and (name := f"{name} {task.path}") in named:
-            raise UserError(f"The exam {name} is given twice: leave one out, or give each a split, which names it in tables.")
+            raise UserError(
+                f"The exam {name.strip()} is given twice: leave one out, or give each file its own split=NAME, which tables show."
+            )
         named[name] = task
     return named
 
@@ -257,8 +261,8 @@ def uses_template(config: ExamSettings, ready: LoadedModel) -> bool:
 def methods(config: ExamSettings, ready: LoadedModel, has_options: bool, is_needle: bool = False) -> list[str]:
     """Return how an exam is taken: as requested, or as the model's training and the kind of questions suggest.
 
-    A needle test is taken by the likelihood of texts unless something else is requested, because that shows most of a small model
-    and needs no room for a written answer.
+    A needle test is taken by ``cloze`` unless something else is requested, because that shows best what a small model can do, and
+    needs no room for a written answer.
     """
     if config.method in ("likelihood", "letters", "cloze", "both") and not has_options:
         raise UserError("These questions have no options to compare the likelihoods of; use method=generation.")
@@ -290,7 +294,7 @@ def table(scores: Sequence[ScoredExam]) -> str:
     grids: list[str] = []
     notes: list[str] = []
     for score in scores:
-        orders = score.presentations // score.n
+        times = score.presentations // score.n
         whose = (score.split, score.method)
         for name, found in score.measures.items():
             ends = fmt.MISSING if isnan(found["interval"][0]) else " – ".join(f"{end:.1%}" for end in found["interval"])
@@ -299,7 +303,7 @@ def table(scores: Sequence[ScoredExam]) -> str:
             *whose,
             f"{score.accuracy:.1%}",
             f"{score.low:.1%} – {score.high:.1%}",
-            f"{score.n:,}" if orders == 1 else f"{score.n:,} × {orders}",
+            f"{score.n:,}" if times == 1 else f"{score.n:,} × {times}",
             f"{score.chance:.1%}" if score.chance else "–",
             f"{score.constant_letter_baseline:.1%} ({score.constant_letter})" if score.constant_letter else "–",
             *(f"{count:,}" for count in (score.unparsed, score.cut, score.too_long)),
@@ -328,7 +332,7 @@ def remarks(score: ScoredExam) -> Iterator[str]:
     name = f"{score.split}, {score.method}"
     baseline = max(score.chance, score.constant_letter_baseline)
     if score.constant_letter and score.high < baseline:
-        yield f"{name}: below guessing or always answering {score.constant_letter}, the better of the two."
+        yield f"{name}: worse than the better of guessing and always answering {score.constant_letter}."
     elif score.constant_letter and score.low <= baseline:
         yield f"{name}: not told apart from guessing or always answering {score.constant_letter}."
     if cut := describe_cut(score):
@@ -340,7 +344,7 @@ def remarks(score: ScoredExam) -> Iterator[str]:
 
 
 def label(config: EvalConfig, ready: LoadedModel, checkpoint: str) -> str:
-    """Return the name of the checkpoint in the report: its kind of training, with its step unless a run stands for its newest."""
+    """Return the name of the checkpoint in the report: its kind of training, and its step unless the newest of a run is meant."""
     kind = ready.kind or "model"
     stands_for_run = ready.run is not None and config.which == "newest" and Path(checkpoint).resolve() != ready.path.resolve()
     return kind if stands_for_run else f"{kind}, step {ready.state.get('step', 0):,}"

@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """A mistake in what the user gave (a key, a file, a number); the message is one paragraph that says what to do."""
+    """What the user can put right: a wrong key, a missing file or package, a full disk. The message says how in a paragraph."""
 
     # Whether this process, one of several that train together, reports the error; None: they have not agreed on that.
     is_reporter: bool | None = None

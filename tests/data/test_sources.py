@@ -80,7 +80,7 @@ def test_tokenizer_sample_is_deterministic_and_smaller(tmp_path: Path) -> None:
     assert first.fingerprint == second.fingerprint
     assert first.vocab_size < train_tokenizer(data, BPEConfig(vocab_size=2000, max_bytes=MANY)).vocab_size
     (tmp_path / "texts.jsonl").write_text('{"text": ""}\n')
-    with pytest.raises(UserError, match=f"nothing to learn from: of 1 documents 1 are empty in data .{tmp_path}"):
+    with pytest.raises(UserError, match=f"nothing to learn from: no text in any of 1 documents in data .{tmp_path}"):
         train_tokenizer(data, BPEConfig(vocab_size=2000, max_bytes=MANY))
 
 

@@ -472,7 +472,7 @@ def test_remarks_say_what_a_score_is_worth():
 
     assert list(remarks(score(90, 10))) == []
     assert "not told apart" in next(remarks(score(26, 74)))
-    assert "below guessing" in next(remarks(score(2, 98)))
+    assert "worse than the better of guessing" in next(remarks(score(2, 98)))
     assert "max_new_tokens" in list(remarks(score(0, 100, "cut")))[1]
     assert "did not fit" in list(remarks(score(0, 100, "too_long")))[1]
     wide = table([score(90, 10), score(1, 1)]).splitlines()

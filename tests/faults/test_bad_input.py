@@ -77,7 +77,7 @@ pq.write_table(pa.table({"text": [f"Sentence number {n} about fever." for n in r
     ("name", "content", "message"),
     [
         ("gone.txt", None, "There is no file or folder"),
-        ("empty.txt", b"", "nothing to learn from: of 1 documents 1 are empty"),
+        ("empty.txt", b"", "nothing to learn from: no text in any of 1 documents"),
         ("blank.jsonl", b'{"text": " "}\n', "blank.jsonl"),
         ("torn.parquet", PARQUET.getvalue()[:-200], "torn.parquet cannot be read, it may be torn"),
         ("latin.txt", b"Fi\xe8vre", "latin.txt:1 is not UTF-8 text: byte 0xe8 at position 2"),
