@@ -163,9 +163,8 @@ def scores_of(
 ) -> Iterator[ScoredExam]:
     """Yield the scores on the items that are shown.
 
-    There is one for letters or generation; for another method one by ``normalise`` and, unless that is none, a raw one.
-
-    Written solutions that end in a number, after a plain prompt, are scored twice more, read as lm-evaluation-harness reads them.
+    There is one for letters or generation; for another method one by ``normalise`` and, unless that is none, a raw one. Written
+    solutions that end in a number, after a plain prompt, are scored twice more, read as lm-evaluation-harness reads them.
     """
     template = uses_template(config, ready)
     settings: dict[str, Any] = {"permutations": config.permutations, "template": template}

@@ -88,7 +88,8 @@ class TrainStep:
         self.optimizer, self.engine, self.device = learner.optimizer, learner.engine, learner.device
         self.micro_batch_tokens = micro_batch_tokens
         self.document_mask, self.teacher = document_mask, teacher
-        is_sparse = isinstance(learner.model.config.attention, SparseAttentionConfig)
+        # A benchmark trains a peer's model too, whose config has no such section.
+        is_sparse = isinstance(getattr(learner.model.config, "attention", None), SparseAttentionConfig)
         self.parts = (*(("distill/kl",) if teacher else ()), *(MEASURED if is_sparse else ()))  # metrics inside the loss
         self.mark, self.around_update = mark, around_update
 

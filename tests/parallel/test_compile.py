@@ -39,8 +39,8 @@ def test_compile_says_what_is_missing(monkeypatch):
     import torch._inductor.config
 
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
-    works, reason = compile_works.__wrapped__(torch.device("cpu"))
+    with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}):  # what monkeypatch undoes is hidden afterwards
+        works, reason = compile_works.__wrapped__(torch.device("cpu"))
     assert not works and "no C++ compiler found: install g++" in reason
 
 
