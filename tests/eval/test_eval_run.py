@@ -150,7 +150,7 @@ def test_the_clean_subset_stands_beside_the_full_set(runs, tmp_path, capsys):
     task = ("task.type=medqa", f"task.path={exam}")
     assert evaluate(str(runs / "checked"), *task) == 0
     captured = capsys.readouterr()
-    assert "checked for 5 of its 5 questions. 1 were found" in captured.err
+    assert "5 of its 5 questions were looked for in the model's data. 1 were found" in captured.err
     assert re.search(r"^medqa, clean +cloze .* 4 ", captured.out, re.M)
     stored = read_json(runs / "checked" / "exams.json")["pretrain"]
     assert stored["medqa, cloze"]["n"] == 5 and stored["medqa, clean, cloze"]["n"] == 4
