@@ -264,10 +264,10 @@ def test_a_larger_share_of_one_source_costs_another_only_copies(tmp_path: Path, 
 def test_a_claim_that_nothing_supports_is_refused(data: FilesData, exam: MedqaTask) -> None:
     unchecked = replace(data, name="other", clean=None, no_benchmark_contamination=False)
     mixture = MixtureData(sources=(data, unchecked), no_benchmark_contamination=True)
-    with pytest.raises(UserError, match=r"data\.sources\[1\] \(other\) is not checked"):
+    with pytest.raises(UserError, match=r"data\.sources\[1\] \(other\) does not drop the questions"):
         check_sources(mixture)
     check_sources(replace(mixture, clean=CleanConfig(exams=(exam,))))
-    with pytest.raises(UserError, match="is not checked"):
+    with pytest.raises(UserError, match="does not drop the questions"):
         check_sources(replace(mixture, clean=CleanConfig(exams=(exam,), exam_questions="keep")))
     with pytest.raises(UserError, match="There is no file or folder"):
         check_sources(replace(data, clean=CleanConfig(exams=(replace(exam, path="nowhere.jsonl"),))))
