@@ -37,7 +37,6 @@ ORIGIN = (
 EVAL_ONLY = option("--eval-only", action="store_true", help="measure --run DIR's newest checkpoint, or --from-step N, then stop")
 CHECKPOINT = option("checkpoint", metavar="CHECKPOINT", help="a run folder, or a checkpoint in it")
 EXPORTED = option("--out", required=True, metavar="DIR", help="the folder to write, which must be new")
-EXPORTED_TOKENS = option("--max-tokens", type=int, metavar="N", help="the longest context to write; sparse: top_k at most")
 RUN = option("path", metavar="DIR", help="a run folder")
 TOKENIZER = "a tokenizer.json, GPT-2's vocab.bpe, or a folder with one"
 SAMPLING = (
@@ -288,7 +287,7 @@ COMMANDS: tuple[Command, ...] = (
         "Write a model as Hugging Face's Qwen3, which transformers and vLLM load",
         "osler export hf runs/clinic-sft --out clinic-hf",
         "osler.export.huggingface:write",
-        (CHECKPOINT, EXPORTED, EXPORTED_TOKENS),
+        (CHECKPOINT, EXPORTED, option("--max-tokens", type=int, metavar="N", help="the context to write; sparse: top_k at most")),
     ),
     Command(
         "export verl",

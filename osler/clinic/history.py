@@ -69,10 +69,10 @@ def cases(seed: int, split: str, n: int) -> list[Case]:
     rng = random.Random(f"clinic histories {seed} {split}")
     letters = list(range(NUM_OPTIONS))
     made = []
+    make = _needle if split == "needle" else _copy
     for number in range(n):
         if number % NUM_OPTIONS == 0:
             rng.shuffle(letters)
-        make = _needle if split == "needle" else _copy
         made.append(make(f"{split}-{seed}-{number:06d}", letters[number % NUM_OPTIONS], rng))
     return made
 

@@ -76,11 +76,6 @@ class LoadedModel:
         return any(section.get("type") == "clinic" for section in learned_from)
 
     @property
-    def seq_len(self) -> int:
-        """The length in tokens of the longest rows it was trained on; the longest that it allows when that is not known."""
-        return self.model.trained_seq_len
-
-    @property
     def run(self) -> RunFolder | None:
         """The run folder that the checkpoint is in, if any."""
         path = self.path if self.path.parent.parent.name else self.path.resolve()

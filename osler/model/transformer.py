@@ -163,7 +163,7 @@ class SummedLoss(ModelLoss):
         sums_M = (measured_BTM * (labels_BT != IGNORED)[..., None]).sum((0, 1))
         parts = losses.view(-1)
         minimised = parts[-1:] + sums_M[:1] * self.model.config.num_layers
-        return torch.cat([parts[:1] if len(parts) == 1 else parts[:-1], sums_M.detach(), minimised])
+        return torch.cat([parts[: max(len(parts) - 1, 1)], sums_M.detach(), minimised])
 
 
 def nan_gradient_unless_finite(loss: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Forks the processes of a run as torchrun would start them, and reports on the cases of a program that forks."""
 
 import functools
+import math
 import os
 import signal
 import socket
@@ -10,6 +11,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from run_folders import logged
 
 from osler.cli.main import main
 from osler.runtime import faults
@@ -78,6 +81,19 @@ def train(command: Sequence[str], folder: Path, size: int, **fault: object) -> l
 
 def said(folder: Path, rank: int) -> str:
     return folder.with_suffix(f".rank{rank}.log").read_text()
+
+
+def same_on_two_ranks(
+    command: Sequence[str], folder: Path, alone: Path, *, names: Sequence[str], marked: str, rel_tol: float
+) -> None:
+    """Two ranks log what one process logged: the metrics ``names``, of which ``marked`` is in three lines."""
+    assert train(command, folder, 2) == [0, 0], said(folder, 0)[-2000:]
+    assert said(folder, 1) == "", "another rank than 0 spoke"
+    found, expected = ([{name: line[name] for name in names if name in line} for line in logged(run)] for run in (folder, alone))
+    assert len(found) == len(expected) and sum(marked in line for line in found) == 3
+    for line, other in zip(found, expected, strict=True):
+        assert line.keys() == other.keys()
+        assert all(math.isclose(line[name], other[name], rel_tol=rel_tol) for name in other), f"{line} instead of {other}"
 
 
 def runs_on_two(program: Callable[[], int], folder: Path) -> None:

@@ -4,7 +4,6 @@ sparse_runs.py RECIPE DENSE_RUN FOLDER
 """
 
 import json
-import math
 import signal
 import sys
 from functools import partial
@@ -12,8 +11,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed.fsdp
-from forks import codes, report, said, start, train
-from run_folders import assert_same_run, logged
+from forks import codes, report, said, same_on_two_ranks, start, train
+from run_folders import assert_same_run
 
 import osler.train.run
 from osler.checkpoint import store
@@ -21,20 +20,8 @@ from osler.cli.main import main as osler
 from osler.model.init import is_of_indexer
 from osler.model.sparse_attention import MEASURED
 
-COMPARED = ("train/loss", "train/grad_norm", *MEASURED, "eval/loss")
+NAMES = ("train/loss", "train/grad_norm", *MEASURED, "eval/loss")
 SPARSE = {"type": "sparse", "top_k": 8, "local_window": 2, "index_heads": 2, "index_head_dim": 8}
-
-
-def same(command: list[str], folder: Path, alone: Path) -> None:
-    assert train(command, folder, 2) == [0, 0], said(folder, 0)[-2000:]
-    assert said(folder, 1) == "", "another rank than 0 spoke"
-    found, expected = (
-        [{name: line[name] for name in COMPARED if name in line} for line in logged(run)] for run in (folder, alone)
-    )
-    assert len(found) == len(expected) and sum("index/kl" in line for line in found) == 3
-    for line, other in zip(found, expected, strict=True):
-        assert line.keys() == other.keys()
-        assert all(math.isclose(line[name], other[name], rel_tol=1e-4) for name in other), f"{line} instead of {other}"
 
 
 def moves_the_indexers_alone(folder: Path, dense: Path) -> None:
@@ -55,6 +42,7 @@ def main(recipe: str, dense: str, root: Path) -> None:
     attention = f"model.attention={json.dumps(SPARSE)}"
     warmup = ["pretrain", recipe, "trains=indexers", attention, "optim.lr=1e-2", f"init_from={dense}"]
     sparse = ["pretrain", recipe, f"init_from={root / 'warmup'}", "document_mask=true"]
+    same = partial(same_on_two_ranks, names=NAMES, marked="index/kl", rel_tol=1e-4)
     for stage, command in {"warmup": warmup, "sparse": sparse}.items():
         assert train(command, root / stage, 1) == [0], said(root / stage, 0)[-2000:]
         for strategy in ("ddp", "fsdp"):

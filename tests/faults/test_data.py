@@ -74,6 +74,7 @@ def test_a_run_goes_on_from_another_folder(stopped, tmp_path, monkeypatch, finis
 def test_a_moved_run_whose_data_are_gone_goes_on(stopped, tmp_path, finish_notes):
     shutil.rmtree(tmp_path / "notes")
     finish_notes(stopped.rename(tmp_path / "moved"))
+    assert stored_path(tmp_path / "moved") == "notes/"
 
 
 @pytest.mark.parametrize("with_recipe", [False, True])
