@@ -11,7 +11,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
-from osler.cli.commands import COMMANDS, Command, run
+from osler.cli.command import Command, run
+from osler.cli.commands import COMMANDS
 from osler.runtime.errors import UserError
 from osler.runtime.log import complain, flush_or_silence, log_to_terminal, open_streams, silence
 from osler.runtime.neighbours import sharing_cpus
