@@ -1,5 +1,6 @@
 """Forks the processes of a run as torchrun would start them, and reports on the cases of a program that forks."""
 
+import faulthandler
 import functools
 import math
 import os
@@ -34,6 +35,7 @@ def start(program: Callable[[], int], folder: Path, size: int, fault_rank: int =
         if child:
             children.append(child)
             continue
+        faulthandler.enable(os.dup(1))  # a rank that `codes` aborts shows there where it stood
         with open(folder.with_suffix(f".rank{rank}.log"), "a") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
@@ -54,7 +56,7 @@ def start(program: Callable[[], int], folder: Path, size: int, fault_rank: int =
 
 
 def codes(children: Sequence[int], *, again: signal.Signals | None = None) -> list[int]:
-    """Exit codes in the order of the ranks, a signal as its negative number; kills what runs for too long.
+    """Exit codes in the order of the ranks, a signal as its negative number; aborts what runs for too long.
 
     ``again`` is sent to each child until it has ended.
     """
@@ -68,7 +70,7 @@ def codes(children: Sequence[int], *, again: signal.Signals | None = None) -> li
                 os.kill(child, again)
         if time.monotonic() > deadline:
             for child in set(children) - found.keys():
-                os.kill(child, signal.SIGKILL)
+                os.kill(child, signal.SIGABRT)
                 os.waitpid(child, 0)
             raise AssertionError(f"still running after {PATIENCE_SECONDS} s; ended: {found}")
         time.sleep(0.005)
