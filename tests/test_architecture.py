@@ -24,7 +24,7 @@ LAYERS = [  # each may import those above it
     ["runs"],
     ["train", "rl"],
     ["report"],
-    ["pipeline", "doctor", "bench", "watch"],
+    ["pipeline", "doctor", "bench", "watch", "serve"],
     ["cli"],
 ]
 FLOORS = {name: floor for floor, names in enumerate(LAYERS) for name in names}

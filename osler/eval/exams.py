@@ -32,7 +32,7 @@ from osler.runtime.stop import AskedToStop, asked
 from osler.runtime.world import World
 from osler.tasks.answers import Reading, read_answer
 from osler.tasks.item import ExamItem, Form, answer_texts, bare, permute, render_plain, render_question, reorder
-from osler.tokenizer.bpe import Tokenizer
+from osler.tokenizer.bpe import ANSWER, Tokenizer
 from osler.tokenizer.chat import Completion, encode_prompt, parse_completion
 
 Normalise = Literal["bytes", "characters", "tokens", "none"]
@@ -219,13 +219,13 @@ def _likeliest(item: ExamItem, form: Form, output: Sequence[Sequence[float]], no
 
 
 def option_rows(
-    tokenizer: Tokenizer, item: ExamItem, form: Form, *, template: bool, max_seq_len: int
+    tokenizer: Tokenizer, item: ExamItem, form: Form, *, template: bool, max_seq_len: int, thinking: str | None = None
 ) -> list[tuple[list[int], int]] | None:
     """Return for every option a row of ids, prompt and option together, and where scoring starts; None when they do not fit.
 
-    In the template a special token is the border between prompt and option. Plain text is tokenised as a whole, because a merge
-    may straddle the border. Scoring then starts at the first place where the rows differ from each other or from the prompt
-    alone, which is one place for all options.
+    In the template a special token is the border between prompt and option, and ``thinking`` may stand before it. Plain text is
+    tokenised as a whole, because a merge may straddle the border. Scoring then starts at the first place where the rows differ
+    from each other or from the prompt alone, which is one place for all options.
     """
     if not item.options:
         raise ValueError(f"item {item.id} has no options to compare")
@@ -234,7 +234,8 @@ def option_rows(
         continuations = [tokenizer.encode(text) for text in texts]
 
         def encode(item: ExamItem) -> list[int]:
-            return encode_prompt(tokenizer, render_question(item), reasoning=False)
+            ids = encode_prompt(tokenizer, render_question(item), reasoning=thinking is not None)
+            return ids if thinking is None else [*ids, *tokenizer.encode(thinking), tokenizer.special_id(ANSWER)]
 
         listed = bare(item) if form == "cloze" else item
         fitted = fitting(listed, encode, max_seq_len - max(map(len, continuations)))

@@ -75,8 +75,10 @@ def write_page(path: Path, template: str, about: Mapping[str, str], **values: An
     """
     body = Markup(PAGES.get_template(template).render(values))
     links = [(anchor, Markup(title)) for anchor, title in re.findall('<section id="([^"]+)"><header><h2>([^<]+)', body)]
+    folder = resources.files("osler.report")
     style, script = (
-        Markup(resources.files("osler.report").joinpath(file).read_text(encoding="utf-8")) for file in ("style.css", "script.js")
+        Markup("".join(folder.joinpath(file).read_text(encoding="utf-8") for file in files))
+        for files in (("house.css", "style.css"), ("theme.js", "script.js"))
     )
     made = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M")
     text = PAGES.get_template("page.html").render(about, body=body, made=made, links=links, style=style, script=script)

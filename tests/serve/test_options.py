@@ -1,0 +1,83 @@
+"""The probabilities of a pasted question's options are those of the exam by likelihood, and those of the training template."""
+
+from math import exp
+
+import pytest
+import torch
+
+from osler.eval.exams import score_by_likelihood
+from osler.eval.likelihood import label_logprobs, pad_rows
+from osler.inference.load import LoadedModel, open_model
+from osler.model.decoder import Decoder
+from osler.model.layers import Layout
+from osler.ops.labels import IGNORED
+from osler.runtime.errors import UserError
+from osler.serve.options import example_of, score_options
+from osler.tasks.item import LETTERS, ExamItem, render_option, render_plain, render_question
+from osler.tasks.pasted import read_pasted
+from osler.tasks.registry import load_clinic
+from osler.tokenizer.chat import Turn, encode_examples
+
+ITEM = ExamItem("x", "Who is ill?", ("the dog", "the old cat", "nobody"), answer_index=0)
+PASTED = "Who is ill?\nA) the dog\nB) the old cat\nC) nobody"
+
+
+@pytest.fixture
+def sft(clinic_runs) -> LoadedModel:
+    return open_model(clinic_runs / "sft", device="cpu")
+
+
+@pytest.fixture
+def textbook(clinic_runs) -> LoadedModel:
+    return open_model(clinic_runs / "textbook", device="cpu")
+
+
+def options_of(ready: LoadedModel, question: str = PASTED, thinking: str | None = None) -> tuple[list[float], str]:
+    found = score_options(ready, Decoder(ready.model, Layout(ready.model.compute_dtype, 8)), question, thinking)
+    assert [(option["letter"], option["text"]) for option in found["options"]] == list(zip("ABC", ITEM.options, strict=True))
+    return [option["probability"] for option in found["options"]], found["prompt"]
+
+
+@pytest.mark.parametrize("name", ["sft", "textbook"])
+def test_at_once_they_are_those_of_the_exam(name, request):
+    ready = request.getfixturevalue(name)
+    shares, prompt = options_of(ready)
+    form = "answer" if name == "sft" else "letters"
+    (result,) = score_by_likelihood(
+        ready.model, ready.tokenizer, [ITEM], form=form, template=name == "sft", normalise="none"
+    ).results
+    assert sum(shares) == pytest.approx(1)
+    assert (max(shares), shares.index(max(shares))) == (pytest.approx(result.confidence, rel=1e-6), result.predicted)
+    assert prompt == (render_question(ITEM) if name == "sft" else render_plain(ITEM, form))
+
+
+def test_after_thinking_they_are_those_of_the_training_template(sft):
+    thinking = "The cat coughs. "
+    turns = [Turn(render_question(ITEM), thinking, render_option(text, LETTERS[k])) for k, text in enumerate(ITEM.options)]
+    sums = []
+    for (ids, mask), turn in zip(encode_examples(sft.tokenizer, turns), turns, strict=True):
+        answer = len(sft.tokenizer.encode(turn.answer))
+        labels = [IGNORED] * len(ids)
+        labels[-answer - 2 : -2] = ids[-answer - 1 : -1]  # without the end of the text
+        assert mask[-answer - 1 :] == [1] * (answer + 1)
+        with torch.no_grad():
+            _, logp_N, *_ = label_logprobs(sft.model, *pad_rows([(ids, labels)]))
+        sums.append(logp_N.double().sum().item())
+    wanted = [exp(total) / sum(map(exp, sums)) for total in sums]
+    assert options_of(sft, thinking=thinking)[0] == pytest.approx(wanted, rel=1e-4)
+    assert options_of(sft)[0] != pytest.approx(wanted, rel=1e-2)
+
+
+def test_what_cannot_be_scored_is_refused(sft):
+    with pytest.raises(UserError, match="no options"):
+        options_of(sft, "Who is ill?")
+    with pytest.raises(UserError, match="Question and options together do not fit into the 256 tokens"):
+        options_of(sft, "Who " * 300 + PASTED)
+    with pytest.raises(UserError, match="Question, options and thinking together"):
+        options_of(sft, thinking="why " * 300)
+
+
+def test_the_example_is_of_the_exam_that_the_model_learned(sft, textbook):
+    question, options = read_pasted(example_of(sft))
+    assert (question, options) == ((item := load_clinic(split="new_findings", limit=1)[0]).question, item.options)
+    assert example_of(textbook) is None
