@@ -127,11 +127,16 @@ def _write_folder(
     fsync_dir(folder)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], pause: Callable[[], None] = no_pause) -> FileRecord:
-    """Write one safetensors file, durably and block by block, and hash it on the way."""
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    pause: Callable[[], None] = no_pause,
+    metadata: Mapping[str, str] | None = None,
+) -> FileRecord:
+    """Write one safetensors file, durably and block by block, and hash it on the way; ``metadata`` goes into its header."""
     size, digest = 0, hashlib.sha256()
     with open_durable(path) as file:
-        for block in _blocks(tensors):
+        for block in _blocks(tensors, {"format": "pt", **(metadata or {})}):
             file.write(block)
             digest.update(block)
             size += len(block)
@@ -139,14 +144,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], pause: Callable[[],
     return FileRecord(size, digest.hexdigest())
 
 
-def _blocks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+def _blocks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
     """Yield the header and then the tensors; tensors that share memory are written once per name.
 
     Raises TypeError for a tensor that is sparse or of a dtype without a name in the format.
     """
     # Wide types first, so that every tensor is aligned to the size of its elements without holes.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     start = 0
     for name, tensor in ordered:
         if tensor.layout != torch.strided or tensor.dtype not in DTYPE_NAMES:
@@ -194,10 +199,7 @@ def load(path: str | Path, names: Collection[str] | None = None) -> Loaded:
     for name in present:
         part = name.removesuffix(TENSORS_SUFFIX)
         if names is None or part in names:
-            try:
-                tensors[part] = load_file(folder / name)
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{folder / name} is not a readable safetensors file: {error}.") from error
+            tensors[part] = read_tensors(folder / name)
     return Loaded(
         path=folder,
         step=manifest.step,
@@ -205,6 +207,14 @@ def load(path: str | Path, names: Collection[str] | None = None) -> Loaded:
         state=read_json(folder / STATE),
         files={name: (folder / name).read_bytes() for name in others},
     )
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file; raises UserError when it is torn or no such file."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a readable safetensors file: {error}.") from error
 
 
 def resolve(path: str | Path, which: str = "newest") -> Path:

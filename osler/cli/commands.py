@@ -22,7 +22,7 @@ ORIGIN = (
 )
 EVAL_ONLY = option("--eval-only", action="store_true", help="measure --run DIR's newest checkpoint, or --from-step N, then stop")
 CHECKPOINT = option("checkpoint", metavar="CHECKPOINT", help="a run folder, or a checkpoint in it")
-EXPORTED = option("--out", required=True, metavar="DIR", help="the folder to write, which must be new")
+EXPORTED = option("--out", required=True, metavar="PATH", help="what to write, which must be new")
 RUN = option("path", metavar="DIR", help="a run folder")
 TOKENIZER = "a tokenizer.json, GPT-2's vocab.bpe, or a folder with one"
 SAMPLING = (
@@ -57,6 +57,11 @@ question at most. After an interruption the same command goes on. `osler show di
 
 A model may also learn from a teacher's probabilities, as a run like any other, if both have the same tokenizer:
   osler sft init_from=runs/small teacher.path=runs/clinic-sft     (or osler pretrain; teacher.weight, teacher.temperature)"""
+
+EXPORT_HELP = """\
+--to         what                                                                    --dtype
+hf           a folder as Hugging Face's Qwen3, with a model card                     fp32, bf16
+safetensors  one file: the model as it is, config and tokenizer in its metadata      fp32, bf16"""
 
 WATCH_HELP = """\
   osler watch runs/mine --once | less     (also where no terminal is: a log, a cron job)
@@ -199,16 +204,23 @@ COMMANDS: tuple[Command, ...] = (
         (RECIPE, *RUN_FOLDER, *ORIGIN),
     ),
     Command(
-        "export hf",
-        "Write a model as Hugging Face's Qwen3, which transformers and vLLM load",
-        "osler export hf runs/clinic-sft --out clinic-hf",
-        "osler.export.huggingface:write",
-        (CHECKPOINT, EXPORTED, option("--max-tokens", type=int, metavar="N", help="the context to write; sparse: top_k at most")),
+        "export",
+        "Write a model for other programs: transformers and vLLM, or any reader of safetensors",
+        "osler export runs/clinic-sft --to hf --out clinic-hf",
+        "osler.export.run:run",
+        (
+            CHECKPOINT,
+            option("--to", choices=("hf", "safetensors"), required=True, help="the form to write"),
+            EXPORTED,
+            option("--dtype", metavar="TYPE", help="the type of the weights; see below (default: the first one there)"),
+            option("--max-tokens", type=int, metavar="N", help="the context to write; sparse: top_k at most"),
+        ),
+        EXPORT_HELP,
     ),
     Command(
-        "export verl",
+        "verl",
         "Write model, questions, reward and options from which verl runs a recipe's GRPO",
-        "osler export verl init_from=runs/clinic-sft steps=200 --out clinic-verl",
+        "osler verl init_from=runs/clinic-sft steps=200 --out clinic-verl",
         "osler.rl.verl:write",
         (RECIPE, EXPORTED),
     ),

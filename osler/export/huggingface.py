@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,44 +18,52 @@ import torch
 from torch import Tensor
 
 from osler.checkpoint.store import write_tensors
-from osler.inference.load import TOKENIZER_FILE, load_model
+from osler.export.card import card_files
+from osler.inference.load import TOKENIZER_FILE, LoadedModel
 from osler.model.config import DenseAttentionConfig, ModelConfig, SparseAttentionConfig
 from osler.model.init import is_of_indexer
 from osler.runtime.errors import UserError
-from osler.runtime.files import write_atomic
-from osler.runtime.log import say
 from osler.tokenizer.bpe import ANSWER, EOS, QUESTION, THINKING, Tokenizer
 
+CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # The prompt of ``tokenizer/chat.py``; ``apply_chat_template(..., reasoning=False)`` leaves the thinking out.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
-    f"{{% if message['role'] == 'assistant' %}}{{{{ message['content'] + '{EOS}' }}}}"
-    f"{{% else %}}{{{{ '{QUESTION}' + message['content'] }}}}{{% endif %}}"
-    "{% endfor %}{% if add_generation_prompt %}"
+    f"{{% if message['role'] == 'user' %}}{{{{ '{QUESTION}' + message['content'] }}}}"
+    "{% elif message['role'] == 'assistant' %}"
+    f"{{% if message['reasoning_content'] %}}{{{{ '{THINKING}' + message['reasoning_content'] }}}}{{% endif %}}"
+    f"{{{{ '{ANSWER}' + message['content'] + '{EOS}' }}}}"
+    "{% else %}{{ raise_exception('This model was taught questions and answers alone, no ' + message['role'] + ' messages') }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}"
     f"{{{{ '{ANSWER}' if reasoning is defined and not reasoning else '{THINKING}' }}}}{{% endif %}}"
 )
 
 
-def write(checkpoint: str, out: str, max_tokens: int | None = None) -> int:
-    """Write a checkpoint's model and tokenizer as a new folder: the command ``export hf``.
+@dataclass(frozen=True)
+class Export:
+    """A model that is on its way out: where it is from, and the dense ``config`` and the type of weights to write."""
 
-    ``max_tokens`` makes the context shorter, which a sparse model needs: see ``dense_form``.
-    """
-    folder = Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is there already: name a new folder with --out.")
-    loaded = load_model(checkpoint)
-    longest = loaded.model.config.max_seq_len
-    if max_tokens is not None and not 2 <= max_tokens <= longest:
-        raise UserError(f"--max-tokens {max_tokens} is not from 2 to {longest}, the context of {loaded.path} (max_seq_len).")
-    config = dense_form(loaded.model.config, max_tokens or longest)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / WEIGHTS_FILE, qwen3_weights(config, loaded.model.state_dict()))
-    for name, content in describing_files(config, loaded.tokenizer).items():
-        write_atomic(folder / name, content)
-    say(f"{folder}: {config.num_parameters:,} parameters of {loaded.path}, as Qwen3ForCausalLM")
-    return 0
+    loaded: LoadedModel
+    config: ModelConfig
+    dtype: str
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The weights under Qwen3's names, in fp32."""
+        return qwen3_weights(self.config, self.loaded.model.state_dict())
+
+
+def write(export: Export, folder: Path) -> str:
+    """Write model, tokenizer and model card as a new folder, and return what it is."""
+    folder.mkdir()
+    weights = {name: weight.to(DTYPES[export.dtype]) for name, weight in export.weights.items()}
+    write_tensors(folder / WEIGHTS_FILE, weights)
+    described = describing_files(export.config, export.loaded.tokenizer, DTYPES[export.dtype])
+    for name, content in {**described, **card_files(export.loaded, export.config)}.items():
+        (folder / name).write_bytes(content)
+    return "Qwen3ForCausalLM"
 
 
 def dense_form(config: ModelConfig, max_tokens: int) -> ModelConfig:
@@ -67,13 +75,13 @@ def dense_form(config: ModelConfig, max_tokens: int) -> ModelConfig:
         top_k = config.attention.top_k
         raise UserError(
             f"The model has sparse attention, to {top_k} of at most {max_tokens:,} tokens, which Qwen3's form cannot hold. In "
-            f"rows of at most {top_k} tokens it is dense attention: `osler export hf ... --max-tokens {top_k}` writes that "
-            "model, without its index."
+            f"rows of at most {top_k} tokens it is dense attention: `--max-tokens {top_k}` writes that model, without its index. "
+            "`--to safetensors` writes the model as it is."
         )
     return replace(config, max_seq_len=max_tokens, attention=DenseAttentionConfig())
 
 
-def qwen3_config(config: ModelConfig) -> dict[str, Any]:
+def qwen3_config(config: ModelConfig, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """Return the shape of a model as the fields of Qwen3's ``config.json``, without tokens."""
     rope: dict[str, Any] = {"rope_type": "default"}
     if (yarn := config.rope_scaling) is not None:
@@ -103,8 +111,7 @@ def qwen3_config(config: ModelConfig) -> dict[str, Any]:
         "attention_bias": False,
         "hidden_act": "silu",
         "use_sliding_window": False,
-        "dtype": "float32",
-        "torch_dtype": "float32",
+        **dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch.")),
     }
 
 
@@ -129,11 +136,11 @@ def qwen3_weights(config: ModelConfig, weights: Mapping[str, Tensor]) -> dict[st
     return {name if name.startswith("lm_head") else f"model.{name}": tensor for name, tensor in named.items()}
 
 
-def describing_files(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, bytes]:
+def describing_files(config: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32) -> dict[str, bytes]:
     """Return the files beside the weights: shape, tokens that end a text, tokenizer and chat template."""
     ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_id)
     contents: dict[str, dict[str, Any]] = {
-        "config.json": qwen3_config(config) | ends,
+        CONFIG_FILE: qwen3_config(config, dtype) | ends,
         "generation_config.json": ends,
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",

@@ -1,6 +1,6 @@
 """Rollouts from vLLM servers, behind the same ``generate`` as our engine's.
 
-A server is started on the folder that ``osler export hf`` wrote, with ``VLLM_SERVER_DEV_MODE=1``, which opens the endpoints
+A server is started on the folder that ``osler export --to hf`` wrote, with ``VLLM_SERVER_DEV_MODE=1``, which opens the endpoints
 that training needs (https://docs.vllm.ai/en/latest/training/weight_transfer/), and with ``--logprobs-mode processed_logprobs``,
 so that log-probabilities are at the sampling temperature. vLLM's backends of ``/update_weights`` move tensors between GPUs (NCCL,
 CUDA IPC). What works on any machine is a file: the weights are written once, ``/pause`` lets a server come to rest,
@@ -245,7 +245,7 @@ class RolloutServers:
                 raise Unavailable(f"answered {path} with {error.code} ({said})") from error
             raise UserError(
                 f"The rollout server {server.url} refused {path}: {error.code} ({said}). It must be a vLLM server of the folder "
-                "that `osler export hf` wrote of this model, started with VLLM_SERVER_DEV_MODE=1 in its environment."
+                "that `osler export --to hf` wrote of this model, started with VLLM_SERVER_DEV_MODE=1 in its environment."
             ) from error
         except (OSError, HTTPException, ValueError) as error:
             raise Unavailable(f"cannot be reached at {path} ({getattr(error, 'reason', error)})") from error

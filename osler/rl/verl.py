@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from osler.config.recipe import load_recipe, override
 from osler.config.schema import decode
-from osler.export.huggingface import write as write_model
+from osler.export.run import run as write_model
 from osler.inference.load import load_model
 from osler.optim.config import AdamWConfig
 from osler.optim.schedule import ConstantConfig, CosineConfig, warmup_of
@@ -44,7 +44,7 @@ OFF = {  # options that verl does not have, and the values at which they do noth
 
 
 def write(recipe: str | None, overrides: Sequence[str], out: str) -> int:
-    """Write a folder from which verl runs the GRPO of a recipe: the command ``export verl``."""
+    """Write a folder from which verl runs the GRPO of a recipe: the command ``verl``."""
     given = load_recipe(recipe, overrides) if recipe else override({}, overrides)
     config = decode(GrpoConfig, {**given, "kind": "grpo"}, source=recipe or "")
     check_start(config)

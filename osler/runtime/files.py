@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -45,6 +46,35 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | str | Iterable[byte
         fault("write-atomic")
         os.replace(temporary, path)
     except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    fsync_dir(path.parent)
+
+
+@contextlib.contextmanager
+def appearing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a hidden place beside ``path`` to write a file or folder at, which gets its name when the block ends well.
+
+    After an exception nothing is left; a kill may leave a hidden ``.<name>.*.tmp``. Raises UserError when something is there
+    already that is not an empty folder.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} is there already: name a new one with --out.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield temporary
+        for file in [temporary] if temporary.is_file() else [*temporary.rglob("*")]:
+            if file.is_file():
+                fsync_file(file)
+        if path.is_dir() and temporary.is_file():
+            path.rmdir()
+        os.replace(temporary, path)
+    except BaseException:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise

@@ -2,33 +2,131 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import random
+import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
+from osler.checkpoint.store import read_tensors
 from osler.cli.main import main
 from osler.inference.load import load_model
-from osler.tokenizer.bpe import ANSWER
-from osler.tokenizer.chat import encode_prompt
+from osler.inference.recompute import generate_by_recompute
+from osler.model.config import SparseAttentionConfig
+from osler.ops.sampling_params import SamplingParams
+from osler.tokenizer import superbpe
+from osler.tokenizer.bpe import ANSWER, EOS, QUESTION, THINKING, Tokenizer
+from osler.tokenizer.chat import Turn, encode_examples, encode_prompt
+from tests.export.conftest import SHAPES
+
+TEXT = "A patient with fever (A) or a cough (B), 37.5 °C,\n\n  took 12 pills; it's the flu.\r\n\tDr. Ünal said so. " * 40
 
 
-def test_transformers_loads_the_folder_and_computes_and_writes_the_same(runs, tmp_path, capsys):
+def fuzzed(count: int) -> list[str]:
+    """Texts of words, spaces, line breaks, markers and any characters of Unicode, in any order."""
+    draw = random.Random(0)
+    parts = ["fever", " cough", "(A)", " (B)", "\n\n", " \r\n", "\t", "  ", "12", " 7", "'s", "é", "e\u0301", "漢字", "🩺", "."]
+
+    def part() -> str:
+        character = chr(draw.choice([draw.randrange(0x20, 0x3000), draw.randrange(0xE000, 0x110000)]))
+        return draw.choice([*parts, *parts, character])
+
+    return ["".join(part() for _ in range(draw.randrange(30))) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def superwords() -> Tokenizer:
+    return superbpe.train([TEXT], 330, 300)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, "superbpe"])
+def test_transformers_computes_and_writes_the_same(shape, checkpoint, superwords, tmp_path):
     transformers = pytest.importorskip("transformers")
-    command, folder = ["export", "hf", str(runs.sft), "--out", str(tmp_path / "hf")], tmp_path / "hf"
-    assert main(command) == 0
-    loaded = load_model(runs.sft)
-    theirs, tokenizer = (cls.from_pretrained(folder) for cls in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer))
-    question = "Which drug helps: aspirin (A) or salt (B)?"
-    for reasoning in (True, False):
-        prompt = encode_prompt(loaded.tokenizer, question, reasoning=reasoning)
-        messages = [{"role": "user", "content": question}]
-        made = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, reasoning=reasoning)
-        assert tokenizer(made)["input_ids"] == prompt
+    run = checkpoint(superwords) if shape == "superbpe" else checkpoint(**SHAPES[shape])
+    assert main(["export", str(run), "--to", "hf", "--out", str(tmp_path / "hf")]) == 0
+    ours = load_model(run)
+    theirs, tokenizer = (
+        cls.from_pretrained(tmp_path / "hf") for cls in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer)
+    )
+    prompt = encode_prompt(ours.tokenizer, "Which drug (A) helps?")[-40:]
+    ids = torch.tensor([prompt])
     with torch.inference_mode():
-        ids = torch.tensor([prompt])
-        torch.testing.assert_close(theirs(ids).logits, loaded.model.logits(loaded.model(ids)), atol=1e-4, rtol=0)
-    ids = [*loaded.tokenizer.encode("rest"), loaded.tokenizer.special_id(ANSWER), loaded.tokenizer.eos_id]
+        torch.testing.assert_close(theirs(ids).logits, ours.model.logits(ours.model(ids)), atol=1e-4, rtol=0)
+    sampling = SamplingParams(max_new_tokens=12, temperature=0.0, stop_ids=(ours.tokenizer.eos_id,))
+    (written,) = generate_by_recompute(ours.model, [prompt], sampling)
+    assert theirs.generate(ids, max_new_tokens=12, do_sample=False)[0, len(prompt) :].tolist() == list(written.ids)
+    plain = [re.sub(r"<\|\w+\|>", "", text) for text in fuzzed(300)]
+    assert tokenizer(plain)["input_ids"] == ours.tokenizer.encode_batch(plain)
+
+
+def test_chat_template_is_the_form_of_training_and_its_markers_stay_readable(runs, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    assert main(["export", str(runs.sft), "--to", "hf", "--out", str(tmp_path / "hf")]) == 0
+    ours, tokenizer = load_model(runs.sft).tokenizer, transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    question = "Which drug helps: aspirin (A) or salt (B)?"
+    asked = [{"role": "user", "content": question}]
+    for reasoning in (True, False):
+        made = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False, reasoning=reasoning)
+        assert tokenizer(made)["input_ids"] == encode_prompt(ours, question, reasoning=reasoning)
+        answer = {"role": "assistant", "content": "aspirin (A)", **({"reasoning_content": "It is."} if reasoning else {})}
+        ((row, _),) = encode_examples(ours, [Turn(question, "It is." if reasoning else None, "aspirin (A)")])
+        assert tokenizer(tokenizer.apply_chat_template([*asked, answer], tokenize=False))["input_ids"] == row
+    with pytest.raises(Exception, match="no system messages"):
+        tokenizer.apply_chat_template([{"role": "system", "content": "Be brief."}], tokenize=False)
+    ids = [*ours.encode("rest"), ours.special_id(ANSWER), ours.eos_id]
     assert tokenizer.decode(ids, skip_special_tokens=True) == f"rest{ANSWER}"
-    assert json.loads((folder / "config.json").read_text())["eos_token_id"] == loaded.tokenizer.eos_id
-    assert main(command) == 2 and "is there already" in capsys.readouterr().err
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] == ours.eos_id
+    assert {QUESTION, THINKING, EOS} <= set(tokenizer.get_vocab())
+
+
+def test_card_says_what_the_records_say(runs, tmp_path):
+    run = shutil.copytree(runs.sft, tmp_path / "sft")
+    assert main(["eval", str(run), "task=clinic", "subset=8", "max_new_tokens=24"]) == 0
+    assert main(["export", str(run), "--to", "hf", "--out", str(tmp_path / "hf")]) == 0
+    card = (tmp_path / "hf" / "README.md").read_text()
+    score = next(iter(json.loads((run / "exams.json").read_text())["sft"].values()))
+    low, high = score["interval"]
+    assert f"| {score['accuracy']:.1%} | [{low:.1%}, {high:.1%}] |" in card and "not medical advice" in card
+    assert "**sft**: 61,440 tokens" in card and str(tmp_path) not in card
+
+
+def test_bf16_is_written_when_asked_for(checkpoint, tmp_path, capsys):
+    run, folder = checkpoint(), tmp_path / "hf"
+    assert main(["export", str(run), "--to", "hf", "--dtype", "bf16", "--out", str(folder)]) == 0
+    assert {tensor.dtype for tensor in read_tensors(folder / "model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((folder / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    command = ["export", str(run), "--to", "hf", "--dtype", "q8_0", "--out", str(tmp_path / "other")]
+    assert main(command) == 2 and "which has fp32, bf16" in capsys.readouterr().err
+    assert main([*command[:4], "--out", str(folder)]) == 2 and "is there already" in capsys.readouterr().err
+
+
+def test_one_file_holds_a_sparse_model_as_it_is(checkpoint, tmp_path, capsys):
+    run = checkpoint(attention=SparseAttentionConfig(top_k=16, local_window=4))
+    assert main(["export", str(run), "--to", "hf", "--out", str(tmp_path / "hf")]) == 2
+    assert "`--to safetensors` writes the model as it is" in capsys.readouterr().err
+    path = tmp_path / "model.safetensors"
+    assert main(["export", str(run), "--to", "safetensors", "--out", str(path)]) == 0
+    ours, theirs = load_model(run), read_tensors(path)
+    torch.testing.assert_close(theirs, dict(ours.model.state_dict()), atol=0, rtol=0)
+    with safe_open(path, "pt") as file:
+        described = file.metadata()
+    assert json.loads(described["model"])["attention"]["top_k"] == 16
+    assert Tokenizer.from_bytes(described["tokenizer"].encode()).fingerprint == ours.tokenizer.fingerprint
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_what_is_interrupted_leaves_nothing(error, checkpoint, tmp_path, monkeypatch, capsys):
+    run = checkpoint()
+
+    def fail(path: Path, data: bytes) -> int:
+        raise error
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    command = ["export", str(run), "--to", "hf", "--out", str(tmp_path / "out" / "hf")]
+    assert main(command) == (130 if isinstance(error, KeyboardInterrupt) else 2)
+    assert list((tmp_path / "out").iterdir()) == []

@@ -168,7 +168,7 @@ def other_vocabulary(path, answer):
         (raw, "--logprobs-mode processed_logprobs"),
         (other_vocabulary, "token id 70000, and the model's vocabulary has ids below"),
         (lambda path, answer: 404 if path == "/weight_info" else answer, "VLLM_SERVER_DEV_MODE=1"),
-        (lambda path, answer: 500 if path == "/collective_rpc" else answer, "`osler export hf` wrote"),
+        (lambda path, answer: 500 if path == "/collective_rpc" else answer, "`osler export --to hf` wrote"),
         (
             lambda path, answer: 503 if path == "/v1/completions" else answer,
             "answered /v1/completions with 503 .*for 0.2 seconds",

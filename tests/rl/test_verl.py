@@ -19,7 +19,7 @@ from osler.tasks.item import render_question
 def test_verl_is_given_the_questions_of_every_step_and_their_rewards(runs, tmp_path, capsys):
     tasks = "tasks=[{task: {type: clinic, split: train, limit: 60}, rewards: {correct: 1.0, format: 0.5}}]"
     fields = [f"init_from={runs.sft}", "steps=3", "algorithm.max_new_tokens=32", "eval_task.limit=5", tasks]
-    assert main(["export", "verl", *fields, "--out", str(tmp_path / "verl")]) == 0
+    assert main(["verl", *fields, "--out", str(tmp_path / "verl")]) == 0
     rows = pq.read_table(tmp_path / "verl" / "train.parquet").to_pylist()
     config = decode(GrpoConfig, {"init_from": str(runs.sft), "tasks": [{"task": {"split": "train", "limit": 60}}]})
     tasks = load_tasks(config, load_model(runs.sft))
@@ -42,7 +42,7 @@ def test_verl_is_given_the_questions_of_every_step_and_their_rewards(runs, tmp_p
     assert options["data.max_response_length"] == "32" and options["actor_rollout_ref.rollout.n"] == "8"
     assert options["algorithm.norm_adv_by_std_in_grpo"] == "False" and options["actor_rollout_ref.rollout.top_k"] == "-1"
     assert "# verl has no counterpart of algorithm.quality" in script and "algorithm.quality" in capsys.readouterr().out
-    assert main(["export", "verl", *fields, "eval_task.split=train", "--out", str(tmp_path / "both")]) == 2
+    assert main(["verl", *fields, "eval_task.split=train", "--out", str(tmp_path / "both")]) == 2
     assert "are also in eval_task" in capsys.readouterr().err and not (tmp_path / "both").exists()
 
 

@@ -1,0 +1,63 @@
+"""Writes a checkpoint in a form that other programs read: the command ``export``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from osler.checkpoint.store import write_tensors
+from osler.config.schema import encode
+from osler.export import huggingface
+from osler.export.huggingface import Export, dense_form
+from osler.inference.load import load_model
+from osler.runtime.errors import UserError
+from osler.runtime.files import appearing
+from osler.runtime.log import say
+
+
+class Form(NamedTuple):
+    """A form to write: the function, which returns what it wrote in words, and the types of weights, the usual one first."""
+
+    write: Callable[[Export, Path], str]
+    dtypes: tuple[str, ...]
+
+
+def write_safetensors(export: Export, path: Path) -> str:
+    """Write one file: the weights as Osler names them, and in its metadata the model's config and its tokenizer.json."""
+    model, tokenizer = export.loaded.model, export.loaded.tokenizer
+    described = {"model": json.dumps(encode(model.config)), "tokenizer": tokenizer.to_bytes().decode()}
+    dtype = huggingface.DTYPES[export.dtype]
+    write_tensors(path, {name: weight.to(dtype) for name, weight in model.state_dict().items()}, metadata=described)
+    return "one safetensors file"
+
+
+FORMS = {
+    "hf": Form(huggingface.write, ("fp32", "bf16")),
+    "safetensors": Form(write_safetensors, ("fp32", "bf16")),
+}
+
+
+def run(checkpoint: str, out: str, to: str = "hf", dtype: str | None = None, max_tokens: int | None = None) -> int:
+    """Write a checkpoint's model and tokenizer at ``out``, which must be new.
+
+    ``max_tokens`` makes the context shorter, which a sparse model needs: see ``dense_form``. Raises UserError for what the form
+    cannot hold.
+    """
+    form = FORMS[to]
+    if (dtype := dtype or form.dtypes[0]) not in form.dtypes:
+        raise UserError(f"--dtype {dtype} is none of --to {to}, which has {', '.join(form.dtypes)}.")
+    with appearing(out) as place:
+        loaded = load_model(checkpoint)
+        config = loaded.model.config
+        if max_tokens is not None and not 2 <= max_tokens <= config.max_seq_len:
+            longest = f"{config.max_seq_len}, the context of {loaded.path} (max_seq_len)"
+            raise UserError(f"--max-tokens {max_tokens} is not from 2 to {longest}.")
+        if to != "safetensors":
+            config = dense_form(config, max_tokens or config.max_seq_len)
+        elif max_tokens is not None:
+            raise UserError("--to safetensors writes a model as it is, so there is no --max-tokens for it.")
+        what = form.write(Export(loaded, config, dtype), place)
+    say(f"{out}: {loaded.model.config.num_parameters:,} parameters of {loaded.path}, as {what} in {dtype}")
+    return 0
