@@ -4,11 +4,11 @@
 
 Every measurement is a fresh process. The model is small (--layers, --hidden-size, heads of 64 and half as many key/value heads)
 with an untrained index of the default size, which costs what a trained one does; ``gather`` is what a model takes in long rows,
-``mask`` the reference, which is left out where it would not fit. Training is one row in fp32, eager, with recompute=full:
-forward, backward and fused AdamW. Decoding draws for --decode-rows rows whose cache holds as many tokens as the length says,
-random ones. ``memory`` is one attention layer of two heads, forward and backward at --memory-length: the most bytes that were
-allocated at a time beyond those before, added up from torch's profiler. ``crossover`` names the first of the lengths at which
-sparse is faster, or null.
+``mask`` the reference. Training is one row in fp32, eager, with recompute=full: forward, backward and fused AdamW; dense and
+mask are left out where they would not fit into 24 GB. Decoding draws for --decode-rows rows whose cache holds as many tokens as
+the length says, random ones. ``memory`` is one attention layer of two heads, forward and backward at --memory-length: the most
+bytes that were allocated at a time beyond those before, added up from torch's profiler. ``crossover`` names the first of the
+lengths at which sparse is faster, or null.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from bench_recompute import peak_step_bytes
 from measuring import measured, publish
 
 HEAD_DIM = 64
-MASK_LONGEST = 8_192  # four heads of longer rows take more than 20 GB
+TRAINED_LONGEST = {"mask": 8_192, "dense": 16_384}  # four heads of longer rows take more than 24 GB
 
 
 def model_of(kind: str, length: int, args: argparse.Namespace, *, heads: int | None = None, layers: int | None = None) -> Any:
@@ -140,6 +140,9 @@ def main() -> None:
         print(json.dumps(MEASUREMENTS[what](kind, int(length), args)))
         return
 
+    def fits(what: str, kind: str, length: int) -> bool:
+        return what == "decode" or length <= TRAINED_LONGEST.get(kind, length)
+
     def fresh(what: str, kind: str, length: int) -> dict[str, float]:
         return measured([__file__, *sys.argv[1:], "--case", what, kind, str(length)], threads=args.threads)
 
@@ -153,11 +156,11 @@ def main() -> None:
     for what in ("train", "decode"):
         kinds = ("dense", "gather", "mask") if what == "train" else ("dense", "gather")
         result[what] = {
-            length: {kind: fresh(what, kind, length) for kind in kinds if kind != "mask" or length <= MASK_LONGEST}
+            length: {kind: fresh(what, kind, length) for kind in kinds if fits(what, kind, length)}
             for length in args.lengths
         }
         speeds = {length: {kind: each["tokens_per_second"] for kind, each in row.items()} for length, row in result[what].items()}
-        faster = [length for length, speed in speeds.items() if speed["gather"] > speed["dense"]]
+        faster = [length for length, speed in speeds.items() if "dense" in speed and speed["gather"] > speed["dense"]]
         result[f"{what}_crossover"] = min(faster, default=None)
     sizes = {kind: fresh("memory", kind, args.memory_length)["bytes"] for kind in ("dense", "gather", "mask")}
     result["memory"] = {"length": args.memory_length, **sizes, "gather_to_mask": sizes["gather"] / sizes["mask"]}

@@ -15,6 +15,7 @@ import pytest
 
 from osler.cli import commands
 from osler.cli import main as cli
+from osler.cli.command import function_of
 from osler.runtime.errors import UserError
 from osler.runtime.stop import REQUESTS
 
@@ -51,8 +52,8 @@ def test_a_command_explains_itself_and_its_example_calls_a_function_that_takes_i
     assert stop.value.code == 0 and command.line in " ".join(text.split())
     assert f"example:\n  {command.example}" in text and command.example.startswith(f"osler {command.name}")
     called = []
-    signature = inspect.signature(commands.function_of(command))
-    monkeypatch.setattr(commands, "function_of", lambda _: lambda **given: called.append(signature.bind(**given)) or 0)
+    signature = inspect.signature(function_of(command))
+    monkeypatch.setattr("osler.cli.command.function_of", lambda _: lambda **given: called.append(signature.bind(**given)) or 0)
     assert cli.main(shlex.split(command.example)[1:]) == 0 and called
 
 

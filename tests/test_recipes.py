@@ -7,6 +7,7 @@ from osler.config.recipe import as_comments, available_recipes, load_recipe, loa
 from osler.config.schema import decode, encode
 from osler.data.config import sources_of
 from osler.model.config import ModelConfig
+from osler.runtime.errors import UserError
 
 RECIPE_NAMES = sorted(available_recipes())
 FAMILIES = {
@@ -122,6 +123,19 @@ def test_overrides_change_what_is_shown():
 def test_no_number_follows_from_a_model_that_is_replaced():
     shown = show_recipe("text-10min", ["init_from=runs/other"])
     assert "# steps" in shown and "# parameters" not in shown and "FLOPs" not in shown
+
+
+def test_a_stage_has_the_numbers_of_the_model_that_an_earlier_one_makes():
+    dense, warmup, sparse = (line for line in show_recipe("sparse-long").splitlines() if line.startswith("# "))
+    assert "parameters 85,327,872; GPU memory about" in dense and "sparse attention" not in dense
+    assert "parameters 87,318,528; sparse attention fewer FLOPs" in warmup and "GPU memory not estimated" in warmup
+    assert "parameters 87,318,528; sparse attention fewer FLOPs" in sparse and "GPU memory about" in sparse
+
+
+def test_a_run_is_no_recipe_but_has_one(tmp_path):
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(UserError, match=r"is a run, not a recipe; its recipe is .*config\.yaml"):
+        show_recipe(str(tmp_path))
 
 
 def test_list_names_every_recipe_with_its_parameters():

@@ -148,6 +148,8 @@ def _find(name: str, *, folder: Path | None = None, user: str = "", others: Iter
         shipped = f"; Osler's own recipe has no ending: `{given.with_suffix('')}`" if (RECIPES / given).is_file() else ""
         raise UserError(f"{user}there is no recipe file {given}{shipped}")
     if given.exists():
+        if (given / "config.yaml").is_file():
+            raise UserError(f"{user}{name} is a run, not a recipe; its recipe is {given / 'config.yaml'}")
         kind = "folder" if given.is_dir() else "file"
         raise UserError(f"{user}{name} is a {kind}, not a recipe; to train on it, give data.type=files data.path={name}")
     if name.startswith((".", "/", "~")):

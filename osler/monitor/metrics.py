@@ -45,7 +45,7 @@ METRICS: dict[str, Metric] = {
     "train/seq_len": Metric("tokens", "length of the rows of this stage"),
     "train/batch_tokens": Metric("tokens", "tokens in one optimizer step of this stage"),
     "index/kl": Metric("nats/token", "distance of a sparse index from attention to the keys it is compared over, mean of layers"),
-    "index/recall": Metric("fraction", "share of attention to all keys that falls on the keys that the index chooses"),
+    "index/recall": Metric("fraction", "share of attention that falls on the chosen keys; by chance about top_k / keys"),
     "index/entropy": Metric("nats", "entropy of the index over the keys that it is compared over"),
     "index/distance": Metric("tokens", "how many tokens back these keys are on average"),
     "distill/kl": Metric("nats/token", "distance of the model from its teacher, KL(teacher || model) at teacher.temperature"),

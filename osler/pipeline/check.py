@@ -122,10 +122,8 @@ def origin_of(pipeline: PipelineConfig, text: str, run: RunFolder) -> Origin:
 
 def after(stage: TrainConfig | GrpoConfig, origin: Origin) -> Origin:
     """Return what a later stage starts from when ``stage`` has trained the model of ``origin``."""
-    trained = origin.trained_seq_len
-    if isinstance(stage, TrainConfig) and stage.trains == "all":
-        trained = max(trained, stage.seq_len)
-    return origin._replace(model=stage.model_from(origin.model, origin.trained_seq_len), trained_seq_len=trained)
+    before = origin.trained_seq_len
+    return origin._replace(model=stage.model_from(origin.model, before), trained_seq_len=stage.trained_after(before))
 
 
 def check_fit(stage: Any, origin: Origin) -> None:

@@ -20,6 +20,7 @@ from typing import Any, Literal, cast
 
 from osler.config.schema import Seed, config, decode, nearest, shown
 from osler.eval.config import ExamSettings
+from osler.model.config import ModelConfig
 from osler.rl.config import GrpoConfig
 from osler.runtime.errors import UserError
 from osler.train.config import TrainConfig
@@ -27,7 +28,7 @@ from osler.train.config import TrainConfig
 FILES = ("path", "shots_path", "ids")  # keys of files that are looked for in `root`
 OWN_FOLDERS = ("answers", "checkpoints", "trackers")  # in the folder of a pipeline; no stage may be named so
 ACCURACY = "accuracy="
-SHOWN = ("steps", "completions", "parameters")  # which of a stage's numbers are shown
+SHOWN = ("steps", "completions", "parameters", "sparse attention", "GPU memory")  # which of a stage's numbers are shown
 
 
 @config
@@ -68,9 +69,19 @@ class PipelineConfig:
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in OWN_FIELDS}
 
     def numbers(self) -> dict[str, str]:
-        """Return how long each stage that trains is, for a person."""
-        trained = {name: stage.numbers() for name, stage in self.stages.items() if not isinstance(stage, ExamStage)}
-        return {name: "; ".join(f"{what} {of[what]}" for what in SHOWN if what in of) for name, of in trained.items()}
+        """Return for a person how long each stage that trains is, and what its model costs if an earlier stage makes it."""
+        models: dict[str, tuple[ModelConfig, int]] = {}  # with the longest rows that its weights have learned
+        found: dict[str, str] = {}
+        for name, stage in self.stages.items():
+            if isinstance(stage, ExamStage):
+                continue
+            if stage.init_from is None:
+                models[name] = stage.model, stage.seq_len
+            elif (start := models.get(read_reference(stage.init_from, self.stages)[0])) is not None:
+                models[name] = stage.model_from(*start), stage.trained_after(start[1])
+            of = stage.numbers(models[name][0] if name in models else None)
+            found[name] = "; ".join(f"{what} {of[what]}" for what in SHOWN if what in of)
+        return found
 
     def __post_init__(self) -> None:
         if not self.stages:

@@ -58,6 +58,10 @@ class RunConfig:
         """Return the shape of the model of a run that starts from ``model``, trained on rows of so many tokens."""
         return model
 
+    def trained_after(self, trained_seq_len: int) -> int:
+        """Return the longest rows that the weights have learned after a run that started from weights of ``trained_seq_len``."""
+        return trained_seq_len
+
     def numbers(self, model: ModelConfig | None = None) -> dict[str, str]:
         """Return what follows from the config, for a person; ``model`` is that of a run that does not begin with new weights."""
         raise NotImplementedError

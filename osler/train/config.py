@@ -249,6 +249,9 @@ class TrainConfig(RunConfig):
         self.check_rows(model)
         return model
 
+    def trained_after(self, trained_seq_len: int) -> int:
+        return max(trained_seq_len, self.seq_len) if self.trains == "all" else trained_seq_len
+
     def check_rows(self, model: ModelConfig) -> None:
         """Raise UserError if the rows are longer than ``model``, which this run starts from, reads."""
         if self.seq_len > model.max_seq_len:
@@ -287,6 +290,8 @@ class TrainConfig(RunConfig):
 
     def memory(self, model: ModelConfig) -> dict[str, str]:
         """Return an estimate of the memory of a step on one GPU, where a forward pass has the most tokens."""
+        if self.trains == "indexers":  # most weights have no gradient, and the scores of dense attention are what counts
+            return {"GPU memory": "not estimated for trains=indexers"}
         passes = [
             (span.seq_len, rows_per_micro_batch(span.rows_per_batch, span.seq_len, self.micro_batch_tokens))
             for span in self.timeline.spans

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from osler.checkpoint import store
-from osler.config.schema import decode
+from osler.config.schema import decode, encode
 from osler.data.config import (
     FIRST_SHARD_TOKENS,
     VALIDATION_TOKENS,
@@ -174,6 +174,10 @@ def make_model(
                 f"{source.path} has no indexers. New ones are drawn, and this run teaches them what attention looks at; all "
                 "other weights stay as they are."
             )
+        else:
+            here, before = encode(shape.attention), encode(there.attention)
+            if changes := [f"{name} {before[name]} → {here[name]}" for name in here if here[name] != before[name]]:
+                logger.info(f"The attention differs from that of {source.path}: {', '.join(changes)}.")
     if checkpoint is not None:
         config.check_rows(shape)
     is_cut_first = processes > 1 and isinstance(config.parallel, FsdpConfig)

@@ -54,6 +54,19 @@ def test_where_all_keys_are_chosen_the_model_is_the_dense_one_with_the_same_seed
         torch.testing.assert_close(of_sparse[name], gradient)
 
 
+@pytest.mark.slow
+@KINDS
+def test_a_compiled_step_is_the_same(kind):
+    model, ids = build(kind, torch.float32, num_layers=2), ids_of(2, 41)
+    plain = SummedLoss(model)
+    results = []
+    for loss in (plain, torch.compile(plain, fullgraph=True)):
+        found = loss(ids[:, :-1], ids[:, 1:], None)
+        results.append([found, *gradients(model, found[-1]).values()])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, atol=1e-5, rtol=1e-4)
+
+
 @KINDS
 @pytest.mark.parametrize("length", [10, 40])  # tokens of a row: all keys are chosen, or 12 of them
 def test_text_teaches_the_indexer_nothing_and_the_kl_the_model_nothing(kind, length):

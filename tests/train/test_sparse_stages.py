@@ -183,13 +183,14 @@ def test_a_stage_out_of_its_place_is_refused(start, overrides, told, dry, tiny, 
     assert told in capsys.readouterr().err and not (tmp_path / "run" / "config.yaml").exists()
 
 
-def test_another_choice_of_keys_may_be_made_of_the_same_indexers(tiny, stages, osler, tmp_path):
+def test_another_choice_of_keys_may_be_made_of_the_same_indexers_and_is_told(tiny, stages, osler, tmp_path, capsys):
     given = [SPARSE.replace("top_k: 8", "top_k: 16"), "total_tokens=256"]
     assert osler("pretrain", tiny.pretrain, f"init_from={stages.warmup}", *given, "--run", tmp_path / "run") == 0
-    after, before = checkpoint(tmp_path / "run"), checkpoint(stages.warmup).tensors["model"]
+    after, before = checkpoint(tmp_path / "run"), checkpoint(stages.warmup)
     assert described_model(after).attention.top_k == 16
+    assert f"The attention differs from that of {before.path}: top_k 8 → 16." in " ".join(capsys.readouterr().err.split())
     step = 5 * 2.5e-3  # no weight moves further in a step, and new ones would be anywhere
-    assert all((after.tensors["model"][name] - weight).abs().max() < step for name, weight in before.items())
+    assert all((after.tensors["model"][name] - weight).abs().max() < step for name, weight in before.tensors["model"].items())
 
 
 def test_deepspeed_knows_no_sparse_attention():
