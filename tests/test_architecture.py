@@ -50,6 +50,8 @@ DOORS: dict[str, set[str]] = {
     "markupsafe": {"report/page.py"},
     "lm_eval": {"eval/harness.py"},
     "deepspeed": {"parallel/deepspeed.py"},
+    "fastapi": {"serve/app.py"},
+    "uvicorn": {"serve/process.py"},
     "torchao": {"parallel/fp8.py"},
     "wandb": {"monitor/sinks.py"},
     "clearml": {"monitor/sinks.py"},

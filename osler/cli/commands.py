@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 from osler.cli.command import Command, option
 
 OVERRIDES = option("overrides", nargs="*", metavar="key.path=value", help="fields to change")
@@ -36,6 +38,26 @@ SAMPLING = (
     option("--seed", type=int, default=0, metavar="S", help="the same seed gives the same text (default: 0)"),
 )
 
+SERVER = (
+    *(
+        option(flag, type=kind, default=argparse.SUPPRESS, metavar=metavar, help=meaning)
+        for flag, kind, metavar, meaning in (
+            ("--host", str, "ADDRESS", "the address to listen on (default: 127.0.0.1, for this machine alone)"),
+            ("--port", int, "N", "the port to listen on (default: 8000; 0: any that is free)"),
+            ("--api-key-file", str, "FILE", "demand the key in FILE (default: in OSLER_API_KEY, or no key)"),
+            ("--max-rows", int, "N", "completions of a model that are drawn together (default: 64)"),
+            ("--max-waiting", int, "N", "completions of a model that may wait; 429 for the next (default: 256)"),
+            ("--max-new-tokens", int, "N", "tokens of a completion at most (default: 1024)"),
+            ("--max-prompt-tokens", int, "N", "tokens of a prompt at most (default: as many as the model reads)"),
+            ("--max-body-bytes", int, "N", "of a request at most (default: 1000000)"),
+            ("--max-seconds", float, "S", "that a request may take, waiting included (default: 300)"),
+            ("--drain-seconds", float, "S", "that running requests have after a signal to stop (default: 30)"),
+            ("--device", str, "NAME", "auto, cpu, cuda or cuda:N (default: auto)"),
+        )
+    ),
+    option("--log-requests", action="store_true", default=argparse.SUPPRESS, help="tell path, status and tokens of each request"),
+)
+
 EVAL_HELP = """\
   osler eval runs/mine task=medqa:test.jsonl     (or medmcqa, pubmedqa, gsm8k; task.type=medqa task.path=test.jsonl is the same)
   osler eval runs/mine task=medqa:test.jsonl,gsm8k:test.parquet,clinic subset=200     (200 random questions of each)
@@ -67,6 +89,13 @@ WATCH_HELP = """\
   osler watch runs/mine --once | less     (also where no terminal is: a log, a cron job)
 
 Ctrl-C leaves; the run goes on. A run that is finished or was stopped can be watched as well."""
+
+SERVE_HELP = """\
+  osler serve small=runs/small runs/quickstart/grpo --port 9000     (several; a request chooses by name)
+  curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+       -d '{"messages": [{"role": "user", "content": "What helps against fever?"}]}'
+
+It needs the extra `serve`. SIGTERM or Ctrl-C: no new requests, and those that run have --drain-seconds to end."""
 
 TOKENIZER_HELP = """\
   osler tokenizer train notes/ --type superbpe tokenizer.vocab_size=32768 --out tokenizer.json     (tokens of up to four words)"""
@@ -263,6 +292,22 @@ COMMANDS: tuple[Command, ...] = (
             option("--no-reasoning", dest="reasoning", action="store_const", const=False, help="ask for the answer alone"),
             *SAMPLING,
         ),
+    ),
+    Command(
+        "serve",
+        "Answer requests to models over HTTP, as OpenAI's API",
+        "osler serve runs/clinic-sft",
+        "osler.serve.process:run",
+        (
+            option(
+                "models",
+                nargs="+",
+                metavar="CHECKPOINT",
+                help="run folder or checkpoint, or NAME=CHECKPOINT; the first is the default",
+            ),
+            *SERVER,
+        ),
+        SERVE_HELP,
     ),
     Command(
         "report",

@@ -176,6 +176,12 @@ def decode(cls: type[T], mapping: Mapping[str, Any], *, source: str = "") -> T:
     raise UserError("\n  ".join([f"{source}: {count}", *lines]))
 
 
+def json_schema(cls: Any) -> dict[str, Any]:
+    """Return what ``decode`` takes as a JSON schema, whose parts are in ``$defs`` and are named as OpenAPI's components."""
+    schema: dict[str, Any] = _adapter(cls).json_schema(ref_template="#/components/schemas/{model}")
+    return schema
+
+
 @functools.cache
 def _adapter(cls: Any) -> Any:
     from pydantic import TypeAdapter

@@ -3,7 +3,7 @@
 Every row has its own position in the key/value cache, its own sampling parameters and its own random numbers, which belong to
 (seed, row number, position). The cache keeps a finished row until its place is needed. A prompt that begins with the same
 tokens starts from that row, for example the next turn of a conversation, or an exam with worked examples. The host looks at
-the rows only in ``collect`` and ``so_far``; no step waits for the device. Shapes: P prompts, R some rows.
+the rows only in ``collect`` and ``news``; no step waits for the device. Shapes: P prompts, R some rows.
 """
 
 from bisect import bisect_left
@@ -34,16 +34,21 @@ class _Place:
     request: Request | None = None  # None: the row is free
     drawn: int = 0  # an upper bound of the tokens drawn, exact after ``collect``
     tokens: Prompt = ()  # tokens that the cache has: of a running row its prompt, of a finished one all but the last
+    told: int = 0  # tokens that ``news`` has returned
 
 
 class Batch:
     """At most ``max_rows`` rows of at most ``slots`` tokens, of which at most ``new_tokens`` are drawn; other requests wait.
 
     The batch grows when requests wait. When none waits, it shrinks to the smallest power of two that holds the rows that run.
+    Sampling masks, which are large, are kept for training; without ``keeps_masks`` no completion has them.
     """
 
-    def __init__(self, decoder: Decoder, slots: int, new_tokens: int, max_rows: int, can: Capabilities) -> None:
+    def __init__(
+        self, decoder: Decoder, slots: int, new_tokens: int, max_rows: int, can: Capabilities, *, keeps_masks: bool = True
+    ) -> None:
         self.decoder, self.slots, self.new_tokens, self.max_rows, self.can = decoder, slots, new_tokens, max_rows, can
+        self._mask_places = new_tokens + 1 if keeps_masks else 0
         self._waiting: deque[tuple[int, Request]] = deque()
         self._num_added = 0
         self._places: list[_Place] = []
@@ -81,11 +86,25 @@ class Batch:
         for place in self._places:
             place.drawn += min(count, left)
 
-    def so_far(self, number: int, start: int = 0) -> list[int]:
-        """Return the tokens from ``start`` on that were drawn for a request that has joined; this waits for the device."""
-        row = next(row for row, place in enumerate(self._places) if place.request is not None and place.number == number)
-        tokens: list[int] = self._rows.tokens_BN[row, start : int(self._rows.drawn_B[row])].tolist()
-        return tokens
+    def news(self) -> list[tuple[int, Continuation]]:
+        """Return what each request that has a row drew since the last call; this waits for the device.
+
+        What was drawn between the last call and ``collect`` is in the completion alone.
+        """
+        busy = [row for row, place in enumerate(self._places) if place.request is not None]
+        places = [self._places[row] for row in busy]
+        found = self._continuations(busy, [place.told for place in places]) if busy else []
+        for place, continuation in zip(places, found, strict=True):
+            place.told += len(continuation.ids)
+        return [(place.number, continuation) for place, continuation in zip(places, found, strict=True)]
+
+    @torch.inference_mode()
+    def cancel(self, number: int) -> None:
+        """Draw no more for a request. If it has a row, ``collect`` returns what was drawn as a completion that was cut."""
+        self._waiting = deque(pair for pair in self._waiting if pair[0] != number)
+        for row, place in enumerate(self._places):
+            if place.request is not None and place.number == number:
+                self._rows.running_B[row] = False
 
     @torch.inference_mode()
     def collect(self) -> list[tuple[int, Continuation]]:
@@ -99,13 +118,16 @@ class Batch:
         if not ended:
             return []
         places = [self._places[row] for row in ended]
-        requests = [place.request for place in places if place.request is not None]
-        found = self._rows.continuations(torch.tensor(ended, device=self.decoder.device), requests)
+        found = self._continuations(ended, [0] * len(ended))
         for place, continuation in zip(places, found, strict=True):
             place.tokens, place.request = (*place.tokens, *continuation.ids[:-1]), None  # the last token is in no cache
             warn_of_untrained(self.decoder.trained_seq_len, len(place.tokens))
         self._shrink()
         return [(place.number, continuation) for place, continuation in zip(places, found, strict=True)]
+
+    def _continuations(self, rows: Sequence[int], starts: Sequence[int]) -> list[Continuation]:
+        requests = [place.request for place in (self._places[row] for row in rows) if place.request is not None]
+        return self._rows.continuations(torch.tensor(rows, device=self.decoder.device), requests, starts)
 
     def _shrink(self) -> None:
         """Let attention read only as far as running rows need, and shrink to a power of two if nothing waits."""
@@ -120,7 +142,7 @@ class Batch:
         """Move the rows ``keep`` to the front of new tensors for ``size`` rows."""
         decoder, device = self.decoder, self.decoder.device
         cache = decoder.new_cache(size, self.slots)
-        rows = Rows(size, self.new_tokens, self.can, decoder.config.vocab_size, device)
+        rows = Rows(size, self.new_tokens, self.can, decoder.config.vocab_size, device, mask_places=self._mask_places)
         if keep:
             from_R, to_R = torch.tensor(keep, device=device), torch.arange(len(keep), device=device)
             cache.put(to_R, self._cache, from_R)
@@ -164,7 +186,7 @@ class Batch:
             if past is None:  # prompts that start from a row came first, because this overwrites rows
                 self._fill(filled)
         self._fill(filled)
-        rows = Rows(len(free), self.new_tokens, self.can, vocab_size, device, mask_places=1)
+        rows = Rows(len(free), self.new_tokens, self.can, vocab_size, device, mask_places=min(self._mask_places, 1))
         rows.begin(requests)
         rows.draw(logits_RV, self._sampling_of([request.sampling for request in requests]))
         self._rows.put(row_R, rows, torch.arange(len(free), device=device))

@@ -36,9 +36,10 @@ class InferenceEngine:
         self.dtype = model.compute_dtype if dtype is None else dtype
         self.max_rows, self.poll_steps = max_rows, poll_steps
 
-    def open(self, slots: int, new_tokens: int, max_rows: int, can: Capabilities) -> Batch:
+    def open(self, slots: int, new_tokens: int, max_rows: int, can: Capabilities, *, keeps_masks: bool = True) -> Batch:
         """Return an empty batch with a copy of the model's present weights; the other arguments are those of ``Batch``."""
-        return Batch(Decoder(self.model, Layout(self.dtype, max_rows)), slots, new_tokens, max_rows, can)
+        decoder = Decoder(self.model, Layout(self.dtype, max_rows))
+        return Batch(decoder, slots, new_tokens, max_rows, can, keeps_masks=keeps_masks)
 
     def complete(self, requests: Sequence[Request]) -> Iterator[tuple[int, Continuation]]:
         """Yield the index and the completion of every request, in the order in which they end.
@@ -78,10 +79,11 @@ class InferenceEngine:
         request = Request(tuple(prompt), sampling)
         can = Capabilities.needed([request], self.model.config.vocab_size)
         batch = self.open(len(prompt) + sampling.max_new_tokens, sampling.max_new_tokens, 1, can)
-        number = batch.add(request)
-        shown = 0
+        batch.add(request)
+        count = 0
         while batch:
-            batch.step(min(shown, 1))  # the first token is drawn when the request joins the batch
-            yield from batch.so_far(number, shown)
-            shown += 1
+            batch.step(count)
+            count = 1  # the first token is drawn when the request joins the batch
+            for _, continuation in batch.news():
+                yield from continuation.ids
             batch.collect()

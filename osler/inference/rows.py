@@ -37,8 +37,8 @@ class Continuation:
 
     ``logprobs`` are those that the tokens were drawn with: at the sampling temperature, over the sampling mask (greedy: at
     temperature 1, over the vocabulary). ``packed_masks`` are these masks by ``pack_mask``, uint8 [tokens, E] on the CPU; None
-    when every token could be drawn. ``top_logprobs`` has for each token the likeliest tokens in its place, with
-    log-probabilities.
+    when every token could be drawn, or masks are not kept. ``top_logprobs`` has for each token the likeliest tokens in its
+    place, with log-probabilities.
     """
 
     ids: list[int]
@@ -117,9 +117,9 @@ class Rows:
         vocab_size: int,
         device: torch.device,
         *,
-        mask_places: int | None = None,
+        mask_places: int,
     ) -> None:
-        """Rows keep sampling masks, which are large, for their first ``mask_places`` tokens; None: for all."""
+        """Rows keep sampling masks, which are large, for their first ``mask_places`` tokens."""
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(rows, *shape, dtype=dtype, device=device)
@@ -131,8 +131,7 @@ class Rows:
         self.drawn_B, self.limit_B, self.stop_BK = zeros(), zeros(), zeros(can.stop_ids)
         self.uniform_BN = zeros(places, dtype=torch.float64)  # the random number of every token to come
         self.tokens_BN, self.logprobs_BN = zeros(places), zeros(places, dtype=torch.float32)
-        mask_shape = places if mask_places is None else mask_places, -(-vocab_size // 8)
-        self.masks_BNE = zeros(*mask_shape, dtype=torch.uint8) if can.truncates else None
+        self.masks_BNE = zeros(mask_places, -(-vocab_size // 8), dtype=torch.uint8) if can.truncates and mask_places else None
         self.seen_BV = zeros(vocab_size, dtype=torch.bool) if can.penalises else None
         self.top_ids_BNA = zeros(places, can.top_logprobs)
         self.top_logprobs_BNA = zeros(places, can.top_logprobs, dtype=torch.float32)
@@ -174,29 +173,40 @@ class Rows:
             _store(self.masks_BNE, place_B1, pack_mask(drawn.mask_BV))
         if self.seen_BV is not None:
             self.seen_BV.scatter_(1, token_B1, True)
-        if count := self.top_ids_BNA.shape[-1]:
+        if count := sampling.top_logprobs:
             top_BA, index_BA = drawn.scaled_BV.topk(count, dim=-1)
-            _store(self.top_ids_BNA, place_B1, index_BA)
-            _store(self.top_logprobs_BNA, place_B1, top_BA - drawn.scaled_BV.logsumexp(-1, keepdim=True))
+            _store(self.top_ids_BNA[..., :count], place_B1, index_BA)
+            _store(self.top_logprobs_BNA[..., :count], place_B1, top_BA - drawn.scaled_BV.logsumexp(-1, keepdim=True))
         self.drawn_B += self.running_B
         self.running_B = self.running_B & (self.drawn_B < self.limit_B) & (token_B1 != self.stop_BK).all(-1)
 
-    def continuations(self, row_R: Tensor, requests: Sequence[Request]) -> list[Continuation]:
-        """Return what the requests of some rows have drawn; this waits for the device."""
+    def continuations(self, row_R: Tensor, requests: Sequence[Request], starts: Sequence[int]) -> list[Continuation]:
+        """Return what the requests of some rows have drawn, each from the token ``starts`` on; this waits for the device."""
         drawn = self.drawn_B[row_R].tolist()
-        tokens, logprobs = (tensor[row_R, : max(drawn)].tolist() for tensor in (self.tokens_BN, self.logprobs_BN))
-        masks = None if self.masks_BNE is None else self.masks_BNE[row_R, : max(drawn)].cpu()
+        counts = [count - start for count, start in zip(drawn, starts, strict=True)]
+        place_RN = torch.tensor(starts, device=row_R.device)[:, None] + torch.arange(max(counts), device=row_R.device)
+        at = row_R[:, None], place_RN.clamp_max(self.tokens_BN.shape[1] - 1)
+        tokens, logprobs = self.tokens_BN[at].tolist(), self.logprobs_BN[at].tolist()
+        masks = None if self.masks_BNE is None else self.masks_BNE[at].cpu()
+        top = self._alternatives(at, requests)
         found = []
-        for row, (count, request) in enumerate(zip(drawn, requests, strict=True)):
+        for row, (count, request) in enumerate(zip(counts, requests, strict=True)):
             ids, sampling = tokens[row][:count], request.sampling
             mask = masks[row, :count].clone() if masks is not None and sampling.truncates(self.vocab_size) else None
-            top = self._top_logprobs(row_R[row], count, sampling.top_logprobs) if sampling.top_logprobs else []
-            found.append(Continuation(ids, logprobs[row][:count], ids[-1] in sampling.stop_ids, mask, top))
+            is_finished = bool(ids) and ids[-1] in sampling.stop_ids
+            found.append(Continuation(ids, logprobs[row][:count], is_finished, mask, top[row][:count]))
         return found
 
-    def _top_logprobs(self, row: Tensor, count: int, num_alternatives: int) -> list[dict[int, float]]:
-        ids, logprobs = (tensor[row, :count, :num_alternatives].tolist() for tensor in (self.top_ids_BNA, self.top_logprobs_BNA))
-        return [dict(zip(*pair, strict=True)) for pair in zip(ids, logprobs, strict=True)]
+    def _alternatives(self, at: tuple[Tensor, Tensor], requests: Sequence[Request]) -> list[list[dict[int, float]]]:
+        """Return the likeliest tokens at some places of each request's row, as many as it asks for."""
+        counts = [request.sampling.top_logprobs for request in requests]
+        if not any(counts):
+            return [[] for _ in requests]
+        ids, logprobs = self.top_ids_BNA[at].tolist(), self.top_logprobs_BNA[at].tolist()
+        return [
+            [dict(zip(place[:count], values[:count], strict=True)) for place, values in zip(*own, strict=True)] if count else []
+            for count, own in zip(counts, zip(ids, logprobs, strict=True), strict=True)
+        ]
 
 
 def _store(values_BNX: Tensor, place_B1: Tensor, new_BX: Tensor) -> None:

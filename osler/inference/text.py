@@ -13,6 +13,56 @@ from osler.tokenizer.bpe import Tokenizer
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what the bytes of half a character decode to
 _END = -1  # the marker behind the last token
+_CONTEXT, _MOST_CONTEXT = 8, 32  # tokens that are decoded again with the next one: a character has at most four
+
+
+class TextStream:
+    """The text of one row, token by token. It is cut into parts by markers, and ends before the first of the ``stops``.
+
+    ``decoded`` and ``shown`` count the characters of the present part that are known, and that ``add`` has returned.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, markers: Set[int], stops: Sequence[str] = ()) -> None:
+        self.tokenizer, self.markers, self.stops = tokenizer, markers, stops
+        self.is_stopped = False  # by one of ``stops``
+        self._begin()
+
+    def _begin(self) -> None:
+        self.decoded = self.shown = 0
+        self._ids: list[int] = []  # the last tokens
+        self._length = 0  # characters of their text that are in ``decoded``
+        self._waiting = ""  # text that may be the beginning of a stop string
+
+    def add(self, token: int) -> str:
+        """Return the text that is certain with one more token; a marker, which is no text, makes all of its part certain.
+
+        A character that never gets all of its bytes is a replacement character before the next marker. What comes after a stop
+        string is no text.
+        """
+        if self.is_stopped:
+            return ""
+        is_marker = token in self.markers
+        self._ids += [] if is_marker else [token]
+        text = self.tokenizer.decode(self._ids)
+        is_whole = is_marker or not text.endswith(_INCOMPLETE)
+        known = text if is_whole else text.removesuffix(_INCOMPLETE)
+        new = known[self._length :]
+        self._waiting += new
+        self.decoded += len(new)
+        self._length = len(known)
+        if is_whole and len(self._ids) > _MOST_CONTEXT:
+            self._ids = self._ids[-_CONTEXT:]
+            self._length = len(self.tokenizer.decode(self._ids))
+        found = [self._waiting.index(stop) for stop in self.stops if stop in self._waiting]
+        self.is_stopped = bool(found)
+        certain = min(found) if found else len(self._waiting) - (0 if is_marker else _possible_stop(self._waiting, self.stops))
+        said, self._waiting = self._waiting[:certain], self._waiting[certain:]
+        self.shown += len(said)
+        return said
+
+    def next_part(self) -> None:
+        """Begin the part behind a marker."""
+        self._begin()
 
 
 def pieces(
@@ -25,31 +75,21 @@ def pieces(
 ) -> Iterator[str | int]:
     """Yield text as soon as it is certain, and markers as ids; at the end, unless a stop string came, -1.
 
-    A character that never gets all of its bytes is shown as a replacement character before the next marker. New tokens are cut to
-    what the model's ``max_seq_len`` leaves. The text ends before the first of the ``stops``.
+    New tokens are cut to what the model's ``max_seq_len`` leaves.
     """
     room = engine.model.config.max_seq_len - len(prompt)
     sampling = replace(sampling, max_new_tokens=max(min(sampling.max_new_tokens, room), 1), stop_ids=(tokenizer.eos_id,))
-    ids: list[int] = []
-    shown = 0
+    text = TextStream(tokenizer, {*markers, _END}, stops)
     for token in chain(engine.stream(prompt, sampling), [_END]):
-        is_marker = token == _END or token in markers
-        ids += [] if is_marker else [token]
-        text = tokenizer.decode(ids)
-        if not is_marker:
-            text = text.removesuffix(_INCOMPLETE)
-        found = [text.index(stop) for stop in stops if stop in text]
-        certain = min(found) if found else len(text) - (0 if is_marker else _waiting(text, stops))
-        if certain > shown:
-            yield text[shown:certain]
-            shown = certain
-        if found:
+        if said := text.add(token):
+            yield said
+        if text.is_stopped:
             return
-        if is_marker:
+        if token in text.markers:
             yield token
-            ids, shown = [], 0
+            text.next_part()
 
 
-def _waiting(text: str, stops: Sequence[str]) -> int:
+def _possible_stop(text: str, stops: Sequence[str]) -> int:
     """Return how many characters at the end of a text could be the beginning of a stop string."""
     return max((size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size])), default=0)

@@ -67,6 +67,8 @@ class RowSampling(NamedTuple):
     truncates: bool
     most_top_k: int  # V where some row has no top_k
     penalises: bool
+    top_logprobs: int  # the most that a row asks for
+    bias_BV: Tensor | None  # added to the logits; None where no row has a bias
 
     @classmethod
     def of(cls, rows: Sequence[SamplingParams], vocab_size: int, device: torch.device) -> RowSampling:
@@ -79,6 +81,11 @@ class RowSampling(NamedTuple):
         greedy = [row.temperature == 0 for row in rows]
         rows = [replace(row, top_k=None, top_p=1.0, min_p=0.0) if row.temperature == 0 else row for row in rows]
         top_k = [min(row.top_k or vocab_size, vocab_size) for row in rows]
+        bias_BV = torch.zeros(len(rows), vocab_size) if any(row.logit_bias for row in rows) else None
+        for number, row in enumerate(rows):
+            if bias_BV is not None and row.logit_bias:
+                token_N, value_N = zip(*row.logit_bias, strict=True)
+                bias_BV[number, list(token_N)] = torch.tensor(value_N)
         return cls(
             column([row.temperature or 1.0 for row in rows]),
             column(greedy, torch.bool),
@@ -92,6 +99,8 @@ class RowSampling(NamedTuple):
             truncates=any(row.truncates(vocab_size) for row in rows),
             most_top_k=max(top_k),
             penalises=any(row.repetition_penalty != 1 for row in rows),
+            top_logprobs=max(min(row.top_logprobs, vocab_size) for row in rows),
+            bias_BV=None if bias_BV is None else bias_BV.to(device),
         )
 
 
@@ -111,6 +120,8 @@ def sample(logits_BV: Tensor, u_B: Tensor, sampling: RowSampling, seen_BV: Tenso
     repetition penalty is for. ``logp_B`` is at the temperature, over the mask. Temperature 0 takes the likeliest token, ignores
     truncation, and reports the log-probability at temperature 1.
     """
+    if sampling.bias_BV is not None:
+        logits_BV = logits_BV + sampling.bias_BV
     if sampling.penalises and seen_BV is not None:
         # Keskar et al., 2019 (CTRL), with the correction for logits below zero that everybody uses.
         penalised_BV = torch.where(logits_BV > 0, logits_BV / sampling.penalty_B1, logits_BV * sampling.penalty_B1)

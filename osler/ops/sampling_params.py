@@ -18,6 +18,7 @@ class SamplingParams:
     top_p: Annotated[float, Gt(0), Le(1)] = 1.0  # draw from the fewest likeliest tokens that have this share of the probability
     min_p: Fraction = 0.0  # draw no token whose probability is below this share of the likeliest one's
     repetition_penalty: PositiveFloat = 1.0  # above 1, tokens that were in the prompt or were drawn become less likely
+    logit_bias: tuple[tuple[int, float], ...] = ()  # tokens, and what is added to their logits before anything else
     top_logprobs: NonNegativeInt = 0  # of every drawn token, report so many of the likeliest tokens in its place
     stop_ids: tuple[int, ...] = ()  # tokens that end a row
     seed: int = 0  # the same seed gives a row the same random numbers, whatever shares its batch

@@ -1,6 +1,7 @@
 """Chat and generate as a person meets them: what is asked, streamed, printed, interrupted and left."""
 
 import io
+import random
 import signal
 import sys
 from itertools import pairwise
@@ -14,6 +15,7 @@ from osler.cli import main as cli
 from osler.inference.chat import continue_text, show_answer, stream_answer
 from osler.inference.engine import InferenceEngine
 from osler.inference.load import TOKENIZER_FILE, LoadedModel, open_model
+from osler.inference.text import TextStream
 from osler.ops.sampling_params import SamplingParams
 from osler.runtime.errors import UserError
 from osler.tokenizer.bpe import Tokenizer
@@ -227,6 +229,19 @@ def test_text_ends_before_a_stop_string_that_is_several_tokens(textbook, stops, 
     sampling = SamplingParams(max_new_tokens=len(ids), temperature=0)
     shown = list(continue_text(InferenceEngine(ready.model), ready.tokenizer, "", sampling, stops))
     assert shown == expected
+
+
+def test_text_of_a_long_row_is_that_of_its_tokens_together(textbook):
+    """Only the last tokens are decoded again, whatever bytes they are; a stop string waits across them."""
+    tokenizer, rng = textbook.tokenizer, random.Random(0)
+    whole = tokenizer.encode("A fever of 39 °C → 🩺🩺 sleeps well. ") * 20
+    for ids in (whole, [rng.choice(whole) for _ in range(300)]):
+        text = TextStream(tokenizer, {-1}, ["never"])
+        said = [text.add(token) for token in [*ids, -1]]
+        assert "".join(said) == tokenizer.decode(ids)
+        assert text.shown == text.decoded == len(tokenizer.decode(ids))
+    text = TextStream(tokenizer, {-1}, ["🩺 sl"])
+    assert "".join(text.add(token) for token in whole) == "A fever of 39 °C → 🩺" and text.is_stopped
 
 
 @pytest.mark.parametrize("reasoning", [True, False])

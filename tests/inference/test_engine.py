@@ -41,7 +41,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0}, "plain": {}, "hot": {"temperature": 1.7}, "top-k": {"top_k": 5},
     "top-p": {"top_p": 0.7, "temperature": 0.8}, "both": {"top_k": 20, "top_p": 0.9}, "min-p": {"min_p": 0.2},
     "penalised": {"repetition_penalty": 1.5}, "greedy-penalised": {"repetition_penalty": 1.3, "temperature": 0.0},
-    "alternatives": {"top_logprobs": 3, "top_k": 9},
+    "alternatives": {"top_logprobs": 3, "top_k": 9}, "biased": {"logit_bias": ((7, 2.5), (8, -100.0)), "temperature": 0.5},
 }  # fmt: skip
 
 
@@ -227,6 +227,39 @@ def test_a_prompt_goes_on_from_what_a_row_has_of_it(monkeypatch: pytest.MonkeyPa
     assert run == [30, 3, 3 + 1 + 4], "the last token drawn is in no cache"
 
 
+def test_news_is_what_was_drawn_since_the_last_look_and_a_row_that_is_given_up_makes_room() -> None:
+    """A server's loop: one row at a time is cancelled, waiting or running, and the others draw what they draw alone."""
+    model = build(PLAIN)
+    settings = [{}, SETTINGS["alternatives"], SETTINGS["top-p"], SETTINGS["greedy-penalised"], SETTINGS["biased"], {}]
+    requests = [
+        Request((1, 2, number), replace(SAMPLING, **changes, stop_ids=()), number) for number, changes in enumerate(settings)
+    ]
+    can = Capabilities.needed(requests, PLAIN.vocab_size)
+    batch = InferenceEngine(model).open(60, 24, 3, can, keeps_masks=False)
+    for request in requests:
+        batch.add(request)
+    told = {number: Continuation([], [], finished=False) for number in range(6)}
+    ended: dict[int, Continuation] = {}
+    for step in range(60):
+        batch.step(1)
+        for number, news in batch.news():
+            told[number].ids.extend(news.ids)
+            told[number].logprobs.extend(news.logprobs)
+            told[number].top_logprobs.extend(news.top_logprobs)
+        if step == 4:
+            batch.cancel(0)  # runs
+            batch.cancel(5)  # waits
+            batch.cancel(99)
+        ended |= dict(batch.collect())
+        assert not any(news.ids for _, news in batch.news())
+    assert not batch and sorted(ended) == [0, 1, 2, 3, 4]
+    for number, completion in ended.items():
+        expected = alone(model, requests[number])
+        length = 6 if number == 0 else 24
+        cut = Continuation(expected.ids[:length], expected.logprobs[:length], False, None, expected.top_logprobs[:length])
+        assert_same([completion, told[number]], [cut, cut])
+
+
 def test_a_batch_refuses_what_it_was_not_made_for() -> None:
     batch = InferenceEngine(build(PLAIN)).open(40, 8, 4, Capabilities(stop_ids=1))
     short = SamplingParams(max_new_tokens=8)
@@ -297,7 +330,8 @@ def test_the_host_reads_nothing_of_the_device_between_two_looks(monkeypatch: pyt
     with FakeTensorMode():
         decoder = Decoder(Transformer(PLAIN), Layout(torch.float32, 3))
         cache = decoder.new_cache(3, 32)
-        rows = Rows(3, 24, Capabilities.needed(requests, PLAIN.vocab_size), PLAIN.vocab_size, torch.device("cpu"))
+        can = Capabilities.needed(requests, PLAIN.vocab_size)
+        rows = Rows(3, 24, can, PLAIN.vocab_size, torch.device("cpu"), mask_places=25)
         sampling = RowSampling.of([asked] * 3, PLAIN.vocab_size, torch.device("cpu"))
         for _ in range(3):
             rows.draw(decoder.step(rows.token_B, cache, rows.running_B), sampling)

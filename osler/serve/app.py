@@ -1,0 +1,353 @@
+"""The endpoints, as OpenAI's clients know them (FastAPI, extra ``serve``); ``process.py`` runs them.
+
+Only what carries a key, or comes from this machine to its own name, is answered. A body must say that it is JSON, so a page of
+another site cannot send one without being asked first, and that is never granted. Every error has OpenAI's form, and one in the
+middle of a stream is an event of it.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from typing import Any
+
+from osler.config.schema import json_schema
+from osler.runtime.errors import UserError
+from osler.serve.config import ChatRequest, CompletionRequest, ServeConfig
+from osler.serve.errors import ApiError
+from osler.serve.metrics import CONTENT_TYPE, Labels, Metrics
+from osler.serve.replies import Piece, Reply
+from osler.serve.requests import Asked, chat_rows, completion_rows, json_object, read_request
+from osler.serve.worker import Drawing, Served, Worker
+
+try:
+    from fastapi import Depends, FastAPI, Request
+    from fastapi.openapi.utils import get_openapi
+    from fastapi.responses import JSONResponse, Response, StreamingResponse
+except ImportError as error:
+    raise UserError("FastAPI is not installed: pip install -e '.[serve]' in Osler's source tree") from error
+
+logger = logging.getLogger(__name__)
+
+BODY_SECONDS = 30.0  # that a client may take to send a body
+OWN_NAMES = ("localhost", "127.0.0.1", "::1")  # of a machine, to itself
+LEFT = 499  # the status that is counted for a request whose client left before its answer
+
+
+class Events(StreamingResponse):
+    """Server-sent events; ``close`` is called at their end, whatever ends them."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None]) -> None:
+        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self._close = close
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Send the events."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._close()
+
+
+class Api:
+    """What the server answers. ``is_draining`` is set when it is about to stop, and then nothing new begins."""
+
+    def __init__(self, worker: Worker, config: ServeConfig, api_key: str | None) -> None:
+        self.worker, self.config, self.metrics = worker, config, Metrics()
+        self.is_draining = False
+        self._key_hash = None if api_key is None else hashlib.sha256(api_key.encode()).digest()
+        self._created = int(time.time())
+
+    def app(self) -> FastAPI:
+        """Return the application."""
+        app = FastAPI(title="Osler", docs_url=None, redoc_url=None, lifespan=self._lifespan)
+        trusted = [Depends(self._check_client)]
+        for path, kind, answer in (
+            ("/v1/chat/completions", ChatRequest, self.chat),
+            ("/v1/completions", CompletionRequest, self.complete),
+        ):
+            body = {"required": True, "content": {"application/json": {"schema": _reference(kind)}}}
+            extra = {"requestBody": body, "responses": _RESPONSES}
+            app.add_api_route(path, answer, methods=["POST"], dependencies=trusted, response_model=None, openapi_extra=extra)
+        for path, read in (("/v1/models", self.list_models), ("/v1/models/{name:path}", self.model), ("/metrics", self.numbers)):
+            app.add_api_route(path, read, methods=["GET"], dependencies=trusted, response_model=None)
+        app.add_api_route("/health", self.health, methods=["GET"], response_model=None)
+        app.add_exception_handler(ApiError, self._tell_error)
+        for status, message in ((404, "There is no such path."), (405, "This path does not take this method.")):
+            app.add_exception_handler(status, _always(ApiError(status, message, "not_found" if status == 404 else "method")))
+        app.add_exception_handler(500, _always(ApiError(500, "Osler failed; its log says how.", "failed")))
+        app.openapi = lambda: _schema_of(app)  # type: ignore[method-assign]
+        return app
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        self.worker.start()
+        yield
+        self.worker.stop()
+
+    # ---- endpoints
+
+    async def chat(self, request: Request) -> Response:
+        """Answer a question."""
+        return await self._answer(request, lambda body: self._read_chat(body))
+
+    async def complete(self, request: Request) -> Response:
+        """Continue texts."""
+        return await self._answer(request, lambda body: self._read_completion(body))
+
+    async def list_models(self) -> dict[str, Any]:
+        """List the models; the first answers requests that name none."""
+        return {"object": "list", "data": [self._described(served) for served in self.worker.models.values()]}
+
+    async def model(self, name: str) -> dict[str, Any]:
+        """Describe a model."""
+        return self._described(self._served(name))
+
+    async def numbers(self) -> Response:
+        """Return what the server counts, for Prometheus."""
+        outstanding = {name: served.outstanding for name, served in self.worker.models.items()}
+        return Response(self.metrics.text(outstanding, self.config.max_rows), media_type=CONTENT_TYPE)
+
+    async def health(self) -> Response:
+        """Say whether requests are taken."""
+        return JSONResponse({"status": "draining" if self.is_draining else "ok"}, 503 if self.is_draining else 200)
+
+    # ---- what they have in common
+
+    async def _check_client(self, request: Request) -> None:
+        """Raise ApiError for a client without the key; where there is none, for one that calls this machine by another name."""
+        if self._key_hash is not None:
+            scheme, _, given = request.headers.get("authorization", "").partition(" ")
+            is_right = hmac.compare_digest(hashlib.sha256(given.strip().encode()).digest(), self._key_hash)
+            if scheme.lower() != "bearer" or not is_right:
+                message = "The API key is missing or wrong: send `Authorization: Bearer KEY`."
+                raise ApiError(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        elif self.config.host in OWN_NAMES:
+            name = request.headers.get("host", "").strip().lower()
+            name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
+            if name not in OWN_NAMES:  # a name of another site that was made to point here
+                raise ApiError(403, f"This server answers to localhost alone, not to {name!r}.", "wrong_host")
+
+    def _served(self, name: str | None) -> Served:
+        models = self.worker.models
+        if name is None:
+            return next(iter(models.values()))
+        if name not in models:
+            raise ApiError(404, f"There is no model {name!r}; there are: {', '.join(models)}.", "model_not_found", "model")
+        return models[name]
+
+    def _described(self, served: Served) -> dict[str, Any]:
+        ready = served.ready
+        return {
+            "id": served.name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "osler",
+            "max_model_len": ready.model.config.max_seq_len,
+            "parameters": ready.model.config.num_parameters,
+            "answers_questions": ready.answers_questions,
+            "reasons": ready.answers_questions and ready.reasons,
+            "multi_turn": False,
+        }
+
+    async def _body(self, request: Request) -> dict[str, Any]:
+        """Read a JSON body. Raises ApiError for one that is too large, too slow, or no JSON object."""
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise ApiError(415, "Send JSON, with the header Content-Type: application/json.", "unsupported_media_type")
+        most, data, is_more = self.config.max_body_bytes, bytearray(), True
+        close = {"Connection": "close"}
+        deadline = time.monotonic() + BODY_SECONDS
+        while is_more:
+            try:
+                message = await asyncio.wait_for(request.receive(), max(deadline - time.monotonic(), 0))
+            except asyncio.TimeoutError:
+                raise ApiError(408, f"The body did not arrive in {BODY_SECONDS:g} seconds.", "timeout", headers=close) from None
+            data += message.get("body", b"")
+            is_more = message.get("more_body", False)
+            if len(data) > most:
+                raise ApiError(413, f"The body has more than {most} bytes.", "too_large", headers=close)
+        return json_object(bytes(data))
+
+    def _read_chat(self, body: dict[str, Any]) -> Asked:
+        request = read_request(ChatRequest, body)
+        return chat_rows(request, self._served(request.model))
+
+    def _read_completion(self, body: dict[str, Any]) -> Asked:
+        request = read_request(CompletionRequest, body)
+        return completion_rows(request, self._served(request.model))
+
+    async def _answer(self, request: Request, read: Callable[[dict[str, Any]], Asked]) -> Response:
+        began = time.monotonic()
+        body = await self._body(request)
+        if self.is_draining:
+            raise ApiError(503, "The server is about to stop.", "draining", headers={"Retry-After": "5"})
+        asked = await asyncio.to_thread(read, body)  # long texts take a while to tokenise
+        drawing = self.worker.draw(asked.served, asked.rows)
+        log = _Watch(self, request.url.path, asked, began)
+        limit = self.config.max_seconds
+        too_long = ApiError(504, f"The answer took more than {limit:g} seconds.", "timeout", headers={"x-should-retry": "false"})
+        timer = asyncio.get_running_loop().call_later(limit, drawing.fail, too_long)
+
+        def close() -> None:
+            timer.cancel()
+            drawing.cancel()
+            log.close()
+
+        if asked.given.stream:
+            return Events(_events(drawing, log), close)
+        work = asyncio.create_task(_whole(drawing, log))
+        leaves = asyncio.create_task(_until_gone(request))
+        try:
+            await asyncio.wait({work, leaves}, return_when=asyncio.FIRST_COMPLETED)
+            return JSONResponse(work.result()) if work.done() else Response(status_code=LEFT)
+        finally:
+            work.cancel()
+            leaves.cancel()
+            close()
+
+    async def _tell_error(self, request: Request, error: Exception) -> Response:
+        assert isinstance(error, ApiError)
+        self.count(getattr(request.scope.get("route"), "path", ""), "", error.status)
+        return _told(error)
+
+    def count(self, path: str, model: str, status: int, said: str = "") -> None:
+        """Count a request, and tell of it if that was asked for."""
+        self.metrics.requests[("model", model), ("path", path), ("status", str(status))] += 1
+        if self.config.log_requests:
+            logger.info(f"{path} {status} {model} {said}".rstrip())
+
+
+class _Watch:
+    """What is measured of one request."""
+
+    def __init__(self, api: Api, path: str, asked: Asked, began: float) -> None:
+        self.reply = Reply(asked)
+        self._api, self._path, self._began = api, path, began
+        self._labels: Labels = (("model", asked.served.name),)
+        self._first: float | None = None
+        self.status = LEFT
+        api.metrics.prompt_tokens[self._labels] += self.reply.asked.prompt_tokens
+
+    def drawn(self) -> None:
+        """Note the time of the first token."""
+        if self._first is None:
+            self._first = time.monotonic()
+            self._api.metrics.first_token[self._labels].observe(self._first - self._began)
+
+    def close(self) -> None:
+        """Count the request, at its end."""
+        metrics, now = self._api.metrics, time.monotonic()
+        tokens = [choice.tokens for choice in self.reply.choices]
+        metrics.drawn_tokens[self._labels] += sum(tokens)
+        metrics.whole[self._labels].observe(now - self._began)
+        if self._first is not None and max(tokens) > 1:
+            metrics.between_tokens[self._labels].observe((now - self._first) / (max(tokens) - 1))
+        if self.status == LEFT:
+            metrics.cancelled[self._labels] += 1
+        said = f"{self.reply.asked.prompt_tokens} + {sum(tokens)} tokens in {now - self._began:.3f} s"
+        self._api.count(self._path, self._labels[0][1], self.status, said)
+
+
+async def _pieces(drawing: Drawing, watch: _Watch) -> Sequence[tuple[int, Sequence[Piece]]]:
+    """Wait for tokens, and return the new text of each completion that has any."""
+    found = []
+    news = await drawing.news()
+    watch.drawn()
+    for index, continuation in news.items():
+        choice = watch.reply.choices[index]
+        found.append((index, choice.add(continuation)))
+        if choice.finish is not None:
+            drawing.cancel(index)  # its row may go on, behind a stop text; no news of it come after this
+    return found
+
+
+async def _whole(drawing: Drawing, watch: _Watch) -> dict[str, Any]:
+    reply = watch.reply
+    pieces: list[list[Piece]] = [[] for _ in reply.choices]
+    while not reply.is_finished:
+        for index, new in await _pieces(drawing, watch):
+            pieces[index] += new
+    watch.status = 200
+    return reply.whole(pieces)
+
+
+async def _events(drawing: Drawing, watch: _Watch) -> AsyncIterator[bytes]:
+    reply = watch.reply
+    try:
+        yield _event(*reply.first_chunks())
+        while not reply.is_finished:
+            for index, new in await _pieces(drawing, watch):
+                if chunks := reply.chunks(index, new):
+                    yield _event(*chunks)
+        watch.status = 200
+        yield _event(*reply.last_chunks()) + b"data: [DONE]\n\n"
+    except ApiError as error:
+        watch.status = error.status
+        yield _event(error.body())
+    except Exception:
+        watch.status = 500
+        yield _event(ApiError(500, "Osler failed; its log says how.", "failed").body())
+        raise
+
+
+def _event(*chunks: dict[str, Any]) -> bytes:
+    return b"".join(b"data: %s\n\n" % json.dumps(chunk, ensure_ascii=False).encode() for chunk in chunks)
+
+
+async def _until_gone(request: Request) -> None:
+    """Return when the client has left."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _told(error: ApiError) -> Response:
+    return JSONResponse(error.body(), error.status, error.headers)
+
+
+def _always(error: ApiError) -> Callable[[Request, Exception], Awaitable[Response]]:
+    async def tell(request: Request, _: Exception) -> Response:
+        return _told(error)
+
+    return tell
+
+
+# ---- the description of the endpoints
+
+_RESPONSES = {
+    str(status): {"description": meaning}
+    for status, meaning in (
+        (400, "The request is wrong; the error names the parameter."),
+        (401, "The key is missing or wrong."),
+        (403, "The server answers to localhost alone."),
+        (404, "There is no such model."),
+        (408, "The body did not arrive in time."),
+        (413, "The body is too large."),
+        (415, "The body is not JSON."),
+        (429, "Too many requests wait."),
+        (503, "The server is about to stop."),
+        (504, "The answer took too long."),
+    )
+}
+
+
+def _reference(kind: type) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{kind.__name__}"}
+
+
+def _schemas() -> Iterator[tuple[str, Any]]:
+    for kind in (ChatRequest, CompletionRequest):
+        schema = json_schema(kind)
+        yield from schema.pop("$defs", {}).items()
+        yield kind.__name__, schema
+
+
+def _schema_of(app: FastAPI) -> dict[str, Any]:
+    schema = get_openapi(title=app.title, version="1", routes=app.routes)
+    schema.setdefault("components", {}).setdefault("schemas", {}).update(_schemas())
+    return schema

@@ -1,0 +1,164 @@
+"""The configuration of ``osler serve``, and the requests that it reads. Torch-free."""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, cast
+
+from osler.config.schema import (
+    Fraction,
+    Ge,
+    Gt,
+    Le,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    config,
+)
+
+MOST_TOP_LOGPROBS = 20  # as in OpenAI's API
+MOST_STOPS, LONGEST_STOP_CHARS = 16, 256
+
+
+@config
+class ServeConfig:
+    """Where the server listens, and how much it takes on."""
+
+    host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: all of this machine's
+    port: Annotated[int, Ge(0), Le(65535)] = 8000  # 0: any that is free
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
+    which: Literal["newest", "best"] = "newest"  # checkpoint of a run folder
+    max_rows: PositiveInt = 64  # completions of a model that are drawn together; others wait
+    max_waiting: NonNegativeInt = 256  # completions of a model that wait; what comes then is answered with 429
+    max_body_bytes: PositiveInt = 1_000_000  # of a request
+    max_prompt_tokens: PositiveInt | None = None  # null: as many as the model reads
+    max_new_tokens: PositiveInt = 1024  # of a completion
+    max_seconds: PositiveFloat = 300.0  # a request may take, waiting included
+    drain_seconds: NonNegativeFloat = 30.0  # that running requests have after a signal to stop
+    api_key_file: str | None = None  # a file whose first line is the key; null: the variable OSLER_API_KEY, or no key
+    log_requests: bool = False  # a line for each request: path, status, model, tokens and seconds, never its text
+
+
+@config
+class StreamOptions:
+    """Options of a stream."""
+
+    include_usage: bool | None = None  # end with a chunk that counts tokens
+
+
+@config
+class TextPart:
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+@config
+class Message:
+    """One message of a conversation."""
+
+    role: Literal["user", "assistant", "system", "developer"]
+    content: str | tuple[TextPart, ...]
+    reasoning_content: str | None = None  # of an assistant's message: what it thought before
+    name: str | None = None  # has no effect
+
+    @property
+    def text(self) -> str:
+        """The text of all parts."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+@config
+class CommonRequest:
+    """What both kinds of completions take; null is the same as nothing."""
+
+    model: str | None = None  # a name of /v1/models; null: its first
+    max_tokens: PositiveInt | None = None  # tokens drawn at most
+    temperature: Annotated[float, Ge(0), Le(2)] | None = None  # 0 takes the likeliest token; null: 1
+    top_p: Annotated[float, Gt(0), Le(1)] | None = None  # draw from the fewest likeliest tokens with this share; null: 1
+    top_k: Annotated[int, Ge(-1)] | None = None  # draw from so many likeliest tokens; null, 0 or -1: from all
+    min_p: Fraction | None = None  # draw no token below this share of the likeliest one's probability; null: 0
+    repetition_penalty: Annotated[float, Ge(0.01), Le(100)] | None = None  # above 1: what was in prompt or answer gets rarer
+    logit_bias: dict[str, Annotated[float, Ge(-100), Le(100)]] | None = None  # by token id: added to the logit
+    seed: Annotated[int, Ge(-(2**63)), Le(2**63 - 1)] | None = None  # the same seed draws the same; null: another every time
+    n: Annotated[int, Ge(1), Le(128)] | None = None  # completions of a prompt; null: 1
+    stop: str | tuple[str, ...] | None = None  # end before the first of these texts
+    stream: bool | None = None  # send the text while it is drawn
+    stream_options: StreamOptions | None = None
+    user: str | None = None  # has no effect
+
+    def __post_init__(self) -> None:
+        if len(self.stops) > MOST_STOPS or not all(0 < len(stop) <= LONGEST_STOP_CHARS for stop in self.stops):
+            raise ValueError(f"stop takes up to {MOST_STOPS} texts of 1 to {LONGEST_STOP_CHARS} characters")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is for a stream: give stream=true, or leave it out")
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop texts, however they were given."""
+        return (self.stop,) if isinstance(self.stop, str) else self.stop or ()
+
+
+@config
+class ChatRequest(CommonRequest):
+    """A request to /v1/chat/completions."""
+
+    messages: tuple[Message, ...]
+    max_completion_tokens: PositiveInt | None = None  # the newer name of max_tokens
+    logprobs: bool | None = None  # return the log-probability of every token of the answer
+    top_logprobs: Annotated[int, Ge(0), Le(MOST_TOP_LOGPROBS)] | None = None  # and of so many alternatives
+    reasoning_effort: Literal["none"] | None = None  # none: answer without thinking; null: as the model was trained
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs=true")
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise ValueError("max_tokens and max_completion_tokens are two names of one limit: give one")
+
+
+@config
+class CompletionRequest(CommonRequest):
+    """A request to /v1/completions."""
+
+    prompt: str | tuple[str, ...] | tuple[NonNegativeInt, ...] | tuple[tuple[NonNegativeInt, ...], ...]  # texts, or token ids
+    logprobs: Annotated[int, Ge(0), Le(MOST_TOP_LOGPROBS)] | None = None  # return log-probabilities, with so many alternatives
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.prompts or () in self.prompts:
+            raise ValueError("prompt is empty: give a text (which may be empty) or at least one token")
+
+    @property
+    def prompts(self) -> Sequence[str | tuple[int, ...]]:
+        """The prompts, however they were given."""
+        given = self.prompt
+        if isinstance(given, str):
+            return (given,)
+        return (given,) if given and isinstance(given[0], int) else cast(Sequence[str], given)
+
+
+# Parameters of OpenAI's and other servers that mean something and are not there: the values that ask for nothing, and the reason.
+_NO_TOOLS = "Osler's models call no tools"
+_NO_FORMS = "Osler cannot force a form on an answer"
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "tools": (([],), _NO_TOOLS),
+    "tool_choice": (("none", "auto"), _NO_TOOLS),
+    "parallel_tool_calls": ((True, False), _NO_TOOLS),
+    "functions": (([],), _NO_TOOLS),
+    "function_call": (("none", "auto"), _NO_TOOLS),
+    "response_format": (({"type": "text"},), _NO_FORMS),
+    "modalities": ((["text"],), "Osler writes text"),
+    "audio": ((), "Osler writes text"),
+    "prediction": ((), "there is no speculative decoding"),
+    "web_search_options": ((), "Osler searches nothing"),
+    "store": ((False,), "Osler stores no request"),
+    "metadata": (({},), "Osler stores no request"),
+    "presence_penalty": ((0,), "use repetition_penalty"),
+    "frequency_penalty": ((0,), "use repetition_penalty"),
+    "echo": ((False,), "the prompt is not scored"),
+    "suffix": ((), "Osler's models write only forward"),
+    "best_of": ((1,), "use n, and choose"),
+    "service_tier": (("auto", "default"), "there is one"),
+    "verbosity": (("medium",), "use max_tokens"),
+}

@@ -1,0 +1,163 @@
+"""From the body of a request to rows for the batch: what is asked for is honoured, or refused by name."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
+
+from osler.config.schema import decode
+from osler.inference.rows import Request, check_request
+from osler.ops.sampling_params import SamplingParams
+from osler.runtime.errors import UserError
+from osler.serve.config import REFUSED, ChatRequest, CommonRequest, CompletionRequest, Message
+from osler.serve.errors import ApiError
+from osler.serve.worker import Served
+from osler.tokenizer.bpe import Tokenizer
+from osler.tokenizer.chat import Turn, encode_examples, encode_prompt
+
+COMPLETION_TOKENS = 16  # of /v1/completions without max_tokens, as in OpenAI's API
+_FIRST_KEY = re.compile(r"\n  (\w+)[\w.\[\]]*:")  # of the errors that ``decode`` lists
+
+Body = TypeVar("Body")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request asks for: ``rows`` has one for each completion of each prompt."""
+
+    served: Served
+    given: CommonRequest
+    rows: Sequence[Request]
+    logprobs: int | None  # alternatives that are told with each token; None: nothing is told
+    reasons: bool  # whether the model begins with its reasoning
+
+    @property
+    def prompt_tokens(self) -> int:
+        """The tokens of all prompts; the completions of one prompt count it once."""
+        return sum(len(row.prompt) for row in self.rows[:: self.given.n or 1])
+
+
+def json_object(data: bytes) -> dict[str, Any]:
+    """Read a body. Raises ApiError for what is no JSON object."""
+
+    def refuse(name: str) -> NoReturn:
+        raise ValueError(f"{name} is no number of JSON")
+
+    try:
+        body = json.loads(data, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"The body is not JSON: {error}.", "invalid_json") from error
+    if not isinstance(body, dict):
+        raise ApiError(400, "The body must be a JSON object.", "invalid_json")
+    return body
+
+
+def read_request(kind: type[Body], body: dict[str, Any]) -> Body:
+    """Return the request in a body. Raises ApiError, which names the parameter that is unknown, refused or wrong."""
+    for name, (neutral, reason) in REFUSED.items():
+        if body.get(name) is not None and body[name] not in neutral:
+            raise ApiError(400, f"{name} is not supported: {reason}.", "unsupported_parameter", name)
+    try:
+        return decode(kind, {name: value for name, value in body.items() if name not in REFUSED}, source="The request")
+    except (UserError, RecursionError) as error:
+        found = _FIRST_KEY.search(str(error))
+        raise ApiError(400, str(error), "invalid_value", found[1] if found else None) from error
+
+
+def chat_rows(request: ChatRequest, served: Served) -> Asked:
+    """Return what a chat request asks for. Raises ApiError where the model cannot do it."""
+    if not served.ready.answers_questions:
+        message = f"{served.name} was trained on text alone and does not answer questions: use /v1/completions."
+        raise ApiError(400, message, "not_a_chat_model", "model")
+    reasons = served.ready.reasons and request.reasoning_effort is None
+    with _refused("messages"):
+        prompt = _conversation(request.messages, served.ready.tokenizer, reasons=reasons)
+    top = (request.top_logprobs or 0) if request.logprobs else None
+    limit = request.max_tokens or request.max_completion_tokens or served.room(prompt)
+    return Asked(served, request, _rows([prompt], request, served, limit, top), top, reasons)
+
+
+def completion_rows(request: CompletionRequest, served: Served) -> Asked:
+    """Return what a completion request asks for: texts follow an end-of-text token, token ids stand as they are."""
+    tokenizer, top = served.ready.tokenizer, request.logprobs
+    with _refused("prompt"):
+        prompts = [
+            [tokenizer.eos_id, *tokenizer.encode(prompt)] if isinstance(prompt, str) else list(prompt)
+            for prompt in request.prompts
+        ]
+    limit = request.max_tokens or min(COMPLETION_TOKENS, *map(served.room, prompts))
+    return Asked(served, request, _rows(prompts, request, served, limit, top), top, reasons=False)
+
+
+@contextlib.contextmanager
+def _refused(param: str) -> Iterator[None]:
+    """Tell an error that a client can mend as one of a parameter."""
+    try:
+        yield
+    except (UserError, ValueError) as error:
+        raise ApiError(400, str(error), "invalid_value", param) from error
+
+
+def _conversation(messages: Sequence[Message], tokenizer: Tokenizer, *, reasons: bool) -> list[int]:
+    """Return the ids of a question; earlier turns stand before it as examples, as in the rows of training data."""
+    for index, message in enumerate(messages):
+        if message.role in ("system", "developer"):
+            raise ValueError(f"messages[{index}]: the template has no role {message.role}; put this text into the question.")
+        if message.role != ("assistant" if index % 2 else "user"):
+            raise ValueError(f"messages[{index}] is of the {message.role}: messages of user and assistant must alternate.")
+    if len(messages) % 2 == 0:
+        raise ValueError("messages must begin and end with one of the user.")
+    texts = [message.text for message in messages]
+    turns = [
+        Turn(question, answer.reasoning_content, text)
+        for question, answer, text in zip(texts[:-1:2], messages[1::2], texts[1::2], strict=True)
+    ]
+    before = [token for ids, _ in encode_examples(tokenizer, turns) for token in ids]
+    return [*before, *encode_prompt(tokenizer, texts[-1], reasoning=reasons)]
+
+
+def _rows(prompts: Sequence[Sequence[int]], request: CommonRequest, served: Served, limit: int, top: int | None) -> list[Request]:
+    """Return a row for every completion of every prompt; row k of a request has random numbers of its own."""
+    name = "prompt" if isinstance(request, CompletionRequest) else "messages"
+    config, count = served.config, request.n or 1
+    if limit > config.max_new_tokens:
+        message = f"max_tokens is {limit}, and this server draws at most {config.max_new_tokens} tokens."
+        raise ApiError(400, message, "invalid_value", "max_tokens")
+    sampling = _sampling(request, served, limit, top)
+    rows = [Request(tuple(prompt), sampling, place * count + k) for place, prompt in enumerate(prompts) for k in range(count)]
+    for row in rows[::count]:
+        length, longest = len(row.prompt), served.longest_prompt
+        if length > longest:
+            message = f"The prompt has {length} tokens, and {served.name} takes at most {longest} and an answer: shorten it."
+            raise ApiError(400, message, "context_length_exceeded", name)
+        try:
+            check_request(served.ready.model.config, row)
+        except UserError as error:
+            raise ApiError(400, str(error), "context_length_exceeded", "max_tokens") from error
+    return rows
+
+
+def _sampling(request: CommonRequest, served: Served, limit: int, top: int | None) -> SamplingParams:
+    vocab_size = served.ready.tokenizer.vocab_size
+    bias = request.logit_bias or {}
+    if wrong := [token for token in bias if not (token.isdecimal() and token.isascii() and int(token) < vocab_size)]:
+        message = f"logit_bias: {wrong[0]!r} is no token id; {served.name} has ids 0 to {vocab_size - 1}."
+        raise ApiError(400, message, "invalid_value", "logit_bias")
+    with _refused("temperature"):
+        return SamplingParams(
+            max_new_tokens=limit,
+            temperature=1.0 if request.temperature is None else request.temperature,
+            top_k=request.top_k if request.top_k is not None and request.top_k > 0 else None,
+            top_p=request.top_p or 1.0,
+            min_p=request.min_p or 0.0,
+            repetition_penalty=request.repetition_penalty or 1.0,
+            logit_bias=tuple(sorted((int(token), value) for token, value in bias.items())),
+            top_logprobs=min(top or 0, vocab_size),
+            stop_ids=(served.ready.tokenizer.eos_id,),
+            seed=secrets.randbits(63) if request.seed is None else request.seed,
+        )

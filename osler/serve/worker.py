@@ -1,0 +1,246 @@
+"""The one thread in which models compute: rows of all requests join, draw a token at a time together, and leave.
+
+The web server's thread asks for rows with ``draw`` and reads what they drew from a ``Drawing``. After every step the news of all
+rows travel to it in one call, so a client that reads slowly delays nobody. A row that is given up is free before the next step.
+Nothing is kept between requests but the keys and values of finished rows, which only prompts with the same beginning can use.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from osler.inference.batch import Batch
+from osler.inference.engine import InferenceEngine
+from osler.inference.load import LoadedModel
+from osler.inference.rows import Capabilities, Continuation, Request
+from osler.serve.config import MOST_TOP_LOGPROBS, ServeConfig
+from osler.serve.errors import ApiError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass
+class Served:
+    """A model under its name, with the batch that draws for it."""
+
+    name: str
+    ready: LoadedModel
+    config: ServeConfig
+    batch: Batch = field(init=False)
+    rows: dict[int, tuple[Drawing, int]] = field(default_factory=dict)  # of the batch, by number; the worker's thread alone
+    outstanding: int = 0  # completions that were asked for and have not ended; the web server's thread alone
+
+    def __post_init__(self) -> None:
+        self.open()
+
+    @property
+    def longest_prompt(self) -> int:
+        """The most tokens of a prompt."""
+        room = self.ready.model.config.max_seq_len - 1
+        return min(room, self.config.max_prompt_tokens or room)
+
+    def room(self, prompt: Sequence[int]) -> int:
+        """Return how many tokens can follow a prompt, at least 1."""
+        return max(min(self.ready.model.config.max_seq_len - len(prompt), self.config.max_new_tokens), 1)
+
+    def open(self) -> None:
+        """Make an empty batch with a copy of the model's weights."""
+        config = self.ready.model.config
+        can = Capabilities(1, truncates=True, penalises=True, top_logprobs=min(MOST_TOP_LOGPROBS, config.vocab_size))
+        engine, slots = InferenceEngine(self.ready.model), config.max_seq_len
+        self.batch = engine.open(slots, min(slots, self.config.max_new_tokens), self.config.max_rows, can, keeps_masks=False)
+
+
+class Drawing:
+    """The completions of one request while they are drawn. Belongs to the web server's thread."""
+
+    def __init__(self, worker: Worker, served: Served, requests: Sequence[Request]) -> None:
+        self._worker, self._served = worker, served
+        self._running = set(range(len(requests)))
+        self._limits = [request.sampling.max_new_tokens for request in requests]
+        self._news: asyncio.Queue[tuple[int, Continuation] | ApiError] = asyncio.Queue()
+        served.outstanding += len(requests)
+
+    async def news(self) -> dict[int, Continuation]:
+        """Return what completions drew since the last call, of at least one; raises ApiError if they failed."""
+        told: dict[int, Continuation] = {}
+        while not told or not self._news.empty():
+            item = await self._news.get()
+            if isinstance(item, ApiError):
+                raise item
+            index, new = item
+            before = told.setdefault(index, Continuation([], [], finished=False))
+            joined = before.top_logprobs + new.top_logprobs
+            told[index] = Continuation(before.ids + new.ids, before.logprobs + new.logprobs, new.finished, None, joined)
+        return told
+
+    def deliver(self, index: int, continuation: Continuation) -> None:
+        """Take what a completion drew."""
+        if index not in self._running:
+            return
+        self._news.put_nowait((index, continuation))
+        self._limits[index] -= len(continuation.ids)
+        if continuation.finished or self._limits[index] <= 0:
+            self._leave(index)
+
+    def fail(self, error: ApiError) -> None:
+        """Draw no more, and let ``news`` raise ``error``."""
+        if self._running:
+            self.cancel()
+            self._news.put_nowait(error)
+
+    def cancel(self, index: int | None = None) -> None:
+        """Draw no more for a completion, or for all; does nothing where they have ended."""
+        given_up = self._running & ({index} if index is not None else self._running)
+        if given_up:
+            self._worker.cancel(self, self._served, given_up)
+        for one in given_up:
+            self._leave(one)
+
+    def _leave(self, index: int) -> None:
+        self._running.remove(index)
+        self._served.outstanding -= 1
+        if not self._running:
+            self._worker.drawings.discard(self)
+
+
+class Worker:
+    """Computes for all models, in the order in which it is asked; start it in a running event loop."""
+
+    def __init__(self, models: Sequence[Served], config: ServeConfig) -> None:
+        self.models = {served.name: served for served in models}
+        self.drawings: set[Drawing] = set()  # that have not ended
+        self.on_end: Callable[[], None] = lambda: None  # is called in the web server's thread when no more is computed
+        self._max_outstanding = config.max_rows + config.max_waiting
+        self._asked: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="osler-serve", daemon=True)
+
+    def start(self) -> None:
+        """Begin to compute."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread after the present step, and wait for that."""
+        self._asked.put(None)
+        self._thread.join()
+
+    def draw(self, served: Served, requests: Sequence[Request]) -> Drawing:
+        """Let requests join the batch of a model. Raises ApiError when too many wait."""
+        self._check_alive()
+        if served.outstanding + len(requests) > self._max_outstanding:
+            raise ApiError(
+                429,
+                f"{served.outstanding} completions of {served.name} are being drawn or wait, and at most "
+                f"{self._max_outstanding} may: try again later, or ask for fewer at once.",
+                "overloaded",
+                headers={"Retry-After": "1"},
+            )
+        drawing = Drawing(self, served, requests)
+        self.drawings.add(drawing)
+        self._asked.put(lambda: self._add(drawing, served, requests))
+        return drawing
+
+    async def call(self, function: Callable[[], T]) -> T:
+        """Return what ``function`` returns in the worker's thread, between two steps; raises what it raises."""
+        self._check_alive()
+        done: asyncio.Future[T] = self._loop.create_future()
+
+        def compute() -> None:
+            try:
+                result = function()
+            except BaseException as error:
+                self._tell(_resolve, done, None, error)
+                if not isinstance(error, Exception):
+                    raise
+            else:
+                self._tell(_resolve, done, result, None)
+
+        self._asked.put(compute)
+        return await done
+
+    def cancel(self, drawing: Drawing, served: Served, indices: set[int]) -> None:
+        """Give completions of a drawing up."""
+
+        def give_up() -> None:
+            for number in [number for number, row in served.rows.items() if row[0] is drawing and row[1] in indices]:
+                served.batch.cancel(number)
+                del served.rows[number]
+
+        self._asked.put(give_up)
+
+    def _check_alive(self) -> None:
+        if not self._thread.is_alive():
+            raise ApiError(503, "The server does not compute any more and is about to end.", "stopped")
+
+    def _add(self, drawing: Drawing, served: Served, requests: Sequence[Request]) -> None:
+        for index, request in enumerate(requests):
+            served.rows[served.batch.add(request)] = (drawing, index)
+
+    def _run(self) -> None:
+        try:
+            while self._answer():
+                for served in self.models.values():
+                    if served.batch:
+                        self._step(served)
+        finally:
+            self._tell(self._end)
+
+    def _answer(self) -> bool:
+        """Do what was asked for, or wait for something to do; return False at the end."""
+        is_idle = not any(served.batch for served in self.models.values())
+        while is_idle or not self._asked.empty():
+            asked = self._asked.get()
+            if asked is None:
+                return False
+            asked()
+            is_idle = False
+        return True
+
+    def _step(self, served: Served) -> None:
+        try:
+            served.batch.step()
+            news = [(*served.rows[number], told) for number, told in served.batch.news() if number in served.rows]
+            for number, _ in served.batch.collect():
+                served.rows.pop(number, None)
+        except RuntimeError:  # such as too little memory
+            logger.exception(f"{served.name} failed at a step; its requests end with an error, and it starts anew")
+            failed = {id(drawing): drawing for drawing, _ in served.rows.values()}
+            served.rows.clear()
+            served.open()
+            for drawing in failed.values():
+                self._tell(drawing.fail, ApiError(500, "The model failed while it computed; see the server's log.", "failed"))
+            return
+        self._tell(_deliver, news)
+
+    def _tell(self, function: Callable[..., None], *arguments: object) -> None:
+        """Call a function in the web server's thread."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+    def _end(self) -> None:
+        for drawing in list(self.drawings):
+            drawing.fail(ApiError(503, "The server stopped.", "stopped"))
+        self.on_end()
+
+
+def _deliver(news: Sequence[tuple[Drawing, int, Continuation]]) -> None:
+    for drawing, index, continuation in news:
+        drawing.deliver(index, continuation)
+
+
+def _resolve(done: asyncio.Future[T], result: T, error: BaseException | None) -> None:
+    if done.cancelled():
+        return
+    if error is None:
+        done.set_result(result)
+    else:
+        done.set_exception(error)

@@ -1,0 +1,266 @@
+"""The server under bad luck and bad clients: what it refuses, whom it waits for, and that the others notice nothing."""
+
+import http.client
+import json
+import re
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+JSON = {"Content-Type": "application/json"}
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+LONG = {"model": "text", "prompt": "A", "max_tokens": 250, "logit_bias": {"0": -100}}  # never ends by itself
+
+
+def ask(running: Any, body: Any, path: str = "/v1/completions", **headers: str) -> tuple[int, dict[str, Any]]:
+    """Status and JSON of an answer; a body that is not bytes is sent as JSON."""
+    connection = http.client.HTTPConnection(running.host, running.port, timeout=20)
+    sent = body if isinstance(body, bytes) else json.dumps(body).encode()
+    connection.request("POST", path, sent, {**JSON, **headers})
+    answer = connection.getresponse()
+    told = answer.status, json.loads(answer.read() or b"{}")
+    connection.close()
+    return told
+
+
+def works(running: Any) -> bool:
+    status, reply = ask(running, {"model": "text", "prompt": "A", "max_tokens": 2})
+    return status == 200 and reply["usage"]["completion_tokens"] <= 2
+
+
+def get(running: Any, path: str, **headers: str) -> tuple[int, str]:
+    connection = http.client.HTTPConnection(running.host, running.port, timeout=20)
+    connection.request("GET", path, headers=headers)
+    answer = connection.getresponse()
+    return answer.status, answer.read().decode()
+
+
+def begin(running: Any, body: dict[str, Any], *, buffer: int = 0) -> socket.socket:
+    """Send a request, and return its connection with the answer unread."""
+    client = socket.socket()
+    if buffer:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+    client.connect((running.host, running.port))
+    client.settimeout(20)
+    data = json.dumps(body).encode()
+    client.sendall(HEAD + f"Content-Length: {len(data)}\r\n\r\n".encode() + data)
+    return client
+
+
+def events(client: socket.socket) -> Iterator[str]:
+    """The data of server-sent events, until the connection or the answer ends."""
+    with client.makefile("rb") as file:
+        for line in file:
+            if line.startswith(b"data: "):
+                yield line.decode().removeprefix("data: ").strip()
+            if line == b"0\r\n":
+                return
+
+
+def outstanding(running: Any) -> int:
+    return sum(served.outstanding for served in running.served)
+
+
+def drawn(running: Any) -> int:
+    return int(re.search(r'osler_drawn_tokens_total\{model="text"\} (\d+)', get(running, "/metrics")[1])[1])  # type: ignore[index]
+
+
+BAD_BODIES = {
+    "nothing": b"",
+    "no json": b"{",
+    "no object": b"[1]",
+    "nan": b'{"prompt": "A", "temperature": NaN}',
+    "no utf-8": b'{"prompt": "\xff"}',
+    "deep": b'{"prompt": ' + b"[" * 100_000,
+    "deep value": b'{"prompt": ' + b"[" * 3000 + b"]" * 3000 + b"}",
+    "long number": b'{"seed": ' + b"9" * 5000 + b"}",
+    "huge number": b'{"prompt": "A", "max_tokens": 1e400}',
+    "half a character": b'{"prompt": "\\ud800"}',
+    "null": b'{"prompt": null}',
+    "mixed": b'{"prompt": ["A", 1]}',
+    "no prompts": b'{"prompt": []}',
+    "empty tokens": b'{"prompt": [[1], []]}',
+    "unknown token": b'{"prompt": [99999]}',
+    "negative token": b'{"prompt": [-1]}',
+    "large token": b'{"prompt": [9223372036854775808]}',
+    "nothing given": b"{}",
+}
+
+
+@pytest.mark.parametrize("name", BAD_BODIES)
+def test_a_bad_body_is_refused_in_the_form_of_openai(server, name) -> None:
+    status, told = ask(server, BAD_BODIES[name])
+    assert status == 400 and told["error"]["type"] == "invalid_request_error" and told["error"]["message"]
+    assert works(server)
+
+
+def test_only_json_from_this_machine_is_answered(server) -> None:
+    assert ask(server, b"{}", **{"Content-Type": "text/plain"})[0] == 415
+    assert ask(server, {"prompt": "A"}, Host="attacker.example")[0] == 403
+    assert get(server, "/v1/models", Host="attacker.example:8000")[0] == 403
+    for name in ("localhost:1", "127.0.0.1", "[::1]:8000"):
+        assert get(server, "/v1/models", Host=name)[0] == 200
+    assert "access-control" not in str(http_headers(server, Origin="http://attacker.example")).lower()
+    for path, status in (("/nothing", 404), ("/v1/completions", 405), ("/docs", 404), ("/v1/models/none", 404)):
+        told = get(server, path)
+        assert told[0] == status and json.loads(told[1])["error"]["message"]
+    assert get(server, "/health") == (200, '{"status":"ok"}')
+
+
+def http_headers(running: Any, **headers: str) -> list[tuple[str, str]]:
+    connection = http.client.HTTPConnection(running.host, running.port, timeout=20)
+    connection.request("GET", "/v1/models", headers=headers)
+    return connection.getresponse().getheaders()
+
+
+def test_a_body_that_is_too_large_is_not_read_to_its_end(serve: Callable[..., Any]) -> None:
+    running = serve(max_body_bytes=10_000)
+    assert ask(running, {"prompt": "A" * 20_000})[0] == 413
+    client = socket.create_connection((running.host, running.port), timeout=20)
+    client.sendall(HEAD)
+    client.sendall(b"Transfer-Encoding: chunked\r\n\r\n" + b"1000\r\n" + b" " * 4096 + b"\r\n")
+    sent = 0
+    with pytest.raises(OSError):
+        while sent < 100_000_000:
+            client.sendall(b"1000\r\n" + b" " * 4096 + b"\r\n")
+            sent += 4096
+    assert works(running)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_is_drawn_for_no_longer(serve: Callable[..., Any], stream: bool) -> None:
+    running = serve()
+    client = begin(running, {**LONG, "stream": stream, "n": 3})
+    if stream:
+        for _, event in zip(range(12), events(client), strict=False):
+            assert "error" not in event
+    else:
+        running.wait_for(lambda: outstanding(running) == 3)
+    client.close()
+    running.wait_for(lambda: outstanding(running) == 0)
+    running.wait_for(lambda: not any(served.batch for served in running.served))
+    assert 'osler_requests_cancelled_total{model="text"} 1' in get(running, "/metrics")[1]
+    assert drawn(running) < 3 * 250
+    assert works(running)
+
+
+def test_one_that_reads_nothing_delays_nobody(serve: Callable[..., Any]) -> None:
+    running = serve()
+    idle = [begin(running, {**LONG, "stream": True, "logprobs": 20, "n": 8}, buffer=2048) for _ in range(3)]
+    running.wait_for(lambda: outstanding(running) > 0)
+    began = time.monotonic()
+    assert all(works(running) for _ in range(5))
+    assert time.monotonic() - began < 10
+    running.wait_for(lambda: not any(served.batch for served in running.served))  # their rows end, although nobody reads
+    assert works(running)
+    for client in idle:
+        client.close()
+
+
+def test_rows_wait_for_others_and_the_rest_is_told_to_come_again(serve: Callable[..., Any]) -> None:
+    running = serve(max_rows=2, max_waiting=1)
+    clients = [begin(running, {**LONG, "stream": True}) for _ in range(3)]
+    running.wait_for(lambda: outstanding(running) == 3)
+    status, told = ask(running, {"model": "text", "prompt": "A"})
+    assert status == 429 and "try again later" in told["error"]["message"]
+    assert "osler_completions_waiting" in get(running, "/metrics")[1]
+    for client in clients:
+        assert list(events(client))[-1] == "[DONE]"
+    assert works(running)
+
+
+def test_what_takes_too_long_ends_with_an_error(serve: Callable[..., Any]) -> None:
+    running = serve(max_seconds=0.01)
+    assert ask(running, LONG)[0] == 504
+    told = list(events(begin(running, {**LONG, "stream": True})))
+    assert json.loads(told[-1])["error"]["code"] == "timeout" and "[DONE]" not in told
+    running.wait_for(lambda: not any(served.batch for served in running.served))
+
+
+def test_a_model_that_fails_ends_its_requests_and_starts_anew(server, caplog: pytest.LogCaptureFixture) -> None:
+    client = begin(server, {**LONG, "stream": True})
+    server.wait_for(lambda: outstanding(server) == 1)
+    server.served[1].batch.decoder._embed = torch.zeros(1000, 1)
+    last = list(events(client))[-1]
+    assert json.loads(last)["error"]["type"] == "server_error"
+    assert "failed at a step" in caplog.text and works(server)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_bug_in_the_thread_that_computes_ends_the_server(serve: Callable[..., Any]) -> None:
+    running = serve()
+    client = begin(running, {**LONG, "stream": True})
+    running.wait_for(lambda: outstanding(running) == 1)
+    running.served[1].batch.decoder._embed = torch.zeros(1, 1)  # an IndexError
+    assert json.loads(list(events(client))[-1])["error"]["code"] == "stopped"
+    running.stop()
+    assert running.server.exit_code == 1
+
+
+def test_a_signal_lets_running_requests_end(serve: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="osler")
+    running = serve()
+    client = begin(running, {**LONG, "stream": True})
+    running.wait_for(lambda: outstanding(running) == 1)
+    running.server.handle_exit(signal.SIGTERM, None)
+    told = list(events(client))
+    assert told[-1] == "[DONE]"
+    running.stop()
+    assert running.server.exit_code == 0 and "SIGTERM: no new requests; 1 run" in caplog.text and "Stopped." in caplog.text
+    with pytest.raises(OSError):
+        works(running)
+
+
+def test_what_does_not_end_in_time_after_a_signal_is_told_so(serve: Callable[..., Any]) -> None:
+    running = serve(drain_seconds=0.0)
+    client = begin(running, {**LONG, "stream": True, "n": 64})
+    running.wait_for(lambda: outstanding(running) == 64)
+    running.server.handle_exit(signal.SIGTERM, None)
+    assert json.loads(list(events(client))[-1])["error"]["code"] == "stopped"
+    running.stop()
+    assert running.server.exit_code == 130
+
+
+def test_nothing_of_a_request_is_logged_unless_asked_for(
+    serve: Callable[..., Any], caplog: pytest.LogCaptureFixture, capfd
+) -> None:
+    caplog.set_level("DEBUG")
+    for asked in (False, True):
+        caplog.clear()
+        running = serve(log_requests=asked)
+        assert ask(running, {"model": "text", "prompt": "secretword", "max_tokens": 2})[0] == 200
+        assert ask(running, {"model": "text", "prompt": "secretword", "n": "secretword"})[0] == 400
+        running.stop()
+        said = caplog.text + "".join(capfd.readouterr())
+        assert "secretword" not in said
+        assert ("/v1/completions 200 text 12 + 2 tokens" in re.sub(r"text \d+ \+", "text 12 +", said)) == asked
+
+
+def test_metrics_are_in_the_form_of_prometheus(server) -> None:
+    assert works(server)
+    lines = get(server, "/metrics")[1].splitlines()
+    value = re.compile(r'[a-z_]+(\{[a-z]+="[^"]*"(,[a-z]+="[^"]*")*\})? [0-9.e+-]+')
+    assert all(line.startswith("# ") or value.fullmatch(line) for line in lines)
+    names = {line.split()[2] for line in lines if line.startswith("# TYPE")}
+    assert names >= {"osler_requests_total", "osler_time_to_first_token_seconds", "process_resident_memory_bytes"}
+    buckets = [line for line in lines if line.startswith('osler_request_seconds_bucket{model="text"')]
+    counts = [int(line.split()[-1]) for line in buckets]
+    assert counts == sorted(counts) and f'osler_request_seconds_count{{model="text"}} {counts[-1]}' in lines
+
+
+def test_a_connection_without_a_request_is_closed(serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from osler.serve import process
+
+    monkeypatch.setattr(process, "HEAD_SECONDS", 0.2)
+    running = serve()
+    for sent in (b"", b"POST /v1/completions HTTP/1.1\r\nHost: local"):
+        with socket.create_connection((running.host, running.port), timeout=10) as client:
+            client.sendall(sent)
+            assert client.recv(1000) == b""
+    client = begin(running, {**LONG, "stream": True})
+    assert list(events(client))[-1] == "[DONE]", "a request that is answered is no idle connection"
