@@ -17,11 +17,13 @@ from typing import Any
 
 from osler.config.schema import json_schema
 from osler.runtime.errors import UserError
-from osler.serve.config import ChatRequest, CompletionRequest, ServeConfig
+from osler.serve.config import ChatRequest, CompletionRequest, OptionsRequest, ServeConfig
 from osler.serve.errors import ApiError
 from osler.serve.metrics import CONTENT_TYPE, Labels, Metrics
+from osler.serve.options import example_of, score_options
+from osler.serve.page import chat_page
 from osler.serve.replies import Piece, Reply
-from osler.serve.requests import Asked, chat_rows, completion_rows, json_object, read_request
+from osler.serve.requests import Asked, chat_rows, completion_rows, json_object, read_request, refused
 from osler.serve.worker import Drawing, Served, Worker
 
 try:
@@ -62,7 +64,9 @@ class Api:
         self.worker, self.config, self.metrics = worker, config, Metrics()
         self.is_draining = False
         self._key_hash = None if api_key is None else hashlib.sha256(api_key.encode()).digest()
-        self._created = int(time.time())
+        created = int(time.time())
+        self._models = {name: {**_described(served), "created": created} for name, served in worker.models.items()}
+        self._page, self._page_headers = chat_page()
 
     def app(self) -> FastAPI:
         """Return the application."""
@@ -71,13 +75,15 @@ class Api:
         for path, kind, answer in (
             ("/v1/chat/completions", ChatRequest, self.chat),
             ("/v1/completions", CompletionRequest, self.complete),
+            ("/v1/options", OptionsRequest, self.options),
         ):
             body = {"required": True, "content": {"application/json": {"schema": _reference(kind)}}}
             extra = {"requestBody": body, "responses": _RESPONSES}
             app.add_api_route(path, answer, methods=["POST"], dependencies=trusted, response_model=None, openapi_extra=extra)
         for path, read in (("/v1/models", self.list_models), ("/v1/models/{name:path}", self.model), ("/metrics", self.numbers)):
             app.add_api_route(path, read, methods=["GET"], dependencies=trusted, response_model=None)
-        app.add_api_route("/health", self.health, methods=["GET"], response_model=None)
+        for path, read in (("/health", self.health), ("/", self.page)):
+            app.add_api_route(path, read, methods=["GET"], response_model=None)
         app.add_exception_handler(ApiError, self._tell_error)
         for status, message in ((404, "There is no such path."), (405, "This path does not take this method.")):
             app.add_exception_handler(status, _always(ApiError(status, message, "not_found" if status == 404 else "method")))
@@ -101,13 +107,27 @@ class Api:
         """Continue texts."""
         return await self._answer(request, lambda body: self._read_completion(body))
 
+    async def options(self, request: Request) -> dict[str, Any]:
+        """Tell how likely each option of a pasted question is."""
+        asked = read_request(OptionsRequest, await self._body(request))
+        served = self._served(asked.model)
+        with refused("question"):
+            found = await self.worker.call(
+                lambda: score_options(served.ready, served.batch.decoder, asked.question, asked.reasoning_content)
+            )
+        return {"object": "options", "model": served.name, **found}
+
+    async def page(self) -> Response:
+        """Return the chat page, which needs no key: it asks for one if the rest does."""
+        return Response(self._page, media_type="text/html", headers=self._page_headers)
+
     async def list_models(self) -> dict[str, Any]:
         """List the models; the first answers requests that name none."""
-        return {"object": "list", "data": [self._described(served) for served in self.worker.models.values()]}
+        return {"object": "list", "data": list(self._models.values())}
 
     async def model(self, name: str) -> dict[str, Any]:
         """Describe a model."""
-        return self._described(self._served(name))
+        return self._models[self._served(name).name]
 
     async def numbers(self) -> Response:
         """Return what the server counts, for Prometheus."""
@@ -141,20 +161,6 @@ class Api:
         if name not in models:
             raise ApiError(404, f"There is no model {name!r}; there are: {', '.join(models)}.", "model_not_found", "model")
         return models[name]
-
-    def _described(self, served: Served) -> dict[str, Any]:
-        ready = served.ready
-        return {
-            "id": served.name,
-            "object": "model",
-            "created": self._created,
-            "owned_by": "osler",
-            "max_model_len": ready.model.config.max_seq_len,
-            "parameters": ready.model.config.num_parameters,
-            "answers_questions": ready.answers_questions,
-            "reasons": ready.answers_questions and ready.reasons,
-            "multi_turn": False,
-        }
 
     async def _body(self, request: Request) -> dict[str, Any]:
         """Read a JSON body. Raises ApiError for one that is too large, too slow, or no JSON object."""
@@ -254,6 +260,22 @@ class _Watch:
         self._api.count(self._path, self._labels[0][1], self.status, said)
 
 
+def _described(served: Served) -> dict[str, Any]:
+    """Return what is told of a model; a client of OpenAI's reads the first three."""
+    ready = served.ready
+    return {
+        "id": served.name,
+        "object": "model",
+        "owned_by": "osler",
+        "max_model_len": ready.model.config.max_seq_len,
+        "parameters": ready.model.config.num_parameters,
+        "answers_questions": ready.answers_questions,
+        "reasons": ready.answers_questions and ready.reasons,
+        "multi_turn": False,  # earlier turns are read, but models learn single questions
+        "example": example_of(ready),
+    }
+
+
 async def _pieces(drawing: Drawing, watch: _Watch) -> Sequence[tuple[int, Sequence[Piece]]]:
     """Wait for tokens, and return the new text of each completion that has any."""
     found = []
@@ -341,7 +363,7 @@ def _reference(kind: type) -> dict[str, str]:
 
 
 def _schemas() -> Iterator[tuple[str, Any]]:
-    for kind in (ChatRequest, CompletionRequest):
+    for kind in (ChatRequest, CompletionRequest, OptionsRequest):
         schema = json_schema(kind)
         yield from schema.pop("$defs", {}).items()
         yield kind.__name__, schema

@@ -138,6 +138,15 @@ class CompletionRequest(CommonRequest):
         return (given,) if given and isinstance(given[0], int) else cast(Sequence[str], given)
 
 
+@config
+class OptionsRequest:
+    """A request to /v1/options."""
+
+    question: str  # with its options, as a person pastes it
+    model: str | None = None  # a name of /v1/models; null: its first
+    reasoning_content: str | None = None  # what the model is to have thought before; null: nothing
+
+
 # Parameters of OpenAI's and other servers that mean something and are not there: the values that ask for nothing, and the reason.
 _NO_TOOLS = "Osler's models call no tools"
 _NO_FORMS = "Osler cannot force a form on an answer"

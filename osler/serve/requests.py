@@ -75,7 +75,7 @@ def chat_rows(request: ChatRequest, served: Served) -> Asked:
         message = f"{served.name} was trained on text alone and does not answer questions: use /v1/completions."
         raise ApiError(400, message, "not_a_chat_model", "model")
     reasons = served.ready.reasons and request.reasoning_effort is None
-    with _refused("messages"):
+    with refused("messages"):
         prompt = _conversation(request.messages, served.ready.tokenizer, reasons=reasons)
     top = (request.top_logprobs or 0) if request.logprobs else None
     limit = request.max_tokens or request.max_completion_tokens or served.room(prompt)
@@ -85,7 +85,7 @@ def chat_rows(request: ChatRequest, served: Served) -> Asked:
 def completion_rows(request: CompletionRequest, served: Served) -> Asked:
     """Return what a completion request asks for: texts follow an end-of-text token, token ids stand as they are."""
     tokenizer, top = served.ready.tokenizer, request.logprobs
-    with _refused("prompt"):
+    with refused("prompt"):
         prompts = [
             [tokenizer.eos_id, *tokenizer.encode(prompt)] if isinstance(prompt, str) else list(prompt)
             for prompt in request.prompts
@@ -95,8 +95,8 @@ def completion_rows(request: CompletionRequest, served: Served) -> Asked:
 
 
 @contextlib.contextmanager
-def _refused(param: str) -> Iterator[None]:
-    """Tell an error that a client can mend as one of a parameter."""
+def refused(param: str) -> Iterator[None]:
+    """Inside, what a user can mend is told as an error of a parameter."""
     try:
         yield
     except (UserError, ValueError) as error:
@@ -148,7 +148,7 @@ def _sampling(request: CommonRequest, served: Served, limit: int, top: int | Non
     if wrong := [token for token in bias if not (token.isdecimal() and token.isascii() and int(token) < vocab_size)]:
         message = f"logit_bias: {wrong[0]!r} is no token id; {served.name} has ids 0 to {vocab_size - 1}."
         raise ApiError(400, message, "invalid_value", "logit_bias")
-    with _refused("temperature"):
+    with refused("temperature"):
         return SamplingParams(
             max_new_tokens=limit,
             temperature=1.0 if request.temperature is None else request.temperature,

@@ -118,6 +118,7 @@ class Worker:
     def __init__(self, models: Sequence[Served], config: ServeConfig) -> None:
         self.models = {served.name: served for served in models}
         self.drawings: set[Drawing] = set()  # that have not ended
+        self._calls = 0
         self.on_end: Callable[[], None] = lambda: None  # is called in the web server's thread when no more is computed
         self._max_outstanding = config.max_rows + config.max_waiting
         self._asked: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -152,6 +153,9 @@ class Worker:
     async def call(self, function: Callable[[], T]) -> T:
         """Return what ``function`` returns in the worker's thread, between two steps; raises what it raises."""
         self._check_alive()
+        if self._calls >= self._max_outstanding:
+            raise ApiError(429, "Too many questions wait: try again later.", "overloaded", headers={"Retry-After": "1"})
+        self._calls += 1
         done: asyncio.Future[T] = self._loop.create_future()
 
         def compute() -> None:
@@ -165,7 +169,10 @@ class Worker:
                 self._tell(_resolve, done, result, None)
 
         self._asked.put(compute)
-        return await done
+        try:
+            return await done
+        finally:
+            self._calls -= 1
 
     def cancel(self, drawing: Drawing, served: Served, indices: set[int]) -> None:
         """Give completions of a drawing up."""

@@ -112,9 +112,20 @@ def test_only_json_from_this_machine_is_answered(server) -> None:
     assert get(server, "/health") == (200, '{"status":"ok"}')
 
 
-def http_headers(running: Any, **headers: str) -> list[tuple[str, str]]:
+def test_the_page_and_the_options_of_a_question_come_from_the_server_too(server) -> None:
+    status, page = get(server, "/")
+    assert status == 200 and page.startswith("<!doctype html>")
+    assert "default-src 'none'" in dict(http_headers(server, "/"))["content-security-policy"]
+    asked = {"model": "asked", "question": "Who is ill?\nA) the dog\nB) the cat", "reasoning_content": "It coughs."}
+    status, told = ask(server, asked, "/v1/options")
+    assert status == 200 and [option["letter"] for option in told["options"]] == ["A", "B"]
+    assert sum(option["probability"] for option in told["options"]) == pytest.approx(1)
+    assert ask(server, {**asked, "question": "Who?"}, "/v1/options")[1]["error"]["param"] == "question"
+
+
+def http_headers(running: Any, path: str = "/v1/models", **headers: str) -> list[tuple[str, str]]:
     connection = http.client.HTTPConnection(running.host, running.port, timeout=20)
-    connection.request("GET", "/v1/models", headers=headers)
+    connection.request("GET", path, headers=headers)
     return connection.getresponse().getheaders()
 
 
