@@ -60,7 +60,7 @@ def serve_transformers(model_name: str) -> None:
 
     import torch
     import uvicorn
-    from fastapi import FastAPI, Request
+    from fastapi import FastAPI
     from fastapi.responses import StreamingResponse
     from transformers.generation.streamers import BaseStreamer
 
@@ -94,9 +94,8 @@ def serve_transformers(model_name: str) -> None:
 
     app = FastAPI()
 
-    @app.post("/v1/completions")
-    async def complete(request: Request) -> StreamingResponse:
-        body, tokens = await request.json(), Tokens()
+    async def complete(body: dict[str, Any]):  # type: ignore[no-untyped-def]
+        tokens = Tokens()
         threading.Thread(target=generate, args=(body, tokens), daemon=True).start()
 
         async def events():  # type: ignore[no-untyped-def]
@@ -107,6 +106,8 @@ def serve_transformers(model_name: str) -> None:
             yield b'data: {"choices": [], "usage": {"completion_tokens": %d}}\n\ndata: [DONE]\n\n' % count
 
         return StreamingResponse(events(), media_type="text/event-stream")
+
+    app.add_api_route("/v1/completions", complete, methods=["POST"], response_model=None)
 
     listener = socket.create_server(("127.0.0.1", 0))
     print(f"Serving at http://127.0.0.1:{listener.getsockname()[1]} ", file=sys.stderr, flush=True)

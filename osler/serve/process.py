@@ -96,6 +96,7 @@ def listening(config: ServeConfig) -> Iterator[socket.socket]:
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * UNREAD_SECONDS))
         try:
             listener.bind((config.host, config.port))
+            listener.listen(2048)
         except OSError as error:
             place = f"{config.host}:{config.port}"
             raise UserError(f"{place} cannot be listened on ({error.strerror}): give another --host or --port.") from error
