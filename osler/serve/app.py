@@ -20,7 +20,7 @@ from osler.runtime.errors import UserError
 from osler.serve.config import ChatRequest, CompletionRequest, OptionsRequest, ServeConfig
 from osler.serve.errors import ApiError
 from osler.serve.metrics import CONTENT_TYPE, Labels, Metrics
-from osler.serve.options import example_of, score_options
+from osler.serve.options import example_of, read_options
 from osler.serve.page import chat_page
 from osler.serve.replies import Piece, Reply
 from osler.serve.requests import Asked, chat_rows, completion_rows, json_object, read_request, refused
@@ -111,11 +111,10 @@ class Api:
         """Tell how likely each option of a pasted question is."""
         asked = read_request(OptionsRequest, await self._body(request))
         served = self._served(asked.model)
-        with refused("question"):
-            found = await self.worker.call(
-                lambda: score_options(served.ready, served.batch.decoder, asked.question, asked.reasoning_content)
-            )
-        return {"object": "options", "model": served.name, **found}
+        with refused("question"):  # long texts take a while to tokenise
+            question = await asyncio.to_thread(read_options, served.ready, asked.question, asked.reasoning_content)
+        shares = await self.worker.call(lambda: question.probabilities(served.batch.decoder))
+        return {"object": "options", "model": served.name, **question.described(shares)}
 
     async def page(self) -> Response:
         """Return the chat page, which needs no key: it asks for one if the rest does."""

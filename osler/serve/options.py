@@ -4,6 +4,8 @@ The options' log-likelihoods are those of an exam by likelihood (``option_rows``
 are shared out to the sum of 1.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from math import exp
 from typing import Any
 
@@ -17,8 +19,30 @@ from osler.tasks.pasted import read_pasted
 from osler.tasks.registry import load_clinic
 
 
-def score_options(ready: LoadedModel, decoder: Decoder, question: str, thinking: str | None = None) -> dict[str, Any]:
-    """Return the options of a question, as a person pasted it, with their probabilities, and the prompt that the model is asked.
+@dataclass(frozen=True)
+class AskedOptions:
+    """A question that is ready to be scored: its prompt as text, and a row of ids for each option, scored from ``start``."""
+
+    prompt: str
+    options: tuple[str, ...]
+    rows: list[list[int]]
+    start: int
+
+    def probabilities(self, decoder: Decoder) -> list[float]:
+        """Return how likely the model finds each option; they sum to 1."""
+        sums = [total for total, _ in sum_logprobs(decoder, self.rows, self.start)]
+        shares = [exp(total - max(sums)) for total in sums]
+        return [share / sum(shares) for share in shares]
+
+    def described(self, probabilities: Sequence[float]) -> dict[str, Any]:
+        """Return what a client is told."""
+        rows = zip(LETTERS, self.options, probabilities, strict=False)
+        options = [{"letter": letter, "text": text, "probability": share} for letter, text, share in rows]
+        return {"prompt": self.prompt, "options": options}
+
+
+def read_options(ready: LoadedModel, question: str, thinking: str | None = None) -> AskedOptions:
+    """Read a question as a person pasted it, in the form in which the model is asked.
 
     ``thinking``: what the model is to have thought before. Raises UserError for a question without options, and for one that does
     not fit into the model's ``max_seq_len``.
@@ -31,15 +55,8 @@ def score_options(ready: LoadedModel, decoder: Decoder, question: str, thinking:
     if rows is None:
         parts = "Question, options and thinking" if thinking else "Question and options"
         raise UserError(f"{parts} together do not fit into the {longest} tokens that the model reads: shorten them.")
-    sums = [total for total, _ in sum_logprobs(decoder, [ids for ids, _ in rows], rows[0][1])]
-    shares = [exp(total - max(sums)) for total in sums]
-    return {
-        "prompt": render_question(item) if template else render_plain(item, form),
-        "options": [
-            {"letter": letter, "text": text, "probability": share / sum(shares)}
-            for letter, text, share in zip(LETTERS, options, shares, strict=False)
-        ],
-    }
+    prompt = render_question(item) if template else render_plain(item, form)
+    return AskedOptions(prompt, options, [ids for ids, _ in rows], rows[0][1])
 
 
 def example_of(ready: LoadedModel) -> str | None:

@@ -19,7 +19,7 @@ const views = new Map(); // from a turn to the elements that show it
 function load() {
   try {
     const kept = { ...chat, ...JSON.parse(localStorage.getItem(KEPT)) };
-    for (const turn of kept.turns) if (turn.end === "open") turn.end = "left"; // the page was left while it streamed
+    for (const turn of kept.turns) if (turn.end === "open") turn.end = "left"; // the browser was ended while it streamed
     chat = { ...kept, settings: { ...DEFAULTS, ...kept.settings } };
   } catch (error) {
     showTrouble("What this browser kept of an earlier conversation cannot be read.");
@@ -144,7 +144,7 @@ function askInstead(turn, question) {
 // ---- the page
 
 const say = (text) => ($("status").textContent = text);
-const percent = (share) => `${(100 * share).toFixed(share > 0 && share < 0.001 ? 2 : 1)} %`;
+const percent = (share) => (share < 0.001 ? "< 0.1 %" : `${(100 * share).toFixed(1)} %`);
 const seconds = (count) => `${count < 10 ? count.toFixed(1).replace(/\.0$/, "") : Math.round(count)} s`;
 const atEnd = () => innerHeight + scrollY > root.scrollHeight - 80;
 const toEnd = () => scrollTo(0, root.scrollHeight);
@@ -285,7 +285,11 @@ settingsForm.addEventListener("input", ({ target }) => {
 });
 addEventListener("scroll", () => ($("newest").hidden = atEnd()), { passive: true });
 $("newest").addEventListener("click", toEnd);
-addEventListener("pagehide", save);
+addEventListener("pagehide", () => {
+  if (busy) busy.turn.end = "left";
+  save();
+  abandon(); // what the browser cuts off now is no failure of the server
+});
 addEventListener("storage", (event) => {
   if (event.key !== KEPT || busy) return; // another tab went on with the conversation
   load();

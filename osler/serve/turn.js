@@ -28,7 +28,7 @@ function show(turn) {
       const streams = busy?.turn === turn;
       folded.hidden = !turn.thinking;
       if (!byHand) folded.open = !turn.answer;
-      const took = turn.thinkingSeconds ? ` for ${seconds(turn.thinkingSeconds)}` : "";
+      const took = turn.thinkingSeconds >= 0.1 ? ` for ${seconds(turn.thinkingSeconds)}` : "";
       find("summary").textContent = streams && !turn.answer ? "Thinking …" : `Thought${took}`;
       nodes.answer.hidden = !turn.answer && (!streams || Boolean(turn.thinking));
       element.classList.toggle("streams", streams);
@@ -40,6 +40,7 @@ function show(turn) {
       if (follows) toEnd();
     },
     finish() {
+      const follows = atEnd();
       view.update();
       find(".trouble").hidden = !turn.trouble;
       find(".trouble").textContent = turn.trouble;
@@ -47,7 +48,7 @@ function show(turn) {
       find(".facts").textContent = facts(turn);
       find("[data-do=again]").textContent = turn.end === "failed" ? "Try again" : "Regenerate";
       element.querySelector(".reply .tools").hidden = false;
-      if (atEnd()) toEnd();
+      if (follows) toEnd();
     },
   };
 

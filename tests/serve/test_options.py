@@ -1,5 +1,7 @@
 """The probabilities of a pasted question's options are those of the exam by likelihood, and those of the training template."""
 
+import http.client
+import json
 from math import exp
 
 import pytest
@@ -12,7 +14,7 @@ from osler.model.decoder import Decoder
 from osler.model.layers import Layout
 from osler.ops.labels import IGNORED
 from osler.runtime.errors import UserError
-from osler.serve.options import example_of, score_options
+from osler.serve.options import example_of, read_options
 from osler.tasks.item import LETTERS, ExamItem, render_option, render_plain, render_question
 from osler.tasks.pasted import read_pasted
 from osler.tasks.registry import load_clinic
@@ -33,9 +35,9 @@ def textbook(clinic_runs) -> LoadedModel:
 
 
 def options_of(ready: LoadedModel, question: str = PASTED, thinking: str | None = None) -> tuple[list[float], str]:
-    found = score_options(ready, Decoder(ready.model, Layout(ready.model.compute_dtype, 8)), question, thinking)
-    assert [(option["letter"], option["text"]) for option in found["options"]] == list(zip("ABC", ITEM.options, strict=True))
-    return [option["probability"] for option in found["options"]], found["prompt"]
+    asked = read_options(ready, question, thinking)
+    assert asked.options == ITEM.options
+    return asked.probabilities(Decoder(ready.model, Layout(ready.model.compute_dtype, 8))), asked.prompt
 
 
 @pytest.mark.parametrize("name", ["sft", "textbook"])
@@ -79,5 +81,23 @@ def test_what_cannot_be_scored_is_refused(sft):
 
 def test_the_example_is_of_the_exam_that_the_model_learned(sft, textbook):
     question, options = read_pasted(example_of(sft))
-    assert (question, options) == ((item := load_clinic(split="new_findings", limit=1)[0]).question, item.options)
+    item = load_clinic(split="new_findings", limit=1)[0]
+    assert (question, options) == (item.question, item.options)
     assert example_of(textbook) is None
+
+
+def test_over_http(server):
+    def post(**body: object) -> tuple[int, dict]:
+        connection = http.client.HTTPConnection(server.host, server.port, timeout=20)
+        connection.request("POST", "/v1/options", json.dumps(body), {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
+
+    status, found = post(model="text", question=PASTED)
+    shares, _ = options_of(server.served[1].ready)
+    assert (status, found["model"], [option["letter"] for option in found["options"]]) == (200, "text", ["A", "B", "C"])
+    assert [option["probability"] for option in found["options"]] == pytest.approx(shares, rel=1e-4)
+    status, found = post(question="Who is ill?")
+    assert (status, found["error"]["param"]) == (400, "question") and "no options" in found["error"]["message"]
+    assert post(question=PASTED, thinking="x")[0] == 400, "an unknown parameter is named"
+    assert all(served.outstanding == 0 for served in server.served)

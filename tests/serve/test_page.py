@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import http.client
 import re
 
 from osler.serve.page import chat_page
@@ -22,3 +23,13 @@ def test_the_page_fetches_nothing_and_writes_text_only():
     assert not re.search(r"https?:|//cdn|@import|url\(", page)
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", page)
     assert not re.search(r"<[^>]*\s(?:style|on\w+)=", page), "the policy would refuse it"
+
+
+def test_the_server_sends_it_without_a_key(serve):
+    running = serve(key="secret")
+    connection = http.client.HTTPConnection(running.host, running.port, timeout=20)
+    connection.request("GET", "/")
+    answer = connection.getresponse()
+    page, headers = chat_page()
+    assert (answer.status, answer.read().decode(), answer.getheader("Content-Type")) == (200, page, "text/html; charset=utf-8")
+    assert headers == {name: answer.getheader(name) for name in headers}
