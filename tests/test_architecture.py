@@ -52,6 +52,8 @@ DOORS: dict[str, set[str]] = {
     "deepspeed": {"parallel/deepspeed.py"},
     "fastapi": {"serve/app.py"},
     "uvicorn": {"serve/process.py"},
+    "onnxruntime": {"export/onnx.py"},
+    "onnxscript": {"export/onnx.py"},
     "torchao": {"parallel/fp8.py"},
     "wandb": {"monitor/sinks.py"},
     "clearml": {"monitor/sinks.py"},

@@ -83,6 +83,7 @@ A model may also learn from a teacher's probabilities, as a run like any other, 
 EXPORT_HELP = """\
 --to         what                                                                    --dtype
 hf           a folder as Hugging Face's Qwen3, with a model card                     fp32, bf16
+onnx         a folder for ONNX Runtime, with a KV cache                              fp32, int8, int4
 safetensors  one file: the model as it is, config and tokenizer in its metadata      fp32, bf16"""
 
 WATCH_HELP = """\
@@ -239,7 +240,7 @@ COMMANDS: tuple[Command, ...] = (
         "osler.export.run:run",
         (
             CHECKPOINT,
-            option("--to", choices=("hf", "safetensors"), required=True, help="the form to write"),
+            option("--to", choices=("hf", "onnx", "safetensors"), required=True, help="the form to write"),
             EXPORTED,
             option("--dtype", metavar="TYPE", help="the type of the weights; see below (default: the first one there)"),
             option("--max-tokens", type=int, metavar="N", help="the context to write; sparse: top_k at most"),

@@ -1,0 +1,32 @@
+"""Ask a model that `osler export RUN --to onnx --out FOLDER` wrote; it needs onnxruntime and tokenizers, and no torch.
+
+python examples/onnx_chat.py FOLDER < questions.txt        a question on each line; or type them
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from tokenizers import Tokenizer
+
+folder = Path(sys.argv[1])
+session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+tokenizer.encode_special_tokens = True  # a marker that stands in a question is plain text
+question_id, thinking_id, end_id = map(tokenizer.token_to_id, ("<|question|>", "<|thinking|>", "<|endoftext|>"))
+longest = json.loads((folder / "config.json").read_text())["max_position_embeddings"]
+caches = [one for one in session.get_inputs() if one.name.startswith("past_key_values")]
+nothing = {one.name: np.zeros((1, one.shape[1], 0, one.shape[3]), np.float32) for one in caches}
+
+for question in sys.stdin:
+    ids = [question_id, *tokenizer.encode(question.strip(), add_special_tokens=False).ids, thinking_id]
+    start, new, past = len(ids), ids, nothing
+    while len(ids) < longest and ids[-1] != end_id:
+        read = {"input_ids": np.array([new]), "attention_mask": np.ones((1, len(ids)), np.int64)}
+        logits, *kept = session.run(None, {**read, **past})
+        past = dict(zip(nothing, kept, strict=True))
+        new = [int(logits[0, -1].argmax())]
+        ids += new
+    print(tokenizer.decode(ids[start:], skip_special_tokens=False), flush=True)
