@@ -29,7 +29,7 @@ from osler.serve.worker import Drawing, Served, Worker
 try:
     from fastapi import Depends, FastAPI, Request
     from fastapi.openapi.utils import get_openapi
-    from fastapi.responses import JSONResponse, Response, StreamingResponse
+    from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 except ImportError as error:
     raise UserError("FastAPI is not installed: pip install -e '.[serve]' in Osler's source tree") from error
 
@@ -77,16 +77,29 @@ class Api:
             ("/v1/completions", CompletionRequest, self.complete),
             ("/v1/options", OptionsRequest, self.options),
         ):
-            body = {"required": True, "content": {"application/json": {"schema": _reference(kind)}}}
-            extra = {"requestBody": body, "responses": _RESPONSES}
-            app.add_api_route(path, answer, methods=["POST"], dependencies=trusted, response_model=None, openapi_extra=extra)
-        for path, read in (("/v1/models", self.list_models), ("/v1/models/{name:path}", self.model), ("/metrics", self.numbers)):
-            app.add_api_route(path, read, methods=["GET"], dependencies=trusted, response_model=None)
-        for path, read in (("/health", self.health), ("/", self.page)):
-            app.add_api_route(path, read, methods=["GET"], response_model=None)
+            extra = {"requestBody": {"required": True, "content": {"application/json": {"schema": _reference(kind)}}}}
+            app.add_api_route(
+                path,
+                answer,
+                methods=["POST"],
+                dependencies=trusted,
+                responses=_RESPONSES,
+                response_model=None,
+                openapi_extra=extra,
+            )
+        for path, read, needs, form in (
+            ("/v1/models", self.list_models, trusted, JSONResponse),
+            ("/v1/models/{name:path}", self.model, trusted, JSONResponse),
+            ("/metrics", self.numbers, trusted, PlainTextResponse),
+            ("/health", self.health, [], JSONResponse),
+            ("/", self.page, [], HTMLResponse),
+        ):
+            app.add_api_route(
+                path, read, methods=["GET"], dependencies=needs, responses=_RESPONSES, response_class=form, response_model=None
+            )
         app.add_exception_handler(ApiError, self._tell_error)
-        for status, message in ((404, "There is no such path."), (405, "This path does not take this method.")):
-            app.add_exception_handler(status, _always(ApiError(status, message, "not_found" if status == 404 else "method")))
+        app.add_exception_handler(404, _always(ApiError(404, "There is no such path.", "not_found")))
+        app.add_exception_handler(405, _always(ApiError(405, "This path does not take this method.", "wrong_method")))
         app.add_exception_handler(500, _always(ApiError(500, "Osler failed; its log says how.", "failed")))
         app.openapi = lambda: _schema_of(app)  # type: ignore[method-assign]
         return app
@@ -118,7 +131,7 @@ class Api:
 
     async def page(self) -> Response:
         """Return the chat page, which needs no key: it asks for one if the rest does."""
-        return Response(self._page, media_type="text/html", headers=self._page_headers)
+        return HTMLResponse(self._page, headers=self._page_headers)
 
     async def list_models(self) -> dict[str, Any]:
         """List the models; the first answers requests that name none."""
@@ -219,7 +232,7 @@ class Api:
     async def _tell_error(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)
         self.count(getattr(request.scope.get("route"), "path", ""), "", error.status)
-        return _told(error)
+        return JSONResponse(error.body(), error.status, error.headers)
 
     def count(self, path: str, model: str, status: int, said: str = "") -> None:
         """Count a request, and tell of it if that was asked for."""
@@ -327,21 +340,17 @@ async def _until_gone(request: Request) -> None:
         pass
 
 
-def _told(error: ApiError) -> Response:
-    return JSONResponse(error.body(), error.status, error.headers)
-
-
 def _always(error: ApiError) -> Callable[[Request, Exception], Awaitable[Response]]:
-    async def tell(request: Request, _: Exception) -> Response:
-        return _told(error)
+    async def tell(request: Request, cause: Exception) -> Response:
+        return JSONResponse(error.body(), error.status, getattr(cause, "headers", None))
 
     return tell
 
 
 # ---- the description of the endpoints
 
-_RESPONSES = {
-    str(status): {"description": meaning}
+_RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"description": meaning}
     for status, meaning in (
         (400, "The request is wrong; the error names the parameter."),
         (401, "The key is missing or wrong."),
@@ -355,6 +364,7 @@ _RESPONSES = {
         (504, "The answer took too long."),
     )
 }
+_RESPONSES[200] = {"description": "The answer, whole or as a stream.", "content": {"text/event-stream": {}}}
 
 
 def _reference(kind: type) -> dict[str, str]:
