@@ -31,10 +31,10 @@ SCHEMATHESIS = [
 ]
 
 
-def test_generated_requests_find_no_error_of_the_server(serve: Callable[..., Any]) -> None:
+def test_generated_requests_find_no_error_of_the_server(serve: Callable[..., Any], tmp_path: Path) -> None:
     running = serve(max_new_tokens=32, max_seconds=15.0)
     command = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{running.url}/openapi.json", *SCHEMATHESIS]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-5000:]
     assert re.search(r"[1-9]\d* generated, [1-9]\d* passed", done.stdout)
     running.wait_for(lambda: not any(served.batch for served in running.served))
