@@ -20,11 +20,11 @@ LAYERS = [  # each may import those above it
     ["ops", "files", "clinic", "tokenizer"],
     ["model", "optim", "tasks", "checkpoint", "records"],
     ["data", "parallel", "inference", "monitor"],
-    ["eval", "export"],
-    ["runs"],
+    ["eval"],
+    ["export", "runs"],
     ["train", "rl"],
     ["report"],
-    ["pipeline", "doctor", "bench", "watch", "serve"],
+    ["pipeline", "doctor", "bench", "watch", "serve", "api"],
     ["cli"],
 ]
 FLOORS = {name: floor for floor, names in enumerate(LAYERS) for name in names}
@@ -194,6 +194,7 @@ def test_configs_and_cli_do_not_load_torch():
         "osler.cli.show",
         "osler.cli.main",
         "osler.cli.commands",
+        "osler.cli.options",
         "osler.doctor",
         "osler.optim.schedule",
         "osler.monitor.metrics",

@@ -2,60 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
-
 from osler.cli.command import Command, option
-
-OVERRIDES = option("overrides", nargs="*", metavar="key.path=value", help="fields to change")
-RECIPE = option(
-    "items",
-    nargs="*",
-    metavar="RECIPE | key.path=value",
-    help="a recipe of `osler recipes` or a YAML file (or the defaults), and fields, which `osler show RECIPE --explain` explains",
-)
-RUN_FOLDER = (
-    option("--run", "--run-dir", dest="run_dir", metavar="DIR", help="run folder (default: in runs/); torchrun needs --run-dir"),
-    option("--resume", action="store_true", help="go on from the newest good checkpoint of --run DIR"),
-    option("--dry-run", action="store_true", help="check the configuration and say what would happen, then stop"),
-)
-ORIGIN = (
-    option("--from-step", type=int, metavar="N", help="go back to the checkpoint of step N; what came after it is set aside"),
-    option("--branch", metavar="CHECKPOINT", help="start --run DIR at another run's checkpoint, with its optimizer and fields"),
-)
-EVAL_ONLY = option("--eval-only", action="store_true", help="measure --run DIR's newest checkpoint, or --from-step N, then stop")
-CHECKPOINT = option("checkpoint", metavar="CHECKPOINT", help="a run folder, or a checkpoint in it")
-EXPORTED = option("--out", required=True, metavar="PATH", help="what to write, which must be new")
-RUN = option("path", metavar="DIR", help="a run folder")
-TOKENIZER = "a tokenizer.json, GPT-2's vocab.bpe, or a folder with one"
-SAMPLING = (
-    option("--max-new-tokens", type=int, default=200, metavar="N", help="stop after so many tokens (default: 200)"),
-    option("--temperature", type=float, default=0.7, metavar="T", help="0 always takes the likeliest (default: 0.7)"),
-    option("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens (default: from all)"),
-    option("--top-p", type=float, default=0.95, metavar="P", help="leave out the unlikely rest (default: 0.95)"),
-    option("--min-p", type=float, default=0.0, metavar="P", help="leave out all below this share of the likeliest (default: 0)"),
-    option("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1, repeat less (default: 1)"),
-    option("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"),
-    option("--seed", type=int, default=0, metavar="S", help="the same seed gives the same text (default: 0)"),
-)
-
-SERVER = (
-    *(
-        option(flag, type=kind, default=argparse.SUPPRESS, metavar=metavar, help=meaning)
-        for flag, kind, metavar, meaning in (
-            ("--host", str, "ADDRESS", "the address to listen on (default: 127.0.0.1, for this machine alone)"),
-            ("--port", int, "N", "the port to listen on (default: 8000; 0: any that is free)"),
-            ("--api-key-file", str, "FILE", "demand the key in FILE (default: in OSLER_API_KEY, or no key)"),
-            ("--max-rows", int, "N", "completions of a model that are drawn together (default: 64)"),
-            ("--max-waiting", int, "N", "completions of a model that may wait; 429 for the next (default: 256)"),
-            ("--max-new-tokens", int, "N", "tokens of a completion at most (default: 1024)"),
-            ("--max-prompt-tokens", int, "N", "tokens of a prompt at most (default: as many as the model reads)"),
-            ("--max-body-bytes", int, "N", "of a request at most (default: 1000000)"),
-            ("--max-seconds", float, "S", "that a request may take, waiting included (default: 300)"),
-            ("--drain-seconds", float, "S", "that running requests have after a signal to stop (default: 30)"),
-            ("--device", str, "NAME", "auto, cpu, cuda or cuda:N (default: auto)"),
-        )
-    ),
-    option("--log-requests", action="store_true", default=argparse.SUPPRESS, help="tell path, status and tokens of each request"),
+from osler.cli.options import (
+    CHECKPOINT,
+    EVAL_ONLY,
+    EXPORTED,
+    ORIGIN,
+    OVERRIDES,
+    RECIPE,
+    RUN,
+    RUN_FOLDER,
+    SAMPLING,
+    SERVER,
+    TOKENIZER,
 )
 
 EVAL_HELP = """\
@@ -85,6 +44,17 @@ EXPORT_HELP = """\
 hf           a folder as Hugging Face's Qwen3, with a model card                     fp32, bf16
 onnx         a folder for ONNX Runtime, with a KV cache                              fp32, int8, int4
 safetensors  one file: the model as it is, config and tokenizer in its metadata      fp32, bf16"""
+
+QUANTIZE_HELP = """\
+  osler eval runs/clinic-sft-int8 && osler eval runs/clinic-sft && osler compare runs/clinic-sft runs/clinic-sft-int8
+
+Weights are rounded; where the model runs they are in full again, so the file is smaller and nothing is faster. What is
+quantised cannot be trained: train first. bf16 can."""
+
+PRUNE_HELP = """\
+  osler prune runs/notes --intermediate-size 256 --data more-notes/ --out runs/notes-256     (both may be given)
+
+A pruned model has forgotten something. It trains like any other, and the command that heals it is printed at the end."""
 
 WATCH_HELP = """\
   osler watch runs/mine --once | less     (also where no terminal is: a log, a cron job)
@@ -253,6 +223,35 @@ COMMANDS: tuple[Command, ...] = (
         "osler verl init_from=runs/clinic-sft steps=200 --out clinic-verl",
         "osler.rl.verl:write",
         (RECIPE, EXPORTED),
+    ),
+    Command(
+        "quantize",
+        "Write a checkpoint with smaller weights, which is used like the original",
+        "osler quantize runs/clinic-sft --to int8 --out runs/clinic-sft-int8",
+        "osler.export.quantize:quantize",
+        (
+            CHECKPOINT,
+            option("--to", required=True, choices=("int8", "int4", "bf16"), help="about 1/4, 1/7 and 1/2 of fp32's bytes"),
+            option("--group-size", type=int, choices=(32, 64, 128), default=32, help="columns that share a scale (default: 32)"),
+            EXPORTED,
+        ),
+        QUANTIZE_HELP,
+    ),
+    Command(
+        "prune",
+        "Write a smaller dense model: without its least useful layers, or with fewer neurons in every feed-forward layer",
+        "osler prune runs/clinic-sft --layers 3 --out runs/clinic-3",
+        "osler.export.prune:prune",
+        (
+            CHECKPOINT,
+            option("--layers", type=int, metavar="N", help="this many layers stay"),
+            option("--intermediate-size", type=int, metavar="M", help="this many neurons of a feed-forward layer stay"),
+            option("--data", metavar="PATH", help="a file or folder of text that decides (default: what the run holds out)"),
+            option("--field", default="text", metavar="NAME", help="the column of text in tables (default: text)"),
+            option("--tokens", type=int, default=65_536, metavar="N", help="of the text, so many tokens (default: 65536)"),
+            EXPORTED,
+        ),
+        PRUNE_HELP,
     ),
     Command(
         "eval",

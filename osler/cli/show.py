@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args, get_origin
 from osler.config.recipe import as_comments, available_recipes, dump_yaml, load_recipe, override
 from osler.config.schema import config, decode, encode, hints, members_of, range_of, tagged_members, useless_in
 from osler.eval.config import DistillConfig, EvalConfig, config_of
-from osler.model.config import ModelConfig
+from osler.model.config import ModelConfig, model_in
 from osler.pipeline.config import decode_pipeline
 from osler.rl.config import GrpoConfig
 from osler.runtime.errors import UserError
@@ -36,6 +36,7 @@ class ModelFamily:
         model, seq_len = self.model, self.model.max_seq_len
         return {
             "parameters": f"{model.num_parameters:,}",
+            "weights": ", ".join(f"{model.weight_bytes(bits) / 2**20:,.0f} MiB in {name}" for name, bits in FORMATS.items()),
             "FLOPs per token": f"{model.flops_per_token(seq_len):.3g} in training, in rows of {seq_len:,}",
             **model.words_of_attention(),
             "KV cache": f"{model.kv_cache_bytes(1, seq_len):,} bytes for such a row in bf16",
@@ -48,6 +49,8 @@ KINDS: dict[str, type[Any]] = {
     "sft": TrainConfig,
     "grpo": GrpoConfig,
 }
+# Bits of a weight in each format that a checkpoint may have, the scales of a quantised one included.
+FORMATS = {"fp32": 32, "bf16": 16, "int8": 8.5, "int4": 4.5}
 # The config of each command that runs without a recipe, and the fields that this config cannot do without.
 WITHOUT_RECIPE: dict[str, tuple[type[Any], Mapping[str, Any]]] = {
     "pretrain": (TrainConfig, {"kind": "pretrain"}),
@@ -62,10 +65,8 @@ def list_recipes() -> str:
     """Return name, parameters and description of every recipe, one line each."""
     rows = {}
     for name, description in available_recipes().items():
-        recipe = load_recipe(name)
-        model = next((part["model"] for part in (recipe, *recipe.values()) if isinstance(part, dict) and "model" in part), None)
-        size = f"{decode(ModelConfig, model, source=name).num_parameters:,}" if model else ""
-        rows[name] = size, description
+        model = model_in(load_recipe(name), name)
+        rows[name] = "" if model is None else f"{model.num_parameters:,}", description
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {size:>13}  {description}" for name, (size, description) in rows.items())
 

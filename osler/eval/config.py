@@ -1,6 +1,6 @@
 """The configuration of `osler eval` (an exam and how it is taken, or a text to predict) and of `osler distill`. Torch-free."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from osler.config.recipe import override
@@ -93,12 +93,12 @@ class EvalConfig(ExamSettings):
     which: Literal["newest", "best"] = "newest"  # checkpoint of a run folder
 
 
-def config_of(overrides: Sequence[str]) -> EvalConfig:
-    """Return the config that the overrides describe. Exams may be texts (``named_task``), several with commas between them.
+def config_of(overrides: Sequence[str], fields: Mapping[str, Any] | None = None) -> EvalConfig:
+    """Return the config that ``fields`` and overrides describe. Exams may be texts (``named_task``), several with commas between.
 
     A task without a path and with the type clinic, or none, is ``CLINIC_EXAM`` with changed fields.
     """
-    given = override({}, overrides)
+    given = override(fields or {}, overrides)
     if {"task", "tasks"} <= given.keys():
         raise UserError("task and tasks are both given: put all exams into one of them.")
     for key in {"task", "tasks"}.intersection(given):

@@ -14,6 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from osler.data.loader import make_batch
+from osler.data.order import Order
+from osler.data.packing import WholePacking
+from osler.data.shard_set import ShardSet
 from osler.inference.rows import warn_of_untrained
 from osler.model.decoder import Decoder
 from osler.model.transformer import Transformer
@@ -24,6 +28,7 @@ from osler.runtime.errors import UserError
 from osler.runtime.stop import AskedToStop, asked
 from osler.runtime.world import World
 
+VALIDATION_SEED = 0  # the rows of a set are the same whatever the seed of the run
 BATCH_TOKENS = 16_384  # of a forward pass, padding included
 SORTED_WINDOWS = 4096  # windows sorted by length at a time, for less padding; the sum does not depend on the order
 LabelledRow = tuple[list[int], list[int]]  # ids, and a label for each: the id that follows it, or -100 if it is not scored
@@ -156,6 +161,20 @@ def measure(model: Transformer, batches: Iterable[tuple[Tensor, ...]], total_byt
     if scored_tokens == 0 or total_bytes <= 0:
         raise UserError("There is no text to measure, or none of its tokens is scored: give another text or validation set.")
     return TextScore(nats=nats, tokens=int(scored_tokens), right=int(scored_right), bytes=total_bytes)
+
+
+def held_out_batches(
+    shards: ShardSet, seq_len: int, *, as_examples: bool, drop_torn: bool = False
+) -> Iterator[tuple[Tensor, ...]]:
+    """Yield windows that do not overlap; ``as_examples`` whole examples, which do not see each other, with loss masks."""
+    if not as_examples:
+        yield from batches(windows(shards.documents(), seq_len=seq_len, start_id=shards.eos_id))
+        return
+    packing = WholePacking(Order(shards, VALIDATION_SEED), seq_len, drop_torn=drop_torn)
+    count, size = packing.rows_of_first_epoch, max(1, BATCH_TOKENS // seq_len)
+    for start in range(0, count, size):
+        batch = make_batch(packing, range(start, min(count, start + size)))
+        yield batch.ids, batch.labels, batch.document_ids
 
 
 def windows(documents: Iterable[Sequence[int]], *, seq_len: int, start_id: int) -> Iterator[LabelledRow]:

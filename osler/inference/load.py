@@ -5,7 +5,7 @@ the checkpoint. Without that file, as in an imported model, the model counts as 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from osler.checkpoint import store
 from osler.config.recipe import load_yaml
 from osler.config.schema import decode, encode
 from osler.model.config import MODEL_FILE, ModelConfig
+from osler.model.quantization import dequantize_weights
 from osler.model.transformer import Transformer
 from osler.runtime.device import pick_device, pick_dtype
 from osler.runtime.errors import UserError
@@ -25,6 +26,8 @@ from osler.tokenizer.bpe import Tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "config.yaml"
+MADE_BY = "made_by"  # in the state of a checkpoint of weights alone: the command that made it, and the checkpoint it was made of
+QUANTIZED = "quantized"  # in the state of a quantised checkpoint: bits and group_size
 
 
 def teaches_reasoning(training: Mapping[str, Any]) -> bool:
@@ -57,6 +60,11 @@ class LoadedModel:
     def kind(self) -> str:
         """The kind of training: pretrain, sft, grpo, or "" when the checkpoint does not say."""
         return str(self.state.get("kind", ""))
+
+    @property
+    def quantized(self) -> str:
+        """What the weights are kept in, int8 or int4, or "" for weights in full."""
+        return quantized_in(self.state)
 
     @property
     def answers_questions(self) -> bool:
@@ -95,7 +103,8 @@ class LoadedModel:
     def describe(self) -> str:
         """Return one line: where the model is, how large it is and how it was trained."""
         trained = {"": "", "pretrain": ", pretrained", "sft": ", fine-tuned (sft)"}.get(self.kind, f", trained by {self.kind}")
-        return f"{self.path}: {self.model.config.num_parameters:,} parameters{trained}"
+        kept = f", quantised to {self.quantized}" if self.quantized else ""
+        return f"{self.path}: {self.model.config.num_parameters:,} parameters{trained}{kept}"
 
 
 def describing_files(model: ModelConfig, tokenizer: Tokenizer) -> dict[str, bytes]:
@@ -115,7 +124,10 @@ def load_model(
             f"{config.vocab_size:,}, so they do not belong together: put back the {TOKENIZER_FILE} that it was trained with."
         )
     model = Transformer(config, compute_dtype=compute_dtype)
-    model.load_state_dict(loaded.tensors["model"])
+    weights = loaded.tensors["model"]
+    if QUANTIZED in loaded.state:
+        weights = dequantize_weights(weights, model.state_dict(), loaded.state[QUANTIZED]["group_size"])
+    model.load_state_dict(weights)
     model.trained_seq_len = trained_seq_len_of(loaded)
     return LoadedModel(loaded.path, model.to(device).eval(), tokenizer, loaded.state, _training_of(loaded), loaded.files)
 
@@ -125,6 +137,25 @@ def open_model(checkpoint: str | Path, *, device: str = "auto", which: str = "ne
     chosen = pick_device(device)
     dtype = torch.float32 if chosen.type == "cpu" else pick_dtype("auto", chosen)
     return load_model(checkpoint, device=chosen, compute_dtype=dtype, which=which)
+
+
+def load_start(path: str | Path, names: Collection[str] = ()) -> store.Loaded:
+    """Load the checkpoint from whose weights something new is to be made, with the groups of tensors ``names``.
+
+    Raises UserError for a quantised one: its weights are rounded, and steps of training would be lost in the rounding.
+    """
+    loaded = store.load(store.resolve(path), names=names)
+    if kept := quantized_in(loaded.state):
+        raise UserError(
+            f"{loaded.path} has weights in {kept}, which can be used but not trained, pruned or quantised again. Take the "
+            f"checkpoint that it was made of, {loaded.state[MADE_BY]['of']}, and quantise what comes of it."
+        )
+    return loaded
+
+
+def quantized_in(state: Mapping[str, Any]) -> str:
+    """Return what the weights of a checkpoint with this state are kept in, int8 or int4, or "" for weights in full."""
+    return f"int{state[QUANTIZED]['bits']}" if QUANTIZED in state else ""
 
 
 def tokenizer_of(loaded: store.Loaded) -> Tokenizer:

@@ -4,10 +4,11 @@ One family covers every recipe: decoder-only, pre-norm RMSNorm, RoPE, QK-norm be
 no biases. The standard class with the same mathematics is Hugging Face's Qwen3; parameters carry its names.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from osler.config.schema import TAGGED, Ge, PositiveFloat, PositiveInt, config
+from osler.config.schema import TAGGED, Ge, PositiveFloat, PositiveInt, config, decode
 from osler.runtime.errors import UserError
 
 MODEL_FILE = "model.json"  # in every checkpoint: the config of its model
@@ -158,6 +159,10 @@ class ModelConfig:
         qk_norms = 2 * self.head_dim * self.num_layers if self.qk_norm_weight else 0
         return self._matrix_parameters + self._embedding_parameters + head + norms + qk_norms
 
+    def weight_bytes(self, bits: float = 32) -> int:
+        """Return the bytes of all parameters at so many bits each; with scales `osler quantize` writes 8.5 or 4.5 bits."""
+        return round(self.num_parameters * bits / 8)
+
     def flops_per_token(self, seq_len: int) -> int:
         """Return the training FLOPs per token by the PaLM convention (non-causal).
 
@@ -194,6 +199,13 @@ class ModelConfig:
         """Return the bytes of the keys and values of ``batch`` rows of ``seq_len`` tokens, and of the keys of a sparse index."""
         index = self.attention.index_head_dim if isinstance(self.attention, SparseAttentionConfig) else 0
         return self.num_layers * batch * seq_len * (2 * self.kv_size + index) * dtype_bytes
+
+
+def model_in(recipe: Mapping[str, Any], source: str) -> ModelConfig | None:
+    """Return the shape of the model that a recipe makes, of a pipeline its first; None where each stage is given one."""
+    sections = (part for part in (recipe, *recipe.values()) if isinstance(part, Mapping))
+    shape = next((part["model"] for part in sections if "model" in part), None)
+    return None if shape is None else decode(ModelConfig, shape, source=source)
 
 
 @config

@@ -16,7 +16,7 @@ from osler.data.config import HubData, PreparedData, sources_of
 from osler.data.named import check_task, learned_items, load_task
 from osler.data.prepared import tokenizer_of_shards
 from osler.eval.run import parts
-from osler.inference.load import described_model, teaches_reasoning, tokenizer_of, trained_seq_len_of
+from osler.inference.load import described_model, load_start, teaches_reasoning, tokenizer_of, trained_seq_len_of
 from osler.model.config import ModelConfig
 from osler.monitor.logger import check_trackers
 from osler.pipeline.config import FILES, ExamStage, PipelineConfig, Stage, read_reference, references_of
@@ -111,7 +111,7 @@ def origin_of(pipeline: PipelineConfig, text: str, run: RunFolder) -> Origin:
         if found is None and stage.init_from is not None:
             return after(stage, origin_of(pipeline, stage.init_from, run))
     if found is not None:
-        loaded = store.load(found, names=[])
+        loaded = load_start(found)
         return Origin(str(found), described_model(loaded), trained_seq_len_of(loaded), None, tokenizer_of(loaded).fingerprint)
     assert isinstance(stage, TrainConfig)
     tokenizer = tokenizer_at_hand(stage)

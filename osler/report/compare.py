@@ -3,7 +3,7 @@
 Curves run over tokens seen, which runs with different batch sizes have in common. Runs of one stage are compared with each other,
 whatever their kind; runs with several stages, such as a pipeline, are compared stage by stage. Curves that fewer than two runs
 have are left out, and so are curves of single layers. Exams are compared question by question, where both runs' answers are
-stored. Single checkpoints are compared by their exams alone.
+stored. Single checkpoints, quantised ones for example, are compared by their exams alone.
 """
 
 import logging
@@ -70,11 +70,11 @@ Table = list[tuple[str, list[str]]]  # each row: its title, and a text for each 
 def compare(folders: Sequence[str], out: str | Path) -> str:
     """Run the command ``compare``: write the page, and return the table for the terminal and the page's path.
 
-    Single checkpoints get no page. Raises UserError when nothing can be compared.
+    Single checkpoints get no page, nor do run folders that only hold one. Raises UserError when nothing can be compared.
     """
     pairs = paired(folders)
     pair_table = fmt.table([PAIRED, *pairs], left=2) if pairs else HOW_TO_PAIR
-    if any(is_checkpoint(Path(folder)) for folder in folders):
+    if any(map(_has_no_curves, map(Path, folders))):
         if len(folders) < 2 or not pairs:
             raise UserError(f"These checkpoints have no answers to the same exam. {HOW_TO_PAIR}")
         return pair_table
@@ -92,6 +92,11 @@ def compare(folders: Sequence[str], out: str | Path) -> str:
     about = {"name": " · ".join(runs), "what": "Osler comparison", "made_of": "the files of these runs"}
     path = write_page(Path(out), "compare.html", about, names=list(runs), groups=groups, titles=PAIRED, pairs=pairs)
     return "\n\n".join([*texts, pair_table, str(path)])
+
+
+def _has_no_curves(path: Path) -> bool:
+    """Return whether a path is a checkpoint, or a run folder that was made of one and trained nothing."""
+    return is_checkpoint(path) or (RunFolder(path).checkpoints.is_dir() and not RunFolder(path).metrics.exists())
 
 
 def paired(folders: Sequence[str]) -> list[list[str]]:

@@ -22,7 +22,7 @@ from osler.data.exams import ExamsInData
 from osler.data.named import check_task, load_task
 from osler.eval.exams import grade
 from osler.inference.engine import InferenceEngine
-from osler.inference.load import LoadedModel, load_model
+from osler.inference.load import LoadedModel, load_model, load_start
 from osler.optim.build import build_optimizer
 from osler.parallel.parallelize import check_strategy, parallelize
 from osler.records import jsonl
@@ -64,7 +64,7 @@ def train(config: GrpoConfig, folder: RunFolder, world: World | None = None) -> 
     start = find_start(config, run, check_branch)
     check_start(config)
     machine = agree_on_machine(world, start.checkpoint, precision=config.precision, compile_mode="never", steps=config.steps)
-    loaded = load_model(start.checkpoint or config.init_from, device=machine.device, compute_dtype=machine.dtype)
+    loaded = load_model(start.checkpoint or load_start(config.init_from).path, device=machine.device, compute_dtype=machine.dtype)
     model, tokenizer = loaded.model.train(), loaded.tokenizer
     tasks = load_tasks(config, loaded)
     eval_items = load_exam(config, loaded)

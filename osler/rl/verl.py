@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from osler.config.recipe import load_recipe, override
 from osler.config.schema import decode
 from osler.export.run import run as write_model
-from osler.inference.load import load_model
+from osler.inference.load import load_model, load_start
 from osler.optim.config import AdamWConfig
 from osler.optim.schedule import ConstantConfig, CosineConfig, warmup_of
 from osler.rl.config import GrpoConfig
@@ -48,7 +48,7 @@ def write(recipe: str | None, overrides: Sequence[str], out: str) -> int:
     given = load_recipe(recipe, overrides) if recipe else override({}, overrides)
     config = decode(GrpoConfig, {**given, "kind": "grpo"}, source=recipe or "")
     check_start(config)
-    start = load_model(config.init_from)
+    start = load_model(load_start(config.init_from).path)
     folder = Path(out).absolute()
     tasks = load_tasks(config, start)
     exam = load_exam(config, start)

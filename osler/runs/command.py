@@ -17,7 +17,7 @@ from osler.checkpoint import store
 from osler.checkpoint.folders import refuse_checkpoint
 from osler.config.recipe import as_comments, dump_yaml, load_recipe, override
 from osler.config.schema import decode, encode, hints
-from osler.inference.load import described_model, trained_seq_len_of
+from osler.inference.load import described_model, load_start, trained_seq_len_of
 from osler.records.jsonl import EventLog
 from osler.runs.config import RunConfig
 from osler.runs.folder import refuse_another, stored_config, taken
@@ -147,7 +147,7 @@ def describe_plan(job: Job, config: Any, folder: RunFolder, back_to: int | None)
     found = find_start(config, run, job.check_branch, back_to)
     start = loaded = found.load(names=[])
     if loaded is None and config.init_from is not None:
-        start = store.load(store.resolve(config.init_from), names=[])
+        start = load_start(config.init_from)
     has_origin = config.branch_from is not None or config.init_from is not None
     model = described_model(start) if start is not None and has_origin else None
     if model is not None and start is not None and loaded is None:

@@ -25,6 +25,7 @@ from osler.checkpoint import folders, store
 from osler.checkpoint.folders import Entry, newest_checkpoint
 from osler.config.recipe import load_yaml, override
 from osler.config.schema import decode
+from osler.inference.load import MADE_BY
 from osler.monitor.logger import check_trackers
 from osler.optim.schedule import ScheduleConfig, warmup_of
 from osler.records.jsonl import EventLog, read_events, split
@@ -76,6 +77,8 @@ def find_start(
             f"The processes found different checkpoints to go on from (steps {least} to {-minus_most}, -1 is none): the run "
             "folder must lie on a disk that all machines share."
         )
+    if loaded is not None:
+        refuse_weights_alone(loaded)
     if start.is_branch and loaded is not None:
         check_branch(config, loaded)
     return start
@@ -215,7 +218,17 @@ def config_in(loaded: store.Loaded) -> dict[str, Any]:
     return stored
 
 
+def refuse_weights_alone(checkpoint: store.Loaded) -> None:
+    """Raise UserError for a checkpoint that no run has saved, in which there is nothing to go on with."""
+    if made_by := checkpoint.state.get(MADE_BY):
+        raise UserError(
+            f"{checkpoint.path} was made by `osler {made_by['command']}` and has weights alone, no optimizer and no place in the "
+            f"data. Start a new run from them: init_from={checkpoint.path}."
+        )
+
+
 def _check_kind(checkpoint: store.Loaded, kind: str) -> None:
+    refuse_weights_alone(checkpoint)
     there = checkpoint.state["kind"]
     if there != kind:
         raise UserError(f"{checkpoint.path} is of a run of `osler {there}`: branch it with `osler {there} --branch`.")

@@ -7,18 +7,13 @@ are read, up to `TrainConfig.evaluated_tokens`, so the result of an evaluation d
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-
-from torch import Tensor
+from collections.abc import Callable, Mapping
 
 from osler.checkpoint.folders import newest_checkpoint
-from osler.data.loader import make_batch
-from osler.data.order import Order
-from osler.data.packing import WholePacking
 from osler.data.prepared import Prepared, open_prepared
 from osler.data.shard_set import NotPreparedYet, ShardSet
 from osler.data.stream import untended, wait_together
-from osler.eval.likelihood import BATCH_TOKENS, TextScore, batches, measure, windows
+from osler.eval.likelihood import TextScore, held_out_batches, measure
 from osler.inference.load import load_model
 from osler.model.transformer import Transformer
 from osler.runs.process import agree_on_machine
@@ -32,8 +27,6 @@ from osler.train.shards import shards_of
 
 logger = logging.getLogger(__name__)
 
-VALIDATION_SEED = 0  # the rows of a set are the same whatever the seed of the run
-
 
 def held_out_scores(
     config: TrainConfig,
@@ -46,8 +39,11 @@ def held_out_scores(
     sets = wait_together(lambda: heads(config, prepared.validation_sets), world, "The evaluation", tend)
     if not sets:
         return {}
-    model = plain_model()
-    return {name: measure(model, held_out_batches(config, shards), shards.num_bytes, world) for name, shards in sets.items()}
+    model, how = plain_model(), {"as_examples": config.kind == "sft", "drop_torn": config.drops_torn}
+    return {
+        name: measure(model, held_out_batches(shards, config.seq_len, **how), shards.num_bytes, world)
+        for name, shards in sets.items()
+    }
 
 
 def heads(config: TrainConfig, sets: Mapping[str, ShardSet]) -> dict[str, ShardSet]:
@@ -57,18 +53,6 @@ def heads(config: TrainConfig, sets: Mapping[str, ShardSet]) -> dict[str, ShardS
     """
     sets = {name: shards for name, shards in sets.items() if shards.head(1).num_documents}
     return {name: shards.head_within(config.evaluated_tokens(len(sets))) for name, shards in sets.items()}
-
-
-def held_out_batches(config: TrainConfig, shards: ShardSet) -> Iterator[tuple[Tensor, ...]]:
-    """Yield windows that do not overlap. In fine-tuning yield whole examples, which do not see each other, with loss masks."""
-    if config.kind == "pretrain":
-        yield from batches(windows(shards.documents(), seq_len=config.seq_len, start_id=shards.eos_id))
-        return
-    packing = WholePacking(Order(shards, VALIDATION_SEED), config.seq_len, drop_torn=config.drops_torn)
-    count, size = packing.rows_of_first_epoch, max(1, BATCH_TOKENS // config.seq_len)
-    for start in range(0, count, size):
-        batch = make_batch(packing, range(start, min(count, start + size)))
-        yield batch.ids, batch.labels, batch.document_ids
 
 
 def values_of(config: TrainConfig, score: TextScore) -> dict[str, float]:

@@ -27,7 +27,7 @@ from osler.data.prepared import Prepared, tokenizer_of_shards
 from osler.data.preparer import GIGABYTE, SHARDS_SHARE
 from osler.data.shards import SHARD_TOKENS, token_dtype
 from osler.data.sources import at_known_commits, open_corpora, train_tokenizer
-from osler.inference.load import described_model, tokenizer_of, trained_seq_len_of
+from osler.inference.load import described_model, load_start, tokenizer_of, trained_seq_len_of
 from osler.model.config import ModelConfig
 from osler.model.init import init_indexers, is_of_indexer
 from osler.model.transformer import Transformer
@@ -75,7 +75,7 @@ def check_distillation(config: TrainConfig, start: store.Loaded | None) -> None:
     if config.teacher is None:
         return
     if start is None and config.init_from is not None:
-        start = store.load(store.resolve(config.init_from), names=[])
+        start = load_start(config.init_from)
     tokenizer = tokenizer_at_hand(config) if start is None else tokenizer_of(start)
     assert tokenizer is not None  # a run that names no tokenizer takes the teacher's
     student = fitted(config.model if start is None else described_model(start), tokenizer)
@@ -164,7 +164,7 @@ def make_model(
     """
     source = checkpoint
     if checkpoint is None and config.init_from is not None:
-        source = store.load(store.resolve(config.init_from), names=["model"])
+        source = load_start(config.init_from, ["model"])
     shape, tokenizer = (config.model, None) if source is None else (described_model(source), tokenizer_of(source))
     trained_seq_len = config.timeline.spans[0].seq_len if source is None else trained_seq_len_of(source)
     if source is not None and checkpoint is None:

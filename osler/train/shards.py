@@ -24,7 +24,7 @@ from osler.data.shard_set import NotPreparedYet, ShardSet, identity_of, is_conti
 from osler.data.shards import DATA_MANIFEST, SPLITS, read_data_manifest
 from osler.data.sources import at_known_commits, check_present, check_sources, is_there, prepare_sources
 from osler.data.stream import untended, wait_together
-from osler.inference.load import TOKENIZER_FILE, tokenizer_of
+from osler.inference.load import TOKENIZER_FILE, load_start, tokenizer_of
 from osler.model.config import ModelConfig
 from osler.runs.folder import check_fingerprints, claim, differences, read_config, refuse_another
 from osler.runs.resume import ASIDE, CONFIG, config_in
@@ -158,7 +158,7 @@ def check_data(config: TrainConfig, run: RunFolder, start: store.Loaded | None) 
     """Raise UserError when the run has no data to learn from."""
     if config.text is None:
         if start is None and config.init_from is not None:
-            start = store.load(store.resolve(config.init_from), names=[])
+            start = load_start(config.init_from)
         folder = shards_of(config, run)
         tokenizer = tokenizer_of_shards(folder, config.tokenizer.path) if start is None else tokenizer_of(start)
         _open_given(config, tokenizer, "of the run" if start is None else f"of {start.path}")

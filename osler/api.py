@@ -1,0 +1,141 @@
+"""Osler in Python: build a model, load a run, generate, chat, sit an exam, take a loss.
+
+    from osler import api
+
+    model = api.load("runs/quickstart/sft")
+    print(api.chat(model, "Which drug lowers a fever: (A) aspirin (B) salt").answer)
+    for exam in api.score(model, "clinic", subset=100):
+        print(exam.split, exam.accuracy, exam.interval)
+
+These functions and their arguments stay as they are from release to release; what they return is what the commands use, so
+everything else of Osler goes on from there. What does not exist or does not fit raises ``UserError`` with what to do. Importing
+this module takes no torch; calling it does, except for ``model_config``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from osler.config.recipe import load_recipe
+from osler.model.config import ModelConfig, model_in
+from osler.ops.sampling_params import SamplingParams
+from osler.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from osler.eval.score import ScoredExam
+    from osler.inference.load import LoadedModel
+    from osler.model.transformer import Transformer
+
+__all__ = ["Reply", "SamplingParams", "build", "chat", "generate", "load", "loss", "model_config", "score"]
+
+DRAWN = SamplingParams(max_new_tokens=200, temperature=0.7, top_p=0.95)  # as `osler generate` and `osler chat` draw
+
+
+class Reply(NamedTuple):
+    """The answer to a question, and what the model thought before it ("" where it does not reason)."""
+
+    thinking: str
+    answer: str
+
+
+def model_config(recipe: str, *overrides: str) -> ModelConfig:
+    """Return the shape of a recipe's model: ``num_parameters``, ``flops_per_token``, ``kv_cache_bytes`` and the fields.
+
+    ``recipe`` is a name that ``osler recipes`` lists, or a YAML file; ``overrides`` are texts such as ``"model.num_layers=6"``.
+    """
+    config = model_in(load_recipe(recipe, overrides), recipe)
+    if config is None:
+        raise UserError(f"The recipe {recipe} has no model of its own: it starts from a checkpoint. Give another recipe.")
+    return config
+
+
+def build(recipe: str, *overrides: str, seed: int = 0) -> Transformer:
+    """Return the model of a recipe as training begins with it: a plain ``torch.nn.Module`` with fp32 weights on the CPU.
+
+    Called with ids [B, T] it returns hidden states, and ``logits`` turns these into scores of the vocabulary.
+    """
+    from osler.model.transformer import Transformer
+
+    model = Transformer(model_config(recipe, *overrides))
+    model.init_weights(seed)
+    return model
+
+
+def load(path: str | Path, *, which: Literal["newest", "best"] = "newest", device: str = "auto") -> LoadedModel:
+    """Load a run's newest good or best checkpoint, or a given checkpoint, with its tokenizer.
+
+    ``device`` is auto, cpu, cuda or cuda:N. The module of torch is ``.model``, what reads and writes text ``.tokenizer``.
+    """
+    from osler.inference.load import open_model
+
+    return open_model(path, device=device, which=which)
+
+
+def generate(model: LoadedModel, prompt: str = "", sampling: SamplingParams = DRAWN, *, stop: Sequence[str] = ()) -> str:
+    """Return how a model continues a text, up to the first of the texts in ``stop``."""
+    from osler.inference.chat import continue_text
+    from osler.inference.engine import InferenceEngine
+
+    return "".join(continue_text(InferenceEngine(model.model), model.tokenizer, prompt, sampling, stop))
+
+
+def chat(model: LoadedModel, question: str, sampling: SamplingParams = DRAWN, *, reasoning: bool | None = None) -> Reply:
+    """Return a model's reply to a question; with ``reasoning`` None it thinks first if it learned to.
+
+    Raises UserError for a model that was trained on text alone. The answer is empty where ``max_new_tokens`` ends the thinking.
+    """
+    from osler.inference.chat import stream_answer
+    from osler.inference.engine import InferenceEngine
+
+    if not model.answers_questions:
+        raise UserError(f"{model.path} was trained on text alone: let it continue a text with generate, or fine-tune it first.")
+    reasoning = model.reasons if reasoning is None else reasoning
+    pieces = list(stream_answer(InferenceEngine(model.model), model.tokenizer, question, sampling, reasoning=reasoning))
+    thinking, answer = ("".join(text for part, text in pieces if part == name).strip() for name in Reply._fields)
+    return Reply(thinking, answer)
+
+
+def score(model: LoadedModel, exam: str | dict[str, Any] | None = None, **settings: Any) -> list[ScoredExam]:
+    """Let a model sit an exam, and return a score for each of its parts: ``accuracy``, its 95 % ``interval``, ``results``.
+
+    ``exam`` is what ``osler eval`` takes as ``task``: "clinic", "medqa:FILE", the name of a public exam, or a section of fields;
+    None: the exam of the run's training. ``settings`` are fields of ``osler show eval``, such as ``subset=200`` or
+    ``method="likelihood"``. Nothing is written to the run folder.
+    """
+    from osler.eval.config import config_of
+    from osler.eval.run import complete, sit
+
+    config, _ = complete(config_of([], settings if exam is None else {**settings, "task": exam}), model)
+    if not config.exams:
+        raise UserError(f"What shall {model.path} be examined on? It learned text alone: name an exam, such as medqa:FILE.")
+    return sit(config, model, model.kind or "model", None)
+
+
+def loss(model: Transformer | LoadedModel, rows: Tensor | Sequence[Sequence[int]]) -> Tensor:
+    """Return the mean cross-entropy in nats of every token given those before it in its row, with a gradient.
+
+    ``rows`` are token ids, [B, T] or lists of any lengths, of at least two tokens each. A sparse model adds its index's loss.
+    """
+    import torch
+
+    from osler.eval.likelihood import pad_rows
+    from osler.model.transformer import SummedLoss, Transformer
+    from osler.ops.labels import IGNORED
+    from osler.runtime.device import to_device
+
+    module = model if isinstance(model, Transformer) else model.model
+    ids = rows.tolist() if isinstance(rows, torch.Tensor) else [list(row) for row in rows]
+    longest = module.config.max_seq_len + 1
+    if not ids or not all(2 <= len(row) <= longest for row in ids):
+        raise UserError(f"Rows have {sorted({len(row) for row in ids})} tokens: give rows of 2 to {longest:,}.")
+    if not all(0 <= token < module.config.vocab_size for row in ids for token in row):
+        raise UserError(f"A row has a token outside the vocabulary of {module.config.vocab_size:,}: it is of another tokenizer.")
+    inputs, labels = pad_rows([(row[:-1], row[1:]) for row in ids])
+    device = module.embed_tokens.weight.device
+    sums = SummedLoss(module)(to_device(inputs, device), to_device(labels, device), None)
+    return sums.view(-1)[-1] / (labels != IGNORED).sum()

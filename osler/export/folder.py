@@ -1,0 +1,61 @@
+"""A run folder that no run has written: one checkpoint with weights alone, which every command that reads a model takes.
+
+Its ``state.json`` says under ``made_by`` which command made it and of what. A run may start from its weights (``init_from``);
+``osler/runs/resume.py`` refuses to go on in it, because it has no optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from osler.checkpoint import store
+from osler.inference.load import CONFIG_FILE, MADE_BY, describing_files
+from osler.model.config import MODEL_FILE, ModelConfig
+from osler.runtime.errors import UserError
+from osler.runtime.files import RunFolder, appearing, write_atomic
+from osler.tokenizer.bpe import Tokenizer
+
+CARRIED = ("kind", "step", "tokens", "trained_seq_len")  # of a state, into the checkpoints that are made of it
+
+
+def new_folder(out: str | Path, flag: str = "--out") -> Path:
+    """Return the path of a folder to write; raises UserError when there is one already that is not empty."""
+    folder = Path(out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is there already: name a new folder with {flag}.")
+    return folder
+
+
+def write_run(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    state: Mapping[str, Any],
+    files: Mapping[str, bytes],
+) -> Path:
+    """Write the folder, complete or not at all, and return its checkpoint.
+
+    ``state`` needs ``made_by``; ``files`` go into the checkpoint beside the model's config and the tokenizer.
+    """
+    assert MADE_BY in state
+    files = {**files, **describing_files(model, tokenizer)}
+    with appearing(folder) as place:
+        run = RunFolder.create(place)
+        try:
+            store.save(run.checkpoints, state.get("step", 0), tensors={"model": weights}, state=state, files=files)
+        except store.CheckpointSaveError as error:
+            raise UserError(f"{error} Free some of the disk, or name another place.") from error
+        write_atomic(run.model, files[MODEL_FILE])
+        if CONFIG_FILE in files:
+            write_atomic(run.config, files[CONFIG_FILE])
+    return store.resolve(folder)
+
+
+def carried(loaded_state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a checkpoint says of its training, for the state of one that is made of it."""
+    return {key: loaded_state[key] for key in CARRIED if key in loaded_state}

@@ -1,0 +1,220 @@
+"""``osler prune``: a smaller dense model out of a checkpoint, by what each part of it is worth on text.
+
+Depth: of all layers the one goes without which the loss is least, then the next, until so many stay as are asked for. Width: in
+every feed-forward layer the neurons stay whose activation times the norm of their column of ``down_proj`` is largest on average,
+which is how far they move the residual stream (as Minitron does, arXiv 2407.14679). The new checkpoint is an ordinary one with
+another shape, which trains, exports and serves like any other. It has forgotten something, so train it on: the message says how.
+Shapes: B batch, T tokens, I neurons of a feed-forward layer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from osler.checkpoint.folders import TENSORS_SUFFIX
+from osler.data.prepared import held_out_so_far
+from osler.data.readers import TextFiles
+from osler.eval.likelihood import batches, held_out_batches, measure, windows
+from osler.export.folder import carried, new_folder, write_run
+from osler.inference.load import MADE_BY, LoadedModel, load_start, open_model
+from osler.model.config import ModelConfig
+from osler.model.transformer import Block, Transformer
+from osler.ops.labels import IGNORED
+from osler.runtime import format as fmt
+from osler.runtime.errors import UserError
+from osler.runtime.log import Progress, say
+
+T = TypeVar("T")
+_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
+Batches = Sequence[tuple[Tensor, ...]]  # of ids, labels and perhaps document ids, as `measure` takes them
+
+
+def prune(
+    checkpoint: str,
+    out: str,
+    layers: int | None = None,
+    intermediate_size: int | None = None,
+    data: str | None = None,
+    field: str = "text",
+    tokens: int = 65_536,
+) -> int:
+    """Write a run folder with a smaller model: the command ``prune``. Depth goes first, then width.
+
+    The loss is measured on the first ``tokens`` tokens of ``data``, or of what the run of the checkpoint holds out.
+    """
+    folder = new_folder(out)
+    ready = open_model(load_start(checkpoint).path)
+    config, model = ready.model.config, ready.model
+    _check_sizes(config, layers, intermediate_size)
+    if tokens < 1:
+        raise UserError(f"--tokens {tokens}: give the number of tokens to measure the loss on, such as 65536.")
+    text = texts(ready, data, field, tokens)
+    weights: Mapping[str, Tensor] = model.state_dict()
+    say(f"{ready.describe()}; {_loss(model, text):.4f} nats per token of the text that decides.")
+    made_by: dict[str, object] = {"command": "prune", "of": str(ready.path.resolve())}
+    if layers is not None:
+        removed = []
+        for layer, loss in least_useful_layers(model, text, config.num_layers - layers):
+            removed.append(layer)
+            say(f"Without layer {layer} (counted from 0): {loss:.4f}, {config.num_layers - len(removed)} layers left.")
+        made_by["removed_layers"] = removed
+        weights = without_layers(weights, removed)
+        config = replace(config, num_layers=layers, attention_init="independent")  # a start that may need two layers
+        model = _model_of(config, weights, model)
+    if intermediate_size is not None:
+        worths = worth_of_neurons(model, text)
+        weights = with_neurons(weights, [worth_I.topk(intermediate_size).indices.sort().values for worth_I in worths])
+        config = replace(config, intermediate_size=intermediate_size)
+        model = _model_of(config, weights, model)
+        say(f"With {intermediate_size:,} neurons in every feed-forward layer: {_loss(model, text):.4f}.")
+    state = {**carried(ready.state), MADE_BY: made_by, "trained_seq_len": ready.model.trained_seq_len}
+    on_cpu = {name: weight.detach().cpu() for name, weight in weights.items()}
+    written = write_run(folder, on_cpu, config, ready.tokenizer, state, ready.files)
+    before, after = ready.model.config.num_parameters, config.num_parameters
+    size = fmt.size((written / f"model{TENSORS_SUFFIX}").stat().st_size)
+    say(f"{folder}: {after:,} of {before:,} parameters ({after / before:.0%}), {size}. To heal it, train it beside the original:")
+    say(f"  {healing(ready, folder.as_posix())}")
+    return 0
+
+
+def _check_sizes(config: ModelConfig, layers: int | None, intermediate_size: int | None) -> None:
+    if layers is None and intermediate_size is None:
+        raise UserError("What is to become smaller? Give --layers N or --intermediate-size M, or both: what is to stay.")
+    for flag, asked, there in (
+        ("--layers", layers, config.num_layers),
+        ("--intermediate-size", intermediate_size, config.intermediate_size),
+    ):
+        if asked is not None and not 1 <= asked < there:
+            raise UserError(f"{flag} {asked} is not from 1 to {there - 1}: the model has {there}, and this many are to stay.")
+
+
+def texts(ready: LoadedModel, data: str | None, field: str, tokens: int) -> Batches:
+    """Return batches of about so many tokens, from files or from what the run of a model holds out.
+
+    Raises UserError where there is nothing to read.
+    """
+    seq_len = ready.model.trained_seq_len
+    if data is not None:
+        documents = (document for document in TextFiles(data, field, "--data", "--field") if not document.is_empty)
+        ids = ([*ready.tokenizer.encode(document.text), ready.tokenizer.eos_id] for document in documents)
+        rows = _first(windows(ids, seq_len=seq_len, start_id=ready.tokenizer.eos_id), tokens, lambda row: len(row[0]))
+        found: list[tuple[Tensor, ...]] = list(batches(rows))
+    else:
+        shards = ready.shards
+        sets = held_out_so_far(shards) if shards is not None and shards.is_dir() else {}
+        how = {"as_examples": ready.kind == "sft", "drop_torn": ready.training.get("too_long") == "drop"}
+        held_out = (batch for each in sets.values() for batch in held_out_batches(each, seq_len, **how))
+        found = list(_first(held_out, tokens, lambda batch: int((batch[1] != IGNORED).sum())))
+    if not found:
+        raise UserError(f"{data or f'The run of {ready.path}'} has no text to measure the loss on: give --data FILE or FOLDER.")
+    return found
+
+
+def _first(items: Iterable[T], tokens: int, count: Callable[[T], int]) -> Iterator[T]:
+    """Yield items until they have so many tokens; the last one may have more."""
+    for item in items:
+        yield item
+        tokens -= count(item)
+        if tokens <= 0:
+            return
+
+
+def _loss(model: Transformer, text: Batches) -> float:
+    return measure(model, text, total_bytes=1).loss
+
+
+def least_useful_layers(model: Transformer, text: Batches, count: int) -> Iterator[tuple[int, float]]:
+    """Yield ``count`` layers, numbered as they are now, each with the loss without it and those before it; the model stays whole.
+
+    Each is the one without which the loss is least when the earlier ones are gone already.
+    """
+    blocks = list(model.layers)
+    kept = list(range(len(blocks)))
+    tries = sum(len(kept) - number for number in range(count))
+    try:
+        with Progress(tries, "layers left out", label="prune") as progress:
+            tried = 0
+            for _ in range(count):
+                losses = {}
+                for layer in kept:
+                    model.layers = nn.ModuleList(blocks[other] for other in kept if other != layer)
+                    losses[layer] = _loss(model, text)
+                    progress.update(tried := tried + 1)
+                least = min(losses, key=losses.__getitem__)
+                kept.remove(least)
+                yield least, losses[least]
+    finally:
+        model.layers = nn.ModuleList(blocks)
+
+
+def without_layers(weights: Mapping[str, Tensor], removed: Collection[int]) -> dict[str, Tensor]:
+    """Return a state dict without some layers; those behind them move up."""
+    kept = {}
+    for name, weight in weights.items():
+        if (match := _LAYER.fullmatch(name)) is None:
+            kept[name] = weight
+        elif (layer := int(match[1])) not in removed:
+            kept[f"layers.{layer - sum(other < layer for other in removed)}.{match[2]}"] = weight
+    return kept
+
+
+@torch.no_grad()
+def worth_of_neurons(model: Transformer, text: Batches) -> list[Tensor]:
+    """Return for every layer the mean of |activation| times the norm of its column of ``down_proj``, for each neuron, [I].
+
+    Tokens whose prediction is scored count, others do not.
+    """
+    blocks = [cast(Block, block) for block in model.layers]
+    device = model.embed_tokens.weight.device
+    sums = [torch.zeros(model.config.intermediate_size, device=device) for _ in blocks]
+    count, is_scored_BT = 0, torch.empty(0)
+
+    def add(sum_I: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            sum_I.add_(inputs[0][is_scored_BT].float().abs().sum(0))
+
+        return hook
+
+    hooks = [block.mlp.down_proj.register_forward_pre_hook(add(sum_I)) for block, sum_I in zip(blocks, sums, strict=True)]
+    try:
+        for ids_BT, labels_BT, *documents in text:
+            is_scored_BT = (labels_BT != IGNORED).to(device)
+            count += int(is_scored_BT.sum())
+            model(ids_BT.to(device), document_BT=documents[0].to(device) if documents else None)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [sum_I / count * block.mlp.down_proj.weight.float().norm(dim=0) for sum_I, block in zip(sums, blocks, strict=True)]
+
+
+def with_neurons(weights: Mapping[str, Tensor], kept: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Return a state dict with some neurons of every feed-forward layer, whose numbers ``kept`` has by layer."""
+    smaller = dict(weights)
+    for layer, neurons in enumerate(kept):
+        for part, dim in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
+            name = f"layers.{layer}.mlp.{part}.weight"
+            smaller[name] = weights[name].index_select(dim, neurons)
+    return smaller
+
+
+def _model_of(config: ModelConfig, weights: Mapping[str, Tensor], like: Transformer) -> Transformer:
+    """Return a model with these weights, on the device and in the compute dtype of another."""
+    with torch.device(like.embed_tokens.weight.device):
+        model = Transformer(config, compute_dtype=like.compute_dtype)
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def healing(ready: LoadedModel, pruned: str) -> str:
+    """Return the command that trains a pruned model on, beside the original as its teacher and on its data where known."""
+    kind = "pretrain" if ready.kind in ("", "pretrain") else "sft"
+    is_there = ready.shards is not None and ready.shards.is_dir()
+    data = f"data.type=prepared data.path={ready.shards}" if is_there else "data.path=TEXT"
+    rows = "".join(f" {key}={ready.training[key]}" for key in ("seq_len", "batch_tokens") if key in ready.training)
+    return f"osler {kind} init_from={pruned} teacher.path={ready.path} {data}{rows} --run {pruned}-healed"

@@ -1,0 +1,35 @@
+"""``osler quantize``: a checkpoint with smaller weights, in int8, int4 or bf16, which every reader of checkpoints takes.
+
+``osler/model/quantization.py`` has the formats. Whatever loads the new checkpoint computes with weights in full, so its answers
+are those of the rounded weights on any machine, and its speed and memory are those of the original.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from osler.checkpoint.folders import TENSORS_SUFFIX
+from osler.export.folder import carried, new_folder, write_run
+from osler.inference.load import MADE_BY, QUANTIZED, described_model, load_start, tokenizer_of
+from osler.model.quantization import quantize_weights
+from osler.runtime import format as fmt
+from osler.runtime.log import say
+
+BITS = {"int8": 8, "int4": 4}
+
+
+def quantize(checkpoint: str, to: str, out: str, group_size: int = 32) -> int:
+    """Write a run folder with a checkpoint's model in smaller weights: the command ``quantize``."""
+    folder = new_folder(out)
+    loaded = load_start(checkpoint, ["model"])
+    weights, state = loaded.tensors["model"], carried(loaded.state)
+    state[MADE_BY] = {"command": "quantize", "of": str(loaded.path.resolve())}
+    if to in BITS:
+        state[QUANTIZED] = {"bits": BITS[to], "group_size": group_size}
+        weights = quantize_weights(weights, BITS[to], group_size)
+    else:
+        weights = {name: weight.to(torch.bfloat16) for name, weight in weights.items()}
+    written = write_run(folder, weights, described_model(loaded), tokenizer_of(loaded), state, loaded.files)
+    before, after = ((path / f"model{TENSORS_SUFFIX}").stat().st_size for path in (loaded.path, written))
+    say(f"{folder}: {loaded.path} in {to}, {fmt.size(after)} instead of {fmt.size(before)} ({after / before:.3f} ×).")
+    return 0

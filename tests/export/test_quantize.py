@@ -1,0 +1,95 @@
+"""A quantised checkpoint: smaller, read by everything that reads a model, and never trained or gone on with."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from osler import api
+from osler.cli.main import main
+from osler.inference.load import load_model
+from osler.model.quantization import dequantize_weights, quantize_weights
+from osler.runtime.faults import InjectedError
+
+
+@pytest.fixture(scope="module")
+def quantized(runs, tmp_path_factory):
+    """Run folders of the fine-tuned model by format."""
+    root, made = tmp_path_factory.mktemp("quantized"), {}
+    for to in ("int8", "int4", "bf16"):
+        assert main(["quantize", str(runs.sft), "--to", to, "--group-size", "32", "--out", str(root / to)]) == 0
+        made[to] = root / to
+    return made
+
+
+def model_bytes(folder: Path) -> int:
+    return next(folder.glob("checkpoints/step-*/model.safetensors")).stat().st_size
+
+
+def test_the_file_is_smaller_and_the_model_is_that_of_the_rounded_weights(runs, quantized):
+    original = load_model(runs.sft)
+    weights = original.model.state_dict()
+    for to, share in (("int8", 0.3), ("int4", 0.18), ("bf16", 0.52)):
+        loaded = load_model(quantized[to])
+        assert model_bytes(quantized[to]) < share * model_bytes(original.path.parents[1])
+        expected = {name: weight.bfloat16().float() for name, weight in weights.items()}
+        if to != "bf16":
+            stored = quantize_weights(weights, int(to[3:]), 32)
+            expected = dequantize_weights(stored, weights, 32)
+        assert all(torch.equal(weight, expected[name]) for name, weight in loaded.model.state_dict().items())
+        assert (loaded.kind, loaded.reasons, loaded.training) == (original.kind, original.reasons, original.training)
+        assert loaded.model.trained_seq_len == original.model.trained_seq_len
+
+
+def test_every_command_that_reads_a_model_takes_it(quantized, runs, tmp_path, capsys):
+    int8 = str(quantized["int8"])
+    assert main(["generate", int8, "--prompt", "The", "--max-new-tokens", "4"]) == 0
+    for run in (int8, str(runs.sft)):
+        assert main(["eval", run, "task=clinic:new_findings", "subset=6", "method=likelihood"]) == 0
+    capsys.readouterr()
+    assert main(["compare", str(runs.sft), int8]) == 0 and f"{runs.sft.name} → int8" in capsys.readouterr().out
+    assert main(["report", int8, "--out", str(tmp_path / "report.html")]) == 0
+    assert main(["checkpoint", "list", int8]) == 0 and main(["checkpoint", "verify", int8]) == 0
+    assert "quantised to int8" in api.load(int8, device="cpu").describe()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    (
+        (["sft", "{tiny.sft}", "init_from={int8}", "--run", "{new}"], "can be used but not trained"),
+        (["sft", "{tiny.sft}", "init_from={int8}", "--run", "{new}", "--dry-run"], "can be used but not trained"),
+        (["grpo", "{tiny.grpo}", "init_from={int8}", "--run", "{new}"], "can be used but not trained"),
+        (["sft", "--run", "{int8}", "--resume"], "made by `osler quantize`"),
+        (["sft", "--branch", "{int8}", "--run", "{new}"], "made by `osler quantize`"),
+        (["sft", "--branch", "{bf16}", "--run", "{new}"], "made by `osler quantize`"),
+        (["quantize", "{int8}", "--to", "int4", "--out", "{new}"], "quantised again"),
+        (["quantize", "{runs.sft}", "--to", "int4", "--out", "{int8}"], "is there already"),
+        (["quantize", "{new}", "--to", "int4", "--out", "{new}"], "is no folder"),
+    ),
+)
+def test_what_it_cannot_be_used_for_is_refused_with_the_way_out(words, message, quantized, runs, tiny, tmp_path, capsys):
+    places = {"new": tmp_path / "new", "runs": runs, "tiny": tiny, **quantized}
+    assert main([word.format(**places) for word in words]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    if "not trained" in message:
+        assert str(runs.sft) in error  # the checkpoint to take instead
+    assert not (tmp_path / "new").exists() or not any((tmp_path / "new").glob("checkpoints/*"))
+
+
+def test_a_bf16_checkpoint_is_trained_like_any_other(quantized, tiny, tmp_path):
+    start, folder = f"init_from={quantized['bf16']}", tmp_path / "new"
+    assert main(["sft", tiny.sft, start, "total_tokens=1024", "checkpoint.every_tokens=1024", "--run", str(folder)]) == 0
+    assert "made_by" not in json.loads(next(folder.glob("checkpoints/step-*/state.json")).read_text())
+
+
+def test_a_kill_or_a_full_disk_leaves_no_half_folder(runs, tmp_path, osler):
+    out = tmp_path / "int8"
+    command = ["quantize", runs.sft, "--to", "int8", "--out", out]
+    assert osler(*command, fault="save-manifest:enospc") == 2
+    with pytest.raises(InjectedError):
+        osler(*command, fault="write-atomic:crash:2")
+    assert not out.exists()
+    assert osler(*command) == 0 and load_model(out).quantized == "int8"
+    assert [path.name for path in tmp_path.iterdir()] == ["int8"]
