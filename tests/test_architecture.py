@@ -52,6 +52,7 @@ DOORS: dict[str, set[str]] = {
     "deepspeed": {"parallel/deepspeed.py"},
     "fastapi": {"serve/app.py"},
     "uvicorn": {"serve/process.py"},
+    "gguf": {"export/gguf.py"},
     "onnxruntime": {"export/onnx.py"},
     "onnxscript": {"export/onnx.py"},
     "torchao": {"parallel/fp8.py"},

@@ -42,6 +42,7 @@ A model may also learn from a teacher's probabilities, as a run like any other, 
 EXPORT_HELP = """\
 --to         what                                                                    --dtype
 hf           a folder as Hugging Face's Qwen3, with a model card                     fp32, bf16
+gguf         one file for llama.cpp                                                  f16, f32, bf16, q8_0, q4_0
 onnx         a folder for ONNX Runtime, with a KV cache                              fp32, int8, int4
 safetensors  one file: the model as it is, config and tokenizer in its metadata      fp32, bf16"""
 
@@ -205,12 +206,12 @@ COMMANDS: tuple[Command, ...] = (
     ),
     Command(
         "export",
-        "Write a model for other programs: transformers and vLLM, or any reader of safetensors",
+        "Write a model for other programs: transformers, vLLM, llama.cpp, ONNX Runtime",
         "osler export runs/clinic-sft --to hf --out clinic-hf",
         "osler.export.run:run",
         (
             CHECKPOINT,
-            option("--to", choices=("hf", "onnx", "safetensors"), required=True, help="the form to write"),
+            option("--to", choices=("hf", "gguf", "onnx", "safetensors"), required=True, help="the form to write"),
             EXPORTED,
             option("--dtype", metavar="TYPE", help="the type of the weights; see below (default: the first one there)"),
             option("--max-tokens", type=int, metavar="N", help="the context to write; sparse: top_k at most"),

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from osler.checkpoint.store import write_tensors
 from osler.config.schema import encode
-from osler.export import huggingface, onnx
+from osler.export import gguf, huggingface, onnx
 from osler.export.huggingface import Export, dense_form
 from osler.inference.load import load_model
 from osler.runtime.errors import UserError
@@ -35,6 +35,7 @@ def write_safetensors(export: Export, path: Path) -> str:
 
 FORMS = {
     "hf": Form(huggingface.write, ("fp32", "bf16")),
+    "gguf": Form(gguf.write, gguf.DTYPES),
     "onnx": Form(onnx.write, onnx.DTYPES),
     "safetensors": Form(write_safetensors, ("fp32", "bf16")),
 }
