@@ -2,10 +2,11 @@
 
     python benchmarks/torture_serve.py [--minutes 3] [--idle 5000] [--model tiny] [--seed 0] [--out FILE]
 
-Before, during and after the attack one good client asks the same questions, one after the other, always for the likeliest tokens.
-The attackers: ``idle`` connections send nothing; ``half`` send a part of a request and wait; ``slow`` take a long stream byte by byte;
-``leaving`` go in the middle of a stream, half of them with a reset; ``broken`` send what is no HTTP, no JSON or no parameter, bodies
-that are too large, or shorter than they say. Connections that the server closes are opened again. At the end all leave.
+Before, during and after the attack a good client asks the same questions, one after the other, always for the likeliest tokens.
+The attackers: ``idle`` connections send nothing; ``half`` send a part of a request and wait; ``slow`` take a long stream byte by
+byte; ``leaving`` go in the middle of a stream, half of them with a reset; ``broken`` send what is no HTTP, no JSON or no
+parameter, bodies that are too large, or shorter than they say. Connections that the server closes are opened again. At the end
+all leave.
 
 An answer is lost when it does not come, and ``different`` when it has other tokens than before the attack (rows that are drawn
 together round differently, so tokens of nearly equal probability may change places). Memory is the server's resident memory;

@@ -108,7 +108,7 @@ def test_a_conversation(open_page, taught):
     expect(first.locator("details")).to_have_js_property("open", False)
     expect(first.locator("summary")).to_have_text(re.compile("Thought"))
     expect(first.locator(".facts")).to_have_text(re.compile(r"\d+ tokens · \d+ tokens/s · seed \d+"))
-    expect(page.locator("#entry")).to_be_focused()
+    expect(page.get_by_label("Your question")).to_be_focused()
     expect(page.locator("#status")).to_have_text(re.compile("Answer: "))
     page.keyboard.type("Two")
     page.keyboard.press("Shift+Enter")
@@ -260,10 +260,22 @@ def test_refusals_are_sentences_and_can_be_tried_again(open_page, serve_endless)
     expect(gone.locator(".trouble")).to_have_text("The server does not answer. Is `osler serve` still running?")
 
 
+def test_a_connection_that_breaks_leaves_what_had_come(open_page, serve_endless):
+    server = serve_endless()
+    page = open_page(server.url)
+    begin(page, "Go on")
+    for connection in list(server.server.server_state.connections):
+        server.server.servers[0].get_loop().call_soon_threadsafe(connection.transport.abort)
+    done(page)
+    expect(page.locator(".turn .trouble")).to_contain_text("The connection broke off")
+    expect(page.locator(".turn .answer")).not_to_be_empty()
+
+
 def test_the_key_is_asked_for(open_page, serve):
     page = open_page(serve(key="Sesame").url)
     for given, said in (("Simsim", "did not accept"), ("Sesame", "")):
         expect(page.locator("#key")).to_be_visible()
+        expect(page.get_by_role("textbox", name="API key")).to_have_attribute("type", "password")
         page.get_by_role("textbox", name="API key").fill(given)
         page.keyboard.press("Enter")
         if said:
