@@ -219,6 +219,17 @@ COMMANDS: tuple[Command, ...] = (
         EXPORT_HELP,
     ),
     Command(
+        "import",
+        "Make a run folder of a published Qwen3 model, to start from",
+        "osler import Qwen3-0.6B-Base --run runs/qwen",
+        "osler.export.importing:run",
+        (
+            option("folder", metavar="HF_FOLDER", help="config.json, model.safetensors (one or several) and tokenizer.json"),
+            option("--run", "--run-dir", dest="run_dir", required=True, metavar="DIR", help="the run folder to make, a new one"),
+        ),
+        "`osler eval`, `generate`, `chat`, and `osler sft`, `pretrain` and `grpo` with init_from=DIR take it like any other run.",
+    ),
+    Command(
         "verl",
         "Write model, questions, reward and options from which verl runs a recipe's GRPO",
         "osler verl init_from=runs/clinic-sft steps=200 --out clinic-verl",

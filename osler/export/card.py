@@ -12,7 +12,7 @@ from typing import Any
 
 from osler.checkpoint import store
 from osler.config.recipe import dump_yaml, load_yaml
-from osler.inference.load import CONFIG_FILE, LoadedModel
+from osler.inference.load import CONFIG_FILE, MADE_BY, LoadedModel
 from osler.model.config import ModelConfig
 from osler.records import jsonl
 from osler.records.results import ExamScore, read_exams
@@ -86,15 +86,16 @@ def stages_of(loaded: LoadedModel) -> Iterator[str]:
             chain.append(({}, {}))
             break
         state, training = before.state, load_yaml(before.files.get(CONFIG_FILE, b"").decode(), CONFIG_FILE) or {}
-    for number, (state, training) in enumerate(reversed(chain), start=1):
-        if state.get("imported"):
-            yield f"{number}. imported: {state['imported']}"
-        elif not training:
-            yield f"{number}. another run, which is not there any more"
-        else:
+    number = 0
+    for state, training in reversed(chain):
+        if training or not state:
             kind, seen = training.get("kind", "run"), f"{state.get('tokens', 0):,} tokens, {state.get('step', 0):,} steps"
-            yield f"{number}. **{kind}**: {seen}. {training.get('description', '')}".rstrip()
+            told = f"**{kind}**: {seen}. {training.get('description', '')}".rstrip()
+            yield f"{(number := number + 1)}. {told if training else 'another run, which is not there any more'}"
+        if training:
             yield f"<details><summary>every field</summary>\n\n```yaml\n{dump_yaml(_without_places(training))}```\n</details>"
+        if made_by := state.get(MADE_BY):
+            yield f"{(number := number + 1)}. `osler {made_by['command']}` of {Path(made_by['of']).name}"
 
 
 def _without_places(value: Any) -> Any:

@@ -27,6 +27,7 @@ from osler.tokenizer.bpe import ANSWER, EOS, QUESTION, THINKING, Tokenizer
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+ABOUT = "osler"  # a field of config.json: what Osler knows of the model, for the way back
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # The prompt of ``tokenizer/chat.py``; ``apply_chat_template(..., reasoning=False)`` leaves the thinking out.
 CHAT_TEMPLATE = (
@@ -60,8 +61,11 @@ def write(export: Export, folder: Path) -> str:
     folder.mkdir()
     weights = {name: weight.to(DTYPES[export.dtype]) for name, weight in export.weights.items()}
     write_tensors(folder / WEIGHTS_FILE, weights)
-    described = describing_files(export.config, export.loaded.tokenizer, DTYPES[export.dtype])
-    for name, content in {**described, **card_files(export.loaded, export.config)}.items():
+    loaded = export.loaded
+    described = describing_files(export.config, loaded.tokenizer, DTYPES[export.dtype])
+    known = {ABOUT: {"kind": loaded.kind, "trained_seq_len": min(loaded.model.trained_seq_len, export.config.max_seq_len)}}
+    described[CONFIG_FILE] = json.dumps(json.loads(described[CONFIG_FILE]) | known, indent=2).encode()
+    for name, content in {**described, **card_files(loaded, export.config)}.items():
         (folder / name).write_bytes(content)
     return "Qwen3ForCausalLM"
 

@@ -1,0 +1,229 @@
+"""A published Qwen3 model as a run folder, to fine-tune, tune with GRPO and examine: the command ``import``.
+
+What a folder of Hugging Face's holds is taken over to the bit; bf16 and fp16 weights become fp32, which holds them exactly. Norms
+whose weights are all one become the norms without weights that ``huggingface.py`` writes as ones. What Osler's model cannot
+compute is refused by the name of its field, because a model that nearly fits would answer wrongly without a sign of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from osler.checkpoint.store import read_tensors
+from osler.config.schema import decode
+from osler.export.folder import new_folder, write_run
+from osler.export.huggingface import ABOUT, CONFIG_FILE, WEIGHTS_FILE
+from osler.inference.load import MADE_BY, TOKENIZER_FILE
+from osler.model.config import ModelConfig
+from osler.model.transformer import Transformer
+from osler.runtime.errors import UserError
+from osler.runtime.files import read_json
+from osler.runtime.log import say
+from osler.tokenizer.bpe import EOS, SPECIALS, Tokenizer
+
+INDEX_FILE = f"{WEIGHTS_FILE}.index.json"  # which of several files has which tensor
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+TAKEN = {  # fields of config.json that decide what a model computes, each with the values that Osler's model has
+    "model_type": ("qwen3",),
+    "attention_bias": (False, None),
+    "hidden_act": ("silu",),
+    "use_sliding_window": (False, None),
+    "quantization_config": (None,),
+}
+SIZES = {  # fields of a ModelConfig, and their names in config.json
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "vocab_size": "vocab_size",
+    "max_seq_len": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+}
+YARN = {  # the same of a YarnConfig
+    "factor": "factor",
+    "original_max_seq_len": "original_max_position_embeddings",
+    "beta_fast": "beta_fast",
+    "beta_slow": "beta_slow",
+}
+
+
+def run(folder: str, run_dir: str) -> int:
+    """Write a folder of Hugging Face's as a run folder; raises UserError for what Osler's model cannot hold."""
+    source, out = Path(folder), new_folder(run_dir, "--run")
+    described = read_json(source / CONFIG_FILE)
+    config = model_config(described, str(source / CONFIG_FILE))
+    tokenizer, told = fitting_tokenizer(source, described, config)
+    config, weights = model_weights(config, read_weights(source))
+    if tokenizer.vocab_size > config.vocab_size:
+        config, weights = with_rows(config, weights, tokenizer.vocab_size)
+    about = described.get(ABOUT) or {}
+    state = {
+        "kind": about.get("kind", ""),
+        "trained_seq_len": min(about.get("trained_seq_len", config.max_seq_len), config.max_seq_len),
+        MADE_BY: {"command": "import", "of": str(source.resolve())},
+    }
+    write_run(out, weights, config, tokenizer, state, {})
+    say("\n".join([f"{out}: {config.num_parameters:,} parameters of {source}", *told]))
+    if state["kind"] not in ("sft", "grpo"):
+        say(f"It has not learned questions and answers in Osler's form: `osler sft init_from={out}` teaches them.")
+    return 0
+
+
+def model_config(described: Mapping[str, Any], source: str) -> ModelConfig:
+    """Return the shape of the model that a ``config.json`` describes; raises UserError that names the field."""
+    for name, values in TAKEN.items():
+        if (given := described.get(name)) not in values:
+            raise UserError(
+                f"{source}: {name} is {given!r}, and Osler's model has {values[0]!r}. It imports models of the class Qwen3 "
+                "(Qwen3-0.6B to 32B and what is fine-tuned from them), not quantised and without sliding windows."
+            )
+    if set(described.get("layer_types") or ["full_attention"]) != {"full_attention"}:
+        raise UserError(f"{source}: layer_types has more than full_attention, which Osler's model does not compute.")
+    missing = [name for name in SIZES.values() if described.get(name) is None]
+    if missing:
+        raise UserError(f"{source} lacks {', '.join(missing)}: save the model again with transformers, which writes every field.")
+    rope = rope_of(described, source)
+    fields = {ours: described[theirs] for ours, theirs in SIZES.items()} | rope
+    fields |= {"norm_weight": True, "qk_norm_weight": True, "tie_embeddings": bool(described.get("tie_word_embeddings"))}
+    return decode(ModelConfig, fields | {"head_init": "normal", "residual_init": "scaled"}, source=source)
+
+
+def rope_of(described: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Return ``rope_theta`` and ``rope_scaling`` of a model, which transformers 5 and older releases write differently."""
+    given = described.get("rope_parameters") or {}
+    scaling = dict(described.get("rope_scaling") or given)
+    theta = given.get("rope_theta", described.get("rope_theta"))
+    kind = scaling.pop("rope_type", scaling.pop("type", "default"))
+    if theta is None:
+        raise UserError(f"{source} names no rope_theta, neither by itself nor in rope_parameters.")
+    if kind not in ("default", "yarn"):
+        raise UserError(f"{source}: RoPE of the type {kind!r} is none of Osler's, which are 'default' and 'yarn'.")
+    if kind == "default":
+        return {"rope_theta": float(theta), "rope_scaling": None}
+    scaling.setdefault("original_max_position_embeddings", described["max_position_embeddings"])
+    known = (*YARN.values(), "rope_theta", "type", "rope_type")
+    strange = [f"{name}={value}" for name, value in scaling.items() if name not in known and (name, value) != ("truncate", True)]
+    if strange := [words for words in strange if not words.endswith("=None")]:
+        raise UserError(f"{source}: Osler's YaRN has no {', '.join(strange)}, so its RoPE would differ.")
+    yarn = {ours: float(scaling[theirs]) for ours, theirs in YARN.items() if scaling.get(theirs) is not None}
+    yarn["original_max_seq_len"] = int(yarn["original_max_seq_len"])
+    return {"rope_theta": float(theta), "rope_scaling": {"type": "yarn", **yarn}}
+
+
+def fitting_tokenizer(source: Path, described: Mapping[str, Any], config: ModelConfig) -> tuple[Tokenizer, list[str]]:
+    """Return the folder's tokenizer with the special tokens of ``tokenizer/chat.py``, and what was done to it in words."""
+    path = source / TOKENIZER_FILE
+    if not path.is_file():
+        raise UserError(
+            f"{source} has no {TOKENIZER_FILE}. Where there is another form of tokenizer, "
+            "`transformers.AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)` writes it."
+        )
+    loaded = Tokenizer.load(path)
+    if loaded.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{path} has {loaded.vocab_size:,} tokens and the model only {config.vocab_size:,} (vocab_size), so they do not "
+            "belong together: take both from the same place."
+        )
+    content, told = json.loads(path.read_bytes()), []
+    present = {token["content"]: token for token in content["added_tokens"]}
+    ends = read_json(source / "generation_config.json") if (source / "generation_config.json").is_file() else {}
+    end_ids = ends.get("eos_token_id", described.get("eos_token_id"))
+    end_ids = end_ids if isinstance(end_ids, list) else [end_ids]
+    if EOS not in present and EOS not in content["model"]["vocab"]:
+        added = (token for token in content["added_tokens"] if token["content"] not in SPECIALS)
+        own = next((token for token in added if token["id"] in end_ids), None)
+        if own is None:
+            raise UserError(
+                f"{path} has no {EOS}, and no added token of it is the model's eos_token_id ({end_ids[0]}), so nothing would end "
+                "an answer: give eos_token_id in config.json."
+            )
+        told.append(f"{own['content']}, which ends its texts, is called {EOS} from here on.")
+        if own["content"] in (vocab := content["model"]["vocab"]):
+            vocab[EOS] = vocab.pop(own["content"])
+        own["content"] = EOS
+    tokenizer = Tokenizer.from_bytes(json.dumps(content).encode(), name=str(path)).with_specials()
+    new = [f"{name} ({tokenizer.special_id(name)})" for name in SPECIALS if name not in present and name != EOS]
+    if new:
+        told.append(f"Special tokens that it did not have and has not learned: {', '.join(new)}.")
+    return tokenizer, told
+
+
+def read_weights(source: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name and the fp32 tensor of each weight in the safetensors files of a folder, one file at a time."""
+    if (source / INDEX_FILE).is_file():
+        index = read_json(source / INDEX_FILE).get("weight_map", {})
+        files = sorted(set(index.values()))
+    elif (source / WEIGHTS_FILE).is_file():
+        index, files = None, [WEIGHTS_FILE]
+    else:
+        raise UserError(
+            f"{source} has neither {WEIGHTS_FILE} nor {INDEX_FILE}. Weights in another form (pytorch_model.bin, GGUF) become "
+            "safetensors with `transformers.AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW)`."
+        )
+    for name in files:
+        if Path(name).name != name or not (source / name).is_file():
+            raise UserError(f"{source / INDEX_FILE} names {name}, which is not there: download it too.")
+        for tensor_name, tensor in read_tensors(source / name).items():
+            if tensor.dtype not in FLOATS:
+                raise UserError(f"{source / name}: {tensor_name} is {tensor.dtype}; Osler imports fp32, bf16 and fp16 weights.")
+            if index is None or index.get(tensor_name) == name:
+                yield tensor_name, tensor.float()
+
+
+def model_weights(config: ModelConfig, found: Iterator[tuple[str, Tensor]]) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Return the shape and the state dict of a model with these weights; raises UserError for missing and strange ones."""
+    named = {name.removeprefix("model."): tensor for name, tensor in found if not name.endswith("rotary_emb.inv_freq")}
+    with torch.device("meta"):
+        wanted = Transformer(config).state_dict()
+    head = named.pop("lm_head.weight", None) if config.tie_embeddings else None
+    if head is not None and not torch.equal(head, named.get("embed_tokens.weight", head)):
+        raise UserError("tie_word_embeddings is true, and lm_head.weight is not model.embed_tokens.weight: set it to false.")
+    if missing := sorted(wanted.keys() - named.keys()):
+        raise UserError(f"{len(missing)} weights are missing, such as {missing[0]}: the model is not whole, or not a Qwen3.")
+    if strange := sorted(named.keys() - wanted.keys()):
+        raise UserError(f"{len(strange)} weights have no place in a Qwen3, such as {strange[0]}: merge adapters before.")
+    for name, tensor in named.items():
+        rows = (config.vocab_size,) if name in ("embed_tokens.weight", "lm_head.weight") else wanted[name].shape[:1]
+        shape = (*rows, *wanted[name].shape[1:])
+        if tensor.shape != shape:
+            raise UserError(f"{name} is {tuple(tensor.shape)}, and by config.json it would be {shape}.")
+    for name in ("embed_tokens.weight", "lm_head.weight"):
+        if name in named:
+            named[name] = padded(named[name], config)
+    return without_ones(config, named)
+
+
+def without_ones(config: ModelConfig, named: dict[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Leave out the weights of norms where all are one, first those of QK-norm; the others of a model go or stay together."""
+    norms = [name for name in named if name.endswith("norm.weight")]
+    of_qk = [name for name in norms if name.endswith(("q_norm.weight", "k_norm.weight"))]
+    if all(bool((named[name] == 1).all()) for name in of_qk):
+        config = replace(config, qk_norm_weight=False)
+        if all(bool((named[name] == 1).all()) for name in norms):
+            config = replace(config, norm_weight=False)
+    dropped = {*([] if config.qk_norm_weight else of_qk), *([] if config.norm_weight else norms)}
+    return config, {name: tensor for name, tensor in named.items() if name not in dropped}
+
+
+def with_rows(config: ModelConfig, named: dict[str, Tensor], vocab_size: int) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Give the tokens that were added to a vocabulary rows: the mean of the others, so that they say nothing yet."""
+    before, config = config.vocab_size, replace(config, vocab_size=vocab_size)
+    for name in ("embed_tokens.weight", "lm_head.weight"):
+        if name in named:
+            rows = named[name][:before]
+            named[name] = padded(torch.cat([rows, rows.mean(0, keepdim=True).expand(vocab_size - before, -1)]), config)
+    return config, named
+
+
+def padded(rows: Tensor, config: ModelConfig) -> Tensor:
+    """Return rows of the vocabulary with rows of zeros behind them, up to the padded vocabulary."""
+    return torch.nn.functional.pad(rows, (0, 0, 0, config.padded_vocab_size - len(rows)))

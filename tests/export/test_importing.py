@@ -1,0 +1,183 @@
+"""Models of others become runs: what they compute stays as it is, and what Osler's model does not compute is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from osler.checkpoint.store import read_tensors, write_tensors
+from osler.cli.main import main
+from osler.inference.load import load_model
+from osler.model.config import YarnConfig
+from osler.tokenizer.bpe import EOS, SPECIALS, Tokenizer
+from tests.export.conftest import SHAPES
+from tests.export.test_huggingface import TEXT
+
+QWEN = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+@pytest.fixture
+def published(tmp_path) -> Callable[..., Path]:
+    """``published(specials, unused)`` is a folder as transformers saves it: bf16, tied, in several files, rows to spare."""
+    transformers = pytest.importorskip("transformers")
+
+    def save(specials: tuple[str, ...] = QWEN, unused: int = 70) -> Path:
+        tokenizer = Tokenizer.train([TEXT], 330, specials)
+        shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 32}
+        ends = {"eos_token_id": [len(specials) - 1], "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+        config = transformers.Qwen3Config(
+            **shape,
+            **ends,
+            num_key_value_heads=2,
+            vocab_size=tokenizer.vocab_size + unused,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+        )
+        torch.manual_seed(0)
+        model = transformers.Qwen3ForCausalLM(config).to(torch.bfloat16)
+        model.save_pretrained(tmp_path / "published", max_shard_size="60KB")
+        (tmp_path / "published" / "tokenizer.json").write_bytes(tokenizer.to_bytes())
+        return tmp_path / "published"
+
+    return save
+
+
+def logits_of(run: Path, ids: torch.Tensor) -> torch.Tensor:
+    model = load_model(run).model
+    with torch.inference_mode():
+        return model.logits(model(ids))
+
+
+def test_a_published_model_computes_what_transformers_computes_and_learns(published, tiny, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    folder, run, ids = published(), tmp_path / "run", torch.arange(40)[None]
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    assert main(["import", str(folder), "--run", str(run)]) == 0
+    said, tokenizer = capsys.readouterr().err, load_model(run).tokenizer
+    first = Tokenizer.load(folder).vocab_size
+    assert f"has not learned: <|question|> ({first}), <|thinking|> ({first + 1}), <|answer|> ({first + 2})" in said
+    assert tokenizer.encode(TEXT) == Tokenizer.load(folder).encode(TEXT) and tokenizer.eos_id == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.inference_mode():
+        torch.testing.assert_close(logits_of(run, ids), theirs(ids).logits, atol=1e-4, rtol=0)
+    assert main(["generate", str(run), "--prompt", "Dr.", "--max-new-tokens", "4"]) == 0
+    shorter = [
+        "total_tokens=1024",
+        "eval_every_tokens=4096",
+        "checkpoint.every_tokens=1024",
+        "tokenizer.path=null",
+        "seq_len=256",
+    ]
+    assert main(["sft", tiny.sft, f"init_from={run}", *shorter, "--run", str(tmp_path / "sft")]) == 0
+    assert main(["sft", tiny.sft, *shorter, "--run", str(run)]) == 2  # no run began in this folder
+
+
+def test_tokens_that_do_not_fit_get_rows_and_another_end_of_text_its_name(published, tmp_path, capsys):
+    folder, run = published(specials=("<s>", "</s>"), unused=0), tmp_path / "run"
+    assert main(["import", str(folder), "--run", str(run)]) == 0
+    said, loaded = capsys.readouterr().err, load_model(run)
+    assert f"</s>, which ends its texts, is called {EOS}" in said and loaded.tokenizer.eos_id == 1
+    assert loaded.tokenizer.encode(TEXT) == Tokenizer.load(folder).encode(TEXT)
+    first = Tokenizer.load(folder).vocab_size
+    assert loaded.model.config.vocab_size == first + 3 and loaded.tokenizer.special_ids >= {0, 1, *range(first, first + 3)}
+    rows = loaded.model.embed_tokens.weight.detach()
+    torch.testing.assert_close(rows[first : first + 3], rows[:first].mean(0).expand(3, -1))
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, "yarn"])
+def test_there_and_back_is_the_same_to_the_bit(shape, checkpoint, tmp_path):
+    yarn = {"rope_scaling": YarnConfig(factor=4, original_max_seq_len=16, beta_fast=16.0)}
+    run, folders = checkpoint(**(yarn if shape == "yarn" else SHAPES[shape])), [tmp_path / name for name in ("hf", "again")]
+    assert main(["export", str(run), "--to", "hf", "--out", str(folders[0])]) == 0
+    assert main(["import", str(folders[0]), "--run", str(tmp_path / "back")]) == 0
+    assert main(["export", str(tmp_path / "back"), "--to", "hf", "--out", str(folders[1])]) == 0
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "generation_config.json"):
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
+    before, after = load_model(run), load_model(tmp_path / "back")
+    assert before.tokenizer.to_bytes() == after.tokenizer.to_bytes()
+    ids = torch.arange(60)[None]
+    if shape != "factorized":  # whose matrices are one from then on
+        assert torch.equal(logits_of(run, ids), logits_of(tmp_path / "back", ids))
+        for name, weight in before.model.state_dict().items():
+            assert torch.equal(after.model.state_dict()[name][: 532 if "norm" not in name else None], weight[:532]), name
+
+
+def test_a_model_that_answers_still_does_after_the_way_back(runs, tiny, tmp_path):
+    back = str(tmp_path / "back")
+    assert main(["export", str(runs.sft), "--to", "hf", "--out", str(tmp_path / "hf")]) == 0
+    assert main(["import", str(tmp_path / "hf"), "--run", back]) == 0
+    before, after = (load_model(path) for path in (runs.sft, back))
+    assert after.answers_questions and after.model.trained_seq_len == before.model.trained_seq_len
+    assert main(["eval", back, "task=clinic", "subset=4", "max_new_tokens=24"]) == 0
+    assert main(["grpo", tiny.grpo, f"init_from={back}", "steps=1", "eval_task=null", "--run", str(tmp_path / "grpo")]) == 0
+
+
+def with_config(**fields) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **fields}))
+
+    return change
+
+
+def with_weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        tensors = {name: tensor.clone() for name, tensor in read_tensors(folder / "model.safetensors").items()}  # not the file's
+        change(tensors)
+        write_tensors(folder / "model.safetensors", tensors)
+
+    return write
+
+
+def torn(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def with_a_file_too_few(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": "model-2.safetensors"}}))
+
+
+def without_an_end(folder: Path) -> None:
+    (folder / "tokenizer.json").write_bytes(Tokenizer.train([TEXT], 300, SPECIALS[1:]).to_bytes())
+
+
+YARN = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 32}
+Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (with_config(model_type="llama"), "model_type is 'llama', and Osler's model has 'qwen3'"),
+        (with_config(attention_bias=True), "attention_bias is True"),
+        (with_config(use_sliding_window=True), "use_sliding_window is True"),
+        (with_config(layer_types=["full_attention", "sliding_attention"]), "layer_types has more than full_attention"),
+        (with_config(quantization_config={"bits": 4}), "quantization_config is {'bits': 4}"),
+        (with_config(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4}), "RoPE of the type 'llama3'"),
+        (with_config(rope_parameters={**YARN, "attention_factor": 1.3}), "no attention_factor=1.3"),
+        (with_config(head_dim=None), "lacks head_dim"),
+        (with_config(hidden_size=48), "lm_head.weight is (532, 32), and by config.json it would be (532, 48)"),
+        (with_weights(lambda tensors: tensors.pop(Q)), "1 weights are missing, such as layers.1.self_attn.q_proj.weight"),
+        (with_weights(lambda tensors: tensors.update(lora_A=torch.ones(2))), "have no place in a Qwen3, such as lora_A"),
+        (with_weights(lambda tensors: tensors.update({Q: tensors[Q].to(torch.int8)})), "is torch.int8"),
+        (torn, "is not a readable safetensors file"),
+        (with_a_file_too_few, "names model-2.safetensors, which is not there"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "has neither model.safetensors nor"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json does not exist"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer.json"),
+        (with_config(vocab_size=500), "tokens and the model only 500 (vocab_size)"),
+        (without_an_end, "has no <|endoftext|>, and no added token of it is the model's eos_token_id"),
+    ],
+)  # fmt: skip
+def test_what_the_model_cannot_compute_is_refused_by_name(change, said, checkpoint, tmp_path, capsys):
+    assert main(["export", str(checkpoint()), "--to", "hf", "--out", str(tmp_path / "hf")]) == 0
+    change(tmp_path / "hf")
+    assert main(["import", str(tmp_path / "hf"), "--run", str(tmp_path / "new")]) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "new").exists()
+    shutil.rmtree(tmp_path / "hf")
