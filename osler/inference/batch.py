@@ -10,6 +10,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, islice
 
 import torch
 from torch import Tensor
@@ -41,14 +42,23 @@ class Batch:
     """At most ``max_rows`` rows of at most ``slots`` tokens, of which at most ``new_tokens`` are drawn; other requests wait.
 
     The batch grows when requests wait. When none waits, it shrinks to the smallest power of two that holds the rows that run.
-    Sampling masks, which are large, are kept for training; without ``keeps_masks`` no completion has them.
+    Sampling masks, which are large, are kept for training; without ``keeps_masks`` no completion has them. Rows that run wait
+    while others join; ``join_tokens`` are the most tokens of prompts that join at a step, unless one prompt has more (None: all).
     """
 
     def __init__(
-        self, decoder: Decoder, slots: int, new_tokens: int, max_rows: int, can: Capabilities, *, keeps_masks: bool = True
+        self,
+        decoder: Decoder,
+        slots: int,
+        new_tokens: int,
+        max_rows: int,
+        can: Capabilities,
+        *,
+        keeps_masks: bool = True,
+        join_tokens: int | None = None,
     ) -> None:
         self.decoder, self.slots, self.new_tokens, self.max_rows, self.can = decoder, slots, new_tokens, max_rows, can
-        self._mask_places = new_tokens + 1 if keeps_masks else 0
+        self._mask_places, self._join_tokens = new_tokens + 1 if keeps_masks else 0, join_tokens
         self._waiting: deque[tuple[int, Request]] = deque()
         self._num_added = 0
         self._places: list[_Place] = []
@@ -166,7 +176,8 @@ class Batch:
         wanted = min(busy + len(self._waiting), self.max_rows)
         if wanted > size:
             self._resize(range(size), max(wanted, min(2 * size, self.max_rows)))
-        free = [row for row, place in enumerate(self._places) if place.request is None][: len(self._waiting)]
+        free = [row for row, place in enumerate(self._places) if place.request is None]
+        free = free[: self._count_joining(len(free))]
         if not free:
             return
         joining = [self._waiting.popleft() for _ in free]
@@ -193,6 +204,13 @@ class Batch:
         for row, (number, request) in zip(free, joining, strict=True):
             self._places[row] = _Place(number, request, 1, request.prompt)
         self._collect_sampling()
+
+    def _count_joining(self, most: int) -> int:
+        """Return how many of the requests that wait join now, ``most`` at most."""
+        lengths = [len(request.prompt) for _, request in islice(self._waiting, most)]
+        if self._join_tokens is None:
+            return len(lengths)
+        return max(sum(total <= self._join_tokens for total in accumulate(lengths)), min(len(lengths), 1))
 
     def _fill(self, filled: list[tuple[Tensor, KVCache, Tensor]]) -> None:
         """Move prompts from the caches that they filled to their rows."""

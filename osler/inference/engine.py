@@ -36,10 +36,19 @@ class InferenceEngine:
         self.dtype = model.compute_dtype if dtype is None else dtype
         self.max_rows, self.poll_steps = max_rows, poll_steps
 
-    def open(self, slots: int, new_tokens: int, max_rows: int, can: Capabilities, *, keeps_masks: bool = True) -> Batch:
+    def open(
+        self,
+        slots: int,
+        new_tokens: int,
+        max_rows: int,
+        can: Capabilities,
+        *,
+        keeps_masks: bool = True,
+        join_tokens: int | None = None,
+    ) -> Batch:
         """Return an empty batch with a copy of the model's present weights; the other arguments are those of ``Batch``."""
         decoder = Decoder(self.model, Layout(self.dtype, max_rows))
-        return Batch(decoder, slots, new_tokens, max_rows, can, keeps_masks=keeps_masks)
+        return Batch(decoder, slots, new_tokens, max_rows, can, keeps_masks=keeps_masks, join_tokens=join_tokens)
 
     def complete(self, requests: Sequence[Request]) -> Iterator[tuple[int, Continuation]]:
         """Yield the index and the completion of every request, in the order in which they end.

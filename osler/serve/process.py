@@ -17,6 +17,7 @@ from typing import Any
 
 from osler.config.schema import decode
 from osler.inference.load import open_model
+from osler.runtime import format as fmt
 from osler.runtime.errors import UserError
 from osler.runtime.stop import EXIT_STOPPED
 from osler.serve.app import OWN_NAMES, Api
@@ -46,7 +47,8 @@ def run(models: Sequence[str], **settings: Any) -> int:
         served = []
         for name, path in named.items():
             served.append(Served(name, open_model(path, device=config.device, which=config.which), config))
-            logger.info(f"{name}: {served[-1].ready.describe()}")
+            cache = fmt.size(served[-1].cache_bytes)
+            logger.info(f"{name}: {served[-1].ready.describe()}; {config.max_rows} rows take up to {cache} of memory")
         host, port = listener.getsockname()[:2]
         address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         if key is None and config.host not in OWN_NAMES:

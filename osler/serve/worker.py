@@ -24,6 +24,8 @@ from osler.serve.errors import ApiError
 
 logger = logging.getLogger(__name__)
 
+JOIN_TOKENS = 2048  # of prompts that join at a step, while the rows that run wait
+
 T = TypeVar("T")
 
 
@@ -47,6 +49,13 @@ class Served:
         room = self.ready.model.config.max_seq_len - 1
         return min(room, self.config.max_prompt_tokens or room)
 
+    @property
+    def cache_bytes(self) -> int:
+        """The memory of keys and values when all rows run."""
+        config, decoder = self.ready.model.config, self.batch.decoder
+        row = 2 * config.num_layers * config.num_kv_heads * config.head_dim * self.batch.slots
+        return self.batch.max_rows * row * decoder.new_cache(1, 1).k.element_size()
+
     def room(self, prompt: Sequence[int]) -> int:
         """Return how many tokens can follow a prompt, at least 1."""
         return max(min(self.ready.model.config.max_seq_len - len(prompt), self.config.max_new_tokens), 1)
@@ -55,8 +64,15 @@ class Served:
         """Make an empty batch with a copy of the model's weights."""
         config = self.ready.model.config
         can = Capabilities(1, truncates=True, penalises=True, top_logprobs=min(MOST_TOP_LOGPROBS, config.vocab_size))
-        engine, slots = InferenceEngine(self.ready.model), config.max_seq_len
-        self.batch = engine.open(slots, min(slots, self.config.max_new_tokens), self.config.max_rows, can, keeps_masks=False)
+        slots = config.max_seq_len
+        self.batch = InferenceEngine(self.ready.model).open(
+            slots,
+            min(slots, self.config.max_new_tokens),
+            self.config.max_rows,
+            can,
+            keeps_masks=False,
+            join_tokens=JOIN_TOKENS,
+        )
 
 
 class Drawing:

@@ -260,6 +260,21 @@ def test_news_is_what_was_drawn_since_the_last_look_and_a_row_that_is_given_up_m
         assert_same([completion, told[number]], [cut, cut])
 
 
+def test_prompts_join_a_few_at_a_step_and_one_that_is_too_long_alone() -> None:
+    model = build(PLAIN)
+    requests = [Request((3,) * length, replace(SAMPLING, max_new_tokens=4, stop_ids=()), length) for length in (5, 5, 1, 20, 9)]
+    batch = InferenceEngine(model).open(40, 4, 8, Capabilities(), join_tokens=11)
+    for request in requests:
+        batch.add(request)
+    joined = []
+    for _ in range(4):
+        batch.step(0)
+        joined.append(sum(len(news.ids) for _, news in batch.news()))
+    assert joined == [3, 1, 1, 0], "11 tokens, then 20 at once, then the last"
+    found = all_of(batch)
+    assert_same([found[number] for number in range(5)], [alone(model, request) for request in requests])
+
+
 def test_a_batch_refuses_what_it_was_not_made_for() -> None:
     batch = InferenceEngine(build(PLAIN)).open(40, 8, 4, Capabilities(stop_ids=1))
     short = SamplingParams(max_new_tokens=8)

@@ -143,6 +143,16 @@ def test_a_body_that_is_too_large_is_not_read_to_its_end(serve: Callable[..., An
     assert works(running)
 
 
+def test_a_body_that_does_not_arrive_is_not_waited_for(server, monkeypatch: pytest.MonkeyPatch) -> None:
+    from osler.serve import app
+
+    monkeypatch.setattr(app, "BODY_SECONDS", 0.1)
+    with socket.create_connection((server.host, server.port), timeout=20) as client:
+        client.sendall(HEAD + b'Content-Length: 100\r\n\r\n{"prompt": ')
+        assert client.makefile("rb").read().startswith(b"HTTP/1.1 408")
+    assert works(server)
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_is_drawn_for_no_longer(serve: Callable[..., Any], stream: bool) -> None:
     running = serve()
