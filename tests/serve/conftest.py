@@ -72,6 +72,12 @@ def models() -> dict[str, LoadedModel]:
     return {"asked": model_of("sft"), "text": model_of("pretrain", seed=1)}
 
 
+@pytest.fixture(scope="session")
+def long_models() -> dict[str, LoadedModel]:
+    """One that can write for many seconds."""
+    return {"text": model_of("pretrain", max_seq_len=4096)}
+
+
 @pytest.fixture
 def serve(models: dict[str, LoadedModel]) -> Iterator[Callable[..., Running]]:
     """``serve(key=..., **settings)`` starts a server of its own."""

@@ -118,6 +118,8 @@ def test_a_text_ends_before_a_stop_string_that_tokens_share(client, models) -> N
         streamed = list(client.completions.create(**given, stop=stops, stream=True))
         assert "".join(chunk.choices[0].text for chunk in streamed) == cut
         assert streamed[-1].choices[0].finish_reason == "stop"
+        told = client.completions.create(**given, stop=stops, logprobs=0).choices[0].logprobs
+        assert told.tokens == tokens[: len(told.tokens)] and told.text_offset[-1] < len(cut) <= len("".join(told.tokens))
     assert client.completions.create(**given).choices[0].text == text
 
 
