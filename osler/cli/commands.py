@@ -258,7 +258,7 @@ COMMANDS: tuple[Command, ...] = (
             CHECKPOINT,
             option("--layers", type=int, metavar="N", help="this many layers stay"),
             option("--intermediate-size", type=int, metavar="M", help="this many neurons of a feed-forward layer stay"),
-            option("--data", metavar="PATH", help="a file or folder of text that decides (default: what the run holds out)"),
+            option("--data", metavar="PATH", help="text that decides, or shards (default: what the run holds out)"),
             option("--field", default="text", metavar="NAME", help="the column of text in tables (default: text)"),
             option("--tokens", type=int, default=65_536, metavar="N", help="of the text, so many tokens (default: 65536)"),
             EXPORTED,

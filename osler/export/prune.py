@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TypeVar, cast
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from osler.checkpoint.folders import TENSORS_SUFFIX
 from osler.data.prepared import held_out_so_far
 from osler.data.readers import TextFiles
+from osler.data.shards import DATA_MANIFEST
 from osler.eval.likelihood import batches, held_out_batches, measure, windows
 from osler.export.folder import carried, new_folder, write_run
 from osler.inference.load import MADE_BY, LoadedModel, load_start, open_model
@@ -46,7 +48,8 @@ def prune(
 ) -> int:
     """Write a run folder with a smaller model: the command ``prune``. Depth goes first, then width.
 
-    The loss is measured on the first ``tokens`` tokens of ``data``, or of what the run of the checkpoint holds out.
+    The loss is measured on the first ``tokens`` tokens of ``data`` (text, or shards, of which what is held out), or of what the
+    run of the checkpoint holds out.
     """
     folder = new_folder(out)
     ready = open_model(load_start(checkpoint).path)
@@ -79,7 +82,7 @@ def prune(
     before, after = ready.model.config.num_parameters, config.num_parameters
     size = fmt.size((written / f"model{TENSORS_SUFFIX}").stat().st_size)
     say(f"{folder}: {after:,} of {before:,} parameters ({after / before:.0%}), {size}. To heal it, train it beside the original:")
-    say(f"  {healing(ready, folder.as_posix())}")
+    say(f"  {healing(ready, folder.as_posix(), data)}")
     return 0
 
 
@@ -95,25 +98,32 @@ def _check_sizes(config: ModelConfig, layers: int | None, intermediate_size: int
 
 
 def texts(ready: LoadedModel, data: str | None, field: str, tokens: int) -> Batches:
-    """Return batches of about so many tokens, from files or from what the run of a model holds out.
+    """Return batches of about so many tokens, from files or from what shards hold out: those in ``data``, or of the run.
 
-    Raises UserError where there is nothing to read.
+    Raises UserError where there is nothing to read, or shards have another tokenizer.
     """
-    seq_len = ready.model.trained_seq_len
-    if data is not None:
+    seq_len, shards = ready.model.trained_seq_len, _shards(ready, data)
+    if data is not None and shards is None:
         documents = (document for document in TextFiles(data, field, "--data", "--field") if not document.is_empty)
         ids = ([*ready.tokenizer.encode(document.text), ready.tokenizer.eos_id] for document in documents)
         rows = _first(windows(ids, seq_len=seq_len, start_id=ready.tokenizer.eos_id), tokens, lambda row: len(row[0]))
         found: list[tuple[Tensor, ...]] = list(batches(rows))
     else:
-        shards = ready.shards
-        sets = held_out_so_far(shards) if shards is not None and shards.is_dir() else {}
-        how = {"as_examples": ready.kind == "sft", "drop_torn": ready.training.get("too_long") == "drop"}
+        sets = {} if shards is None else held_out_so_far(shards)
+        if any(each.tokenizer_fingerprint != ready.tokenizer.fingerprint for each in sets.values()):
+            raise UserError(f"{shards} was prepared with another tokenizer than the model's: give --data a file of text.")
+        how = {"as_examples": ready.kind in ("sft", "grpo"), "drop_torn": ready.training.get("too_long") == "drop"}
         held_out = (batch for each in sets.values() for batch in held_out_batches(each, seq_len, **how))
         found = list(_first(held_out, tokens, lambda batch: int((batch[1] != IGNORED).sum())))
     if not found:
         raise UserError(f"{data or f'The run of {ready.path}'} has no text to measure the loss on: give --data FILE or FOLDER.")
     return found
+
+
+def _shards(ready: LoadedModel, data: str | None) -> Path | None:
+    """Return the folder of shards that ``data`` is, or without it that of the model's run, where there is one."""
+    folder = ready.shards if data is None else Path(data)
+    return folder if folder is not None and (folder / DATA_MANIFEST).is_file() else None
 
 
 def _first(items: Iterable[T], tokens: int, count: Callable[[T], int]) -> Iterator[T]:
@@ -211,10 +221,10 @@ def _model_of(config: ModelConfig, weights: Mapping[str, Tensor], like: Transfor
     return model.eval()
 
 
-def healing(ready: LoadedModel, pruned: str) -> str:
+def healing(ready: LoadedModel, pruned: str, data: str | None = None) -> str:
     """Return the command that trains a pruned model on, beside the original as its teacher and on its data where known."""
     kind = "pretrain" if ready.kind in ("", "pretrain") else "sft"
-    is_there = ready.shards is not None and ready.shards.is_dir()
-    data = f"data.type=prepared data.path={ready.shards}" if is_there else "data.path=TEXT"
+    own = "data.type=files data.path=TEXT" if kind == "pretrain" else "data.type=turns data.path=QUESTIONS.jsonl"
+    learned = own if (shards := _shards(ready, data)) is None else f"data.type=prepared data.path={shards}"
     rows = "".join(f" {key}={ready.training[key]}" for key in ("seq_len", "batch_tokens") if key in ready.training)
-    return f"osler {kind} init_from={pruned} teacher.path={ready.path} {data}{rows} --run {pruned}-healed"
+    return f"osler {kind} init_from={pruned} teacher.path={ready.path} {learned}{rows} --run {pruned}-healed"

@@ -61,5 +61,6 @@ def run(checkpoint: str, out: str, to: str = "hf", dtype: str | None = None, max
         elif max_tokens is not None:
             raise UserError("--to safetensors writes a model as it is, so there is no --max-tokens for it.")
         what = form.write(Export(loaded, config, dtype), place)
-    say(f"{out}: {loaded.model.config.num_parameters:,} parameters of {loaded.path}, as {what} in {dtype}")
+    written_out = f", whose {loaded.quantized} weights are written out as they are computed with" if loaded.quantized else ""
+    say(f"{out}: {loaded.model.config.num_parameters:,} parameters of {loaded.path}{written_out}, as {what} in {dtype}")
     return 0

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from osler.export.prune import least_useful_layers, texts, with_neurons, without
 from osler.inference.load import load_model
 from osler.model.transformer import Transformer
 from osler.ops.labels import IGNORED
+from osler.runtime.errors import UserError
 from tests.models import tiny_model
 
 
@@ -97,9 +99,23 @@ def test_text_of_ones_own_decides_where_it_is_given(runs, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("The heart beats, and the fever falls. " * 20)
     options = ["--intermediate-size", "16", "--data", str(tmp_path / "text.txt"), "--tokens", "40"]
     assert main(["prune", str(runs.pretrain), *options, "--out", str(tmp_path / "small")]) == 0
-    assert load_model(tmp_path / "small").model.config.intermediate_size == 16
-    given = texts(load_model(runs.pretrain), str(tmp_path / "text.txt"), "text", 40)
+    pruned, original = load_model(tmp_path / "small"), load_model(runs.pretrain)
+    given = texts(original, str(tmp_path / "text.txt"), "text", 40)
     assert 40 <= sum(int((labels != IGNORED).sum()) for _, labels in given) < 40 + 64
+    for layer, worth_I in enumerate(worth_of_neurons(original.model, given)):
+        narrow, wide = (ready.model.layers[layer].mlp.up_proj.weight for ready in (pruned, original))
+        assert torch.equal(narrow, wide[worth_I.topk(16).indices.sort().values])
+
+
+def test_shards_decide_for_a_model_that_has_none(runs, tmp_path, capsys):
+    command, shards = ["prune", str(runs.sft), "--layers", "1", "--out"], str(runs.sft / "data")
+    moved = replace(load_model(runs.sft), path=tmp_path / "alone")
+    with pytest.raises(UserError, match="has no text to measure"):
+        texts(moved, None, "text", 100)
+    assert len(texts(moved, shards, "text", 100)) == 1
+    assert main([*command, str(tmp_path / "small"), "--data", shards]) == 0
+    assert f"data.type=prepared data.path={shards} " in capsys.readouterr().err
+    assert main([*command, str(tmp_path / "other"), "--data", str(runs.pretrain / "data")]) == 0  # of the same tokenizer
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from osler import api
+from osler.checkpoint.store import read_tensors
 from osler.cli.main import main
 from osler.inference.load import load_model
 from osler.model.quantization import dequantize_weights, quantize_weights
@@ -50,6 +51,10 @@ def test_every_command_that_reads_a_model_takes_it(quantized, runs, tmp_path, ca
     capsys.readouterr()
     assert main(["compare", str(runs.sft), int8]) == 0 and f"{runs.sft.name} → int8" in capsys.readouterr().out
     assert main(["report", int8, "--out", str(tmp_path / "report.html")]) == 0
+    assert main(["export", int8, "--to", "safetensors", "--out", str(tmp_path / "int8.safetensors")]) == 0
+    assert "int8 weights are written out" in capsys.readouterr().err
+    exported = read_tensors(tmp_path / "int8.safetensors")
+    assert all(torch.equal(exported[name], weight) for name, weight in load_model(int8).model.state_dict().items())
     assert main(["checkpoint", "list", int8]) == 0 and main(["checkpoint", "verify", int8]) == 0
     assert "quantised to int8" in api.load(int8, device="cpu").describe()
 
