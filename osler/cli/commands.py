@@ -315,7 +315,7 @@ COMMANDS: tuple[Command, ...] = (
                 "models",
                 nargs="+",
                 metavar="CHECKPOINT",
-                help="run folder or checkpoint, or NAME=CHECKPOINT; the first is the default",
+                help="a run, a checkpoint or a Hugging Face folder, or NAME=PATH; the first is the default",
             ),
             *SERVER,
         ),

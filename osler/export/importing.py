@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from osler.checkpoint.store import read_tensors
 from osler.config.schema import decode
 from osler.export.folder import new_folder, write_run
 from osler.export.huggingface import ABOUT, CONFIG_FILE, WEIGHTS_FILE
-from osler.inference.load import MADE_BY, TOKENIZER_FILE
+from osler.inference.load import MADE_BY, TOKENIZER_FILE, LoadedModel, device_to_use
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.runtime.errors import UserError
@@ -56,9 +56,39 @@ YARN = {  # the same of a YarnConfig
 }
 
 
+class Imported(NamedTuple):
+    """What a folder of Hugging Face's holds, as Osler has it; ``told`` says what was done to the tokenizer."""
+
+    config: ModelConfig
+    weights: dict[str, Tensor]
+    tokenizer: Tokenizer
+    state: dict[str, Any]
+    told: list[str]
+
+
 def run(folder: str, run_dir: str) -> int:
     """Write a folder of Hugging Face's as a run folder; raises UserError for what Osler's model cannot hold."""
-    source, out = Path(folder), new_folder(run_dir, "--run")
+    out = new_folder(run_dir, "--run")
+    config, weights, tokenizer, state, told = read_folder(Path(folder))
+    write_run(out, weights, config, tokenizer, state, {})
+    say("\n".join([f"{out}: {config.num_parameters:,} parameters of {folder}", *told]))
+    if state["kind"] not in ("sft", "grpo"):
+        say(f"It has not learned questions and answers in Osler's form: `osler sft init_from={out}` teaches them.")
+    return 0
+
+
+def open_folder(folder: str | Path, *, device: str = "auto") -> LoadedModel:
+    """Load a folder of Hugging Face's to use it as it is; raises UserError for what Osler's model cannot hold."""
+    config, weights, tokenizer, state, _ = read_folder(Path(folder))
+    chosen, dtype = device_to_use(device)
+    model = Transformer(config, compute_dtype=dtype)
+    model.load_state_dict(weights)
+    model.trained_seq_len = state["trained_seq_len"]
+    return LoadedModel(Path(folder), model.to(chosen).eval(), tokenizer, state)
+
+
+def read_folder(source: Path) -> Imported:
+    """Read a folder of Hugging Face's; raises UserError for what Osler's model cannot hold."""
     described = read_json(source / CONFIG_FILE)
     config = model_config(described, str(source / CONFIG_FILE))
     tokenizer, told = fitting_tokenizer(source, described, config)
@@ -71,11 +101,7 @@ def run(folder: str, run_dir: str) -> int:
         "trained_seq_len": min(about.get("trained_seq_len", config.max_seq_len), config.max_seq_len),
         MADE_BY: {"command": "import", "of": str(source.resolve())},
     }
-    write_run(out, weights, config, tokenizer, state, {})
-    say("\n".join([f"{out}: {config.num_parameters:,} parameters of {source}", *told]))
-    if state["kind"] not in ("sft", "grpo"):
-        say(f"It has not learned questions and answers in Osler's form: `osler sft init_from={out}` teaches them.")
-    return 0
+    return Imported(config, weights, tokenizer, state, told)
 
 
 def model_config(described: Mapping[str, Any], source: str) -> ModelConfig:

@@ -133,10 +133,15 @@ def load_model(
 
 
 def open_model(checkpoint: str | Path, *, device: str = "auto", which: str = "newest") -> LoadedModel:
-    """Load a model for a person to use: in bf16 on a GPU where that pays, in fp32 on a CPU, where eager bf16 is far slower."""
-    chosen = pick_device(device)
-    dtype = torch.float32 if chosen.type == "cpu" else pick_dtype("auto", chosen)
+    """Load a model for a person to use."""
+    chosen, dtype = device_to_use(device)
     return load_model(checkpoint, device=chosen, compute_dtype=dtype, which=which)
+
+
+def device_to_use(device: str) -> tuple[torch.device, torch.dtype]:
+    """Return device and dtype of a model in use: bf16 on a GPU where that pays, fp32 on a CPU, where eager bf16 is far slower."""
+    chosen = pick_device(device)
+    return chosen, torch.float32 if chosen.type == "cpu" else pick_dtype("auto", chosen)
 
 
 def load_start(path: str | Path, names: Collection[str] = ()) -> store.Loaded:

@@ -16,7 +16,9 @@ from types import FrameType
 from typing import Any
 
 from osler.config.schema import decode
-from osler.inference.load import open_model
+from osler.export.huggingface import CONFIG_FILE
+from osler.export.importing import open_folder
+from osler.inference.load import LoadedModel, open_model
 from osler.runtime import format as fmt
 from osler.runtime.errors import UserError
 from osler.runtime.stop import EXIT_STOPPED
@@ -46,7 +48,7 @@ def run(models: Sequence[str], **settings: Any) -> int:
     with listening(config) as listener:
         served = []
         for name, path in named.items():
-            served.append(Served(name, open_model(path, device=config.device, which=config.which), config))
+            served.append(Served(name, opened(path, config), config))
             cache = fmt.size(served[-1].cache_bytes)
             logger.info(f"{name}: {served[-1].ready.describe()}; {config.max_rows} rows take up to {cache} of memory")
         host, port = listener.getsockname()[:2]
@@ -59,8 +61,15 @@ def run(models: Sequence[str], **settings: Any) -> int:
     return server.exit_code
 
 
+def opened(path: str, config: ServeConfig) -> LoadedModel:
+    """Load a run, a checkpoint, or a folder of Hugging Face's as `osler import` reads it."""
+    if (Path(path) / CONFIG_FILE).is_file():
+        return open_folder(path, device=config.device)
+    return open_model(path, device=config.device, which=config.which)
+
+
 def names_of(models: Sequence[str]) -> dict[str, str]:
-    """Return checkpoints by name: NAME=PATH, or the name of the folder, with the step of a checkpoint in a run."""
+    """Return the paths of models by name: NAME=PATH, or the name of the folder, with the step of a checkpoint in a run."""
     found: dict[str, str] = {}
     for model in models:
         name, equals, path = model.partition("=")

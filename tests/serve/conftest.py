@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from osler.inference.load import LoadedModel
+from osler.checkpoint import store
+from osler.inference.load import LoadedModel, describing_files
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.serve.app import Api
@@ -76,6 +77,15 @@ def models() -> dict[str, LoadedModel]:
 def long_models() -> dict[str, LoadedModel]:
     """One that can write for many seconds."""
     return {"text": model_of("pretrain", max_seq_len=4096)}
+
+
+@pytest.fixture
+def checkpoint(models: dict[str, LoadedModel], tmp_path: Path) -> Path:
+    """The model that answers as a checkpoint of a run."""
+    ready = models["asked"]
+    files = describing_files(ready.model.config, ready.tokenizer)
+    tensors = {"model": ready.model.state_dict()}
+    return store.save(tmp_path / "clinic" / "checkpoints", 7, tensors=tensors, state=ready.state, files=files)
 
 
 @pytest.fixture

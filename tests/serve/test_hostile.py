@@ -18,9 +18,6 @@ from urllib.request import Request, urlopen
 
 import pytest
 
-from osler.checkpoint import store
-from osler.inference.load import LoadedModel, describing_files
-
 pytestmark = pytest.mark.slow
 SCHEMATHESIS = [
     "--max-examples=20",
@@ -122,15 +119,6 @@ def test_memory_stays_flat_while_clients_come_leave_and_fail(serve: Callable[...
     assert wrong == []
     assert before and after and after - before < 20_000_000
     running.wait_for(lambda: sum(served.outstanding for served in running.served) == 0)
-
-
-@pytest.fixture
-def checkpoint(models: dict[str, LoadedModel], tmp_path: Path) -> Path:
-    ready = models["text"]
-    files = describing_files(ready.model.config, ready.tokenizer)
-    return store.save(
-        tmp_path / "text" / "checkpoints", 1, tensors={"model": ready.model.state_dict()}, state=ready.state, files=files
-    )
 
 
 def started(checkpoint: Path, log: Path, *options: str) -> tuple[subprocess.Popen[bytes], str]:
