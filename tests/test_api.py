@@ -84,7 +84,8 @@ def test_what_does_not_exist_or_fit_is_refused(runs, tmp_path):
             call()
 
 
-def test_importing_it_and_counting_take_no_torch():
+def test_importing_it_and_counting_take_no_torch_and_type_checkers_see_its_types():
+    assert (ROOT / "osler/py.typed").is_file() and '"py.typed"' in (ROOT / "pyproject.toml").read_text()
     counted = "api.model_config('factorized-177m').num_parameters"
     code = f"import sys\nfrom osler import api\nassert {counted} and 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
