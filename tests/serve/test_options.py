@@ -2,6 +2,7 @@
 
 import http.client
 import json
+from dataclasses import replace
 from math import exp
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from osler.eval.exams import score_by_likelihood
 from osler.eval.likelihood import label_logprobs, pad_rows
-from osler.inference.load import LoadedModel, open_model
+from osler.inference.load import LoadedModel
 from osler.model.decoder import Decoder
 from osler.model.layers import Layout
 from osler.ops.labels import IGNORED
@@ -24,36 +25,27 @@ ITEM = ExamItem("x", "Who is ill?", ("the dog", "the old cat", "nobody"), answer
 PASTED = "Who is ill?\nA) the dog\nB) the old cat\nC) nobody"
 
 
-@pytest.fixture
-def sft(clinic_runs) -> LoadedModel:
-    return open_model(clinic_runs / "sft", device="cpu")
-
-
-@pytest.fixture
-def textbook(clinic_runs) -> LoadedModel:
-    return open_model(clinic_runs / "textbook", device="cpu")
-
-
 def options_of(ready: LoadedModel, question: str = PASTED, thinking: str | None = None) -> tuple[list[float], str]:
     asked = read_options(ready, question, thinking)
     assert asked.options == ITEM.options
     return asked.probabilities(Decoder(ready.model, Layout(ready.model.compute_dtype, 8))), asked.prompt
 
 
-@pytest.mark.parametrize("name", ["sft", "textbook"])
-def test_at_once_they_are_those_of_the_exam(name, request):
-    ready = request.getfixturevalue(name)
+@pytest.mark.parametrize("name", ["asked", "text"])
+def test_at_once_they_are_those_of_the_exam(name, models):
+    ready = models[name]
     shares, prompt = options_of(ready)
-    form = "answer" if name == "sft" else "letters"
+    form = "answer" if name == "asked" else "letters"
     (result,) = score_by_likelihood(
-        ready.model, ready.tokenizer, [ITEM], form=form, template=name == "sft", normalise="none"
+        ready.model, ready.tokenizer, [ITEM], form=form, template=name == "asked", normalise="none"
     ).results
     assert sum(shares) == pytest.approx(1)
     assert (max(shares), shares.index(max(shares))) == (pytest.approx(result.confidence, rel=1e-6), result.predicted)
-    assert prompt == (render_question(ITEM) if name == "sft" else render_plain(ITEM, form))
+    assert prompt == (render_question(ITEM) if name == "asked" else render_plain(ITEM, form))
 
 
-def test_after_thinking_they_are_those_of_the_training_template(sft):
+def test_after_thinking_they_are_those_of_the_training_template(models):
+    sft = models["asked"]
     thinking = "The cat coughs. "
     turns = [Turn(render_question(ITEM), thinking, render_option(text, LETTERS[k])) for k, text in enumerate(ITEM.options)]
     sums = []
@@ -70,7 +62,8 @@ def test_after_thinking_they_are_those_of_the_training_template(sft):
     assert options_of(sft)[0] != pytest.approx(wanted, rel=1e-2)
 
 
-def test_what_cannot_be_scored_is_refused(sft):
+def test_what_cannot_be_scored_is_refused(models):
+    sft = models["asked"]
     with pytest.raises(UserError, match="no options"):
         options_of(sft, "Who is ill?")
     with pytest.raises(UserError, match="Question and options together do not fit into the 256 tokens"):
@@ -79,11 +72,12 @@ def test_what_cannot_be_scored_is_refused(sft):
         options_of(sft, thinking="why " * 300)
 
 
-def test_the_example_is_of_the_exam_that_the_model_learned(sft, textbook):
-    question, options = read_pasted(example_of(sft))
+def test_the_example_is_of_the_exam_that_the_model_learned(models):
+    ready = replace(models["asked"], training={"data": {"type": "clinic"}})
     item = load_clinic(split="new_findings", limit=1)[0]
-    assert (question, options) == (item.question, item.options)
-    assert example_of(textbook) is None
+    assert read_pasted(example_of(ready)) == (item.question, item.options)
+    assert example_of(models["asked"]) is None
+    assert example_of(replace(ready, state={"kind": "pretrain"})) is None, "it was not taught to answer"
 
 
 def test_over_http(server):
