@@ -91,6 +91,9 @@ def test_over_http(server):
     shares, _ = options_of(server.served[1].ready)
     assert (status, found["model"], [option["letter"] for option in found["options"]]) == (200, "text", ["A", "B", "C"])
     assert [option["probability"] for option in found["options"]] == pytest.approx(shares, rel=1e-4)
+    _, thought = post(model="asked", question=PASTED, reasoning_content="The cat coughs.")
+    shares, _ = options_of(server.served[0].ready, thinking="The cat coughs.")
+    assert [option["probability"] for option in thought["options"]] == pytest.approx(shares, rel=1e-4)
     status, found = post(question="Who is ill?")
     assert (status, found["error"]["param"]) == (400, "question") and "no options" in found["error"]["message"]
     assert post(question=PASTED, thinking="x")[0] == 400, "an unknown parameter is named"
