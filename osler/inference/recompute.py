@@ -4,6 +4,7 @@ It draws what ``engine.py`` draws. Prompts are padded on the right, where causal
 V vocabulary.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -45,7 +46,9 @@ def generate_by_recompute(
         seen_BV = None
         if parameters.penalises:
             seen_BV = torch.tensor([[token in row for token in range(vocab_size)] for row in map(set, rows)], device=device)
-        drawn = sample(logits_BV, row_uniform(sampling.seed, first_row + row_B, length_B), parameters, seen_BV)
+        drawn_before = [Counter(row[start:]) for row, start in zip(rows, starts, strict=True)]
+        count_BV = torch.tensor([[float(count[token]) for token in range(vocab_size)] for count in drawn_before], device=device)
+        drawn = sample(logits_BV, row_uniform(sampling.seed, first_row + row_B, length_B), parameters, seen_BV, count_BV)
         top_BA, index_BA = drawn.scaled_BV.log_softmax(-1).topk(min(sampling.top_logprobs, vocab_size))
         for index, (token, logp) in enumerate(zip(drawn.token_B.tolist(), drawn.logp_B.tolist(), strict=True)):
             if finished[index]:

@@ -164,7 +164,8 @@ class Rows:
     def draw(self, logits_BV: Tensor, sampling: RowSampling) -> None:
         """Draw one token for every row and store it; no host sync."""
         place_B1 = self.drawn_B[:, None]
-        drawn = sample(logits_BV, self.uniform_BN.gather(1, place_B1).squeeze(1), sampling, self.seen_BV)
+        count_BV = self._counts(logits_BV) if sampling.counts else None
+        drawn = sample(logits_BV, self.uniform_BN.gather(1, place_B1).squeeze(1), sampling, self.seen_BV, count_BV)
         self.token_B = drawn.token_B
         token_B1 = drawn.token_B[:, None]
         self.tokens_BN.scatter_(1, place_B1, token_B1)
@@ -179,6 +180,11 @@ class Rows:
             _store(self.top_logprobs_BNA[..., :count], place_B1, top_BA - drawn.scaled_BV.logsumexp(-1, keepdim=True))
         self.drawn_B += self.running_B
         self.running_B = self.running_B & (self.drawn_B < self.limit_B) & (token_B1 != self.stop_BK).all(-1)
+
+    def _counts(self, logits_BV: Tensor) -> Tensor:
+        """Return how often each token was drawn, [B, V] like the logits."""
+        is_drawn_BN = torch.arange(self.tokens_BN.shape[1], device=self.token_B.device) < self.drawn_B[:, None]
+        return torch.zeros_like(logits_BV).scatter_add_(1, self.tokens_BN, is_drawn_BN.to(logits_BV.dtype))
 
     def continuations(self, row_R: Tensor, requests: Sequence[Request], starts: Sequence[int]) -> list[Continuation]:
         """Return what the requests of some rows have drawn, each from the token ``starts`` on; this waits for the device."""

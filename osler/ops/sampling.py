@@ -69,6 +69,9 @@ class RowSampling(NamedTuple):
     penalises: bool
     top_logprobs: int  # the most that a row asks for
     bias_BV: Tensor | None  # added to the logits; None where no row has a bias
+    presence_B1: Tensor
+    frequency_B1: Tensor
+    counts: bool  # whether a row has a presence or frequency penalty
 
     @classmethod
     def of(cls, rows: Sequence[SamplingParams], vocab_size: int, device: torch.device) -> RowSampling:
@@ -101,6 +104,9 @@ class RowSampling(NamedTuple):
             penalises=any(row.repetition_penalty != 1 for row in rows),
             top_logprobs=max(min(row.top_logprobs, vocab_size) for row in rows),
             bias_BV=None if bias_BV is None else bias_BV.to(device),
+            presence_B1=column([row.presence_penalty for row in rows]),
+            frequency_B1=column([row.frequency_penalty for row in rows]),
+            counts=any(row.presence_penalty or row.frequency_penalty for row in rows),
         )
 
 
@@ -113,12 +119,18 @@ class Drawn(NamedTuple):
     scaled_BV: Tensor
 
 
-def sample(logits_BV: Tensor, u_B: Tensor, sampling: RowSampling, seen_BV: Tensor | None = None) -> Drawn:
+def sample(
+    logits_BV: Tensor,
+    u_B: Tensor,
+    sampling: RowSampling,
+    seen_BV: Tensor | None = None,
+    count_BV: Tensor | None = None,
+) -> Drawn:
     """Draw one token per row.
 
     ``logits_BV`` is fp32, -inf where a token must never be drawn; ``u_B`` is in [0, 1); ``seen_BV`` (bool) says which tokens the
-    repetition penalty is for. ``logp_B`` is at the temperature, over the mask. Temperature 0 takes the likeliest token, ignores
-    truncation, and reports the log-probability at temperature 1.
+    repetition penalty is for, ``count_BV`` how often each was drawn before. ``logp_B`` is at the temperature, over the mask.
+    Temperature 0 takes the likeliest token, ignores truncation, and reports the log-probability at temperature 1.
     """
     if sampling.bias_BV is not None:
         logits_BV = logits_BV + sampling.bias_BV
@@ -126,6 +138,8 @@ def sample(logits_BV: Tensor, u_B: Tensor, sampling: RowSampling, seen_BV: Tenso
         # Keskar et al., 2019 (CTRL), with the correction for logits below zero that everybody uses.
         penalised_BV = torch.where(logits_BV > 0, logits_BV / sampling.penalty_B1, logits_BV * sampling.penalty_B1)
         logits_BV = torch.where(seen_BV, penalised_BV, logits_BV)
+    if sampling.counts and count_BV is not None:
+        logits_BV = logits_BV - sampling.presence_B1 * (count_BV > 0) - sampling.frequency_B1 * count_BV
     if sampling.all_greedy:
         return _likeliest(logits_BV)
     scaled_BV = logits_BV / sampling.temperature_B1 if sampling.is_warm else logits_BV

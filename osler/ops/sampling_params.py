@@ -3,7 +3,7 @@
 import math
 from typing import Annotated
 
-from osler.config.schema import Fraction, Gt, Le, NonNegativeInt, PositiveFloat, PositiveInt, config
+from osler.config.schema import Fraction, Ge, Gt, Le, NonNegativeInt, PositiveFloat, PositiveInt, config
 
 COLDEST = 1e-30  # a logit divided by less may leave the range of fp32, and what is drawn is not a number
 
@@ -18,6 +18,8 @@ class SamplingParams:
     top_p: Annotated[float, Gt(0), Le(1)] = 1.0  # draw from the fewest likeliest tokens that have this share of the probability
     min_p: Fraction = 0.0  # draw no token whose probability is below this share of the likeliest one's
     repetition_penalty: PositiveFloat = 1.0  # above 1, tokens that were in the prompt or were drawn become less likely
+    presence_penalty: Annotated[float, Ge(-2), Le(2)] = 0.0  # is taken from the logit of a token that was drawn before
+    frequency_penalty: Annotated[float, Ge(-2), Le(2)] = 0.0  # is taken from a logit for each time that its token was drawn
     logit_bias: tuple[tuple[int, float], ...] = ()  # tokens, and what is added to their logits before anything else
     top_logprobs: NonNegativeInt = 0  # of every drawn token, report so many of the likeliest tokens in its place
     stop_ids: tuple[int, ...] = ()  # tokens that end a row

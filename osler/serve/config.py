@@ -79,6 +79,8 @@ class CommonRequest:
     top_k: Annotated[int, Ge(-1)] | None = None  # draw from so many likeliest tokens; null, 0 or -1: from all
     min_p: Fraction | None = None  # draw no token below this share of the likeliest one's probability; null: 0
     repetition_penalty: Annotated[float, Ge(0.01), Le(100)] | None = None  # above 1: what was in prompt or answer gets rarer
+    presence_penalty: Annotated[float, Ge(-2), Le(2)] | None = None  # taken from logits of tokens that were drawn; null: 0
+    frequency_penalty: Annotated[float, Ge(-2), Le(2)] | None = None  # and for each time that they were; null: 0
     logit_bias: dict[str, Annotated[float, Ge(-100), Le(100)]] | None = None  # by token id: added to the logit
     seed: Annotated[int, Ge(-(2**63)), Le(2**63 - 1)] | None = None  # the same seed draws the same; null: another every time
     n: Annotated[int, Ge(1), Le(128)] | None = None  # completions of a prompt; null: 1
@@ -163,8 +165,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "web_search_options": ((), "Osler searches nothing"),
     "store": ((False,), "Osler stores no request"),
     "metadata": (({},), "Osler stores no request"),
-    "presence_penalty": ((0,), "use repetition_penalty"),
-    "frequency_penalty": ((0,), "use repetition_penalty"),
     "echo": ((False,), "the prompt is not scored"),
     "suffix": ((), "Osler's models write only forward"),
     "best_of": ((1,), "use n, and choose"),

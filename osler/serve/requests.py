@@ -156,6 +156,8 @@ def _sampling(request: CommonRequest, served: Served, limit: int, top: int | Non
             top_p=request.top_p or 1.0,
             min_p=request.min_p or 0.0,
             repetition_penalty=request.repetition_penalty or 1.0,
+            presence_penalty=request.presence_penalty or 0.0,
+            frequency_penalty=request.frequency_penalty or 0.0,
             logit_bias=tuple(sorted((int(token), value) for token, value in bias.items())),
             top_logprobs=min(top or 0, vocab_size),
             stop_ids=(served.ready.tokenizer.eos_id,),

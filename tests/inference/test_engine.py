@@ -41,6 +41,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0}, "plain": {}, "hot": {"temperature": 1.7}, "top-k": {"top_k": 5},
     "top-p": {"top_p": 0.7, "temperature": 0.8}, "both": {"top_k": 20, "top_p": 0.9}, "min-p": {"min_p": 0.2},
     "penalised": {"repetition_penalty": 1.5}, "greedy-penalised": {"repetition_penalty": 1.3, "temperature": 0.0},
+    "counted": {"presence_penalty": 0.7, "frequency_penalty": -0.4},
+    "greedy-counted": {"frequency_penalty": 1.5, "temperature": 0.0},
     "alternatives": {"top_logprobs": 3, "top_k": 9}, "biased": {"logit_bias": ((7, 2.5), (8, -100.0)), "temperature": 0.5},
 }  # fmt: skip
 
@@ -230,7 +232,7 @@ def test_a_prompt_goes_on_from_what_a_row_has_of_it(monkeypatch: pytest.MonkeyPa
 def test_news_is_what_was_drawn_since_the_last_look_and_a_row_that_is_given_up_makes_room() -> None:
     """A server's loop: one row at a time is cancelled, waiting or running, and the others draw what they draw alone."""
     model = build(PLAIN)
-    settings = [{}, SETTINGS["alternatives"], SETTINGS["top-p"], SETTINGS["greedy-penalised"], SETTINGS["biased"], {}]
+    settings = [{}, SETTINGS["alternatives"], SETTINGS["top-p"], SETTINGS["greedy-penalised"], {"top_logprobs": 1}, {}]
     requests = [
         Request((1, 2, number), replace(SAMPLING, **changes, stop_ids=()), number) for number, changes in enumerate(settings)
     ]

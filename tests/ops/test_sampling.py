@@ -78,6 +78,29 @@ def test_the_coldest_temperature_takes_the_likeliest() -> None:
     assert torch.equal(token, logits.argmax(-1)) and torch.equal(logp, torch.zeros(8))
 
 
+def test_bias_and_penalties_are_added_to_the_logits_of_each_row_by_the_formula_of_openai() -> None:
+    logits_BV = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
+    count_BV = torch.randint(0, 3, (3, 40), generator=torch.Generator().manual_seed(1)).float()
+    count_BV[2, logits_BV[2].argmax()] = 2  # so that another token becomes the likeliest
+    rows = [
+        SamplingParams(temperature=0.5, logit_bias=((3, 5.0), (7, -100.0))),
+        SamplingParams(presence_penalty=1.5, frequency_penalty=-0.5),
+        SamplingParams(temperature=0.0, frequency_penalty=2.0, logit_bias=((0, -2.0),)),
+    ]
+    expected_BV = logits_BV.clone()
+    expected_BV[0, 3] += 5
+    expected_BV[0, 7] -= 100
+    expected_BV[1] -= 1.5 * (count_BV[1] > 0) - 0.5 * count_BV[1]
+    expected_BV[2] -= 2 * count_BV[2]
+    expected_BV[2, 0] -= 2
+    expected_BV[0] /= 0.5
+    for u in (0.1, 0.5, 0.9):
+        drawn = sample(logits_BV, torch.full((3,), u), RowSampling.of(rows, 40, logits_BV.device), None, count_BV)
+        logp_BV = expected_BV.log_softmax(-1)
+        torch.testing.assert_close(drawn.logp_B, logp_BV.gather(1, drawn.token_B[:, None]).squeeze(1))
+        assert drawn.token_B[2] == expected_BV[2].argmax() != logits_BV[2].argmax()
+
+
 def test_temperature_zero_takes_the_likeliest_and_reports_it_at_temperature_one() -> None:
     logits = torch.randn(8, 40, generator=torch.Generator().manual_seed(1))
     token, logp, mask, _ = sample(logits, torch.rand(8), shared(logits, temperature=0, top_k=3, top_p=0.5))

@@ -187,13 +187,16 @@ def test_sampling_parameters_of_vllm_are_heard(client, models) -> None:
     prompt = [ready.tokenizer.eos_id, *ready.tokenizer.encode("A fever")]
     settings: list[dict[str, Any]] = [
         {"top_k": 3}, {"top_k": -1}, {"min_p": 0.3},
+        {"presence_penalty": 1.5}, {"frequency_penalty": -1.0},
         {"repetition_penalty": 1.7, "temperature": 0.0}, {"top_p": 0.4, "temperature": 1.5},
     ]  # fmt: skip
     for changes in settings:
         asked = {**changes, "top_k": None if changes.get("top_k") == -1 else changes.get("top_k")}
         expected = drawn(ready, prompt, bias={}, max_new_tokens=20, seed=9, **asked)[0]
         extra = {name: changes[name] for name in ("top_k", "min_p", "repetition_penalty") if name in changes}
-        own = {name: changes[name] for name in ("top_p", "temperature") if name in changes}
+        own = {
+            name: changes[name] for name in ("top_p", "temperature", "presence_penalty", "frequency_penalty") if name in changes
+        }
         reply = client.completions.create(model="text", prompt="A fever", max_tokens=20, seed=9, extra_body=extra, **own)
         assert reply.choices[0].text == ready.tokenizer.decode(expected.ids, skip_special=False)
     forced = client.completions.create(model="text", prompt="A", max_tokens=3, temperature=0, logit_bias={"40": 100})
@@ -203,7 +206,8 @@ def test_sampling_parameters_of_vllm_are_heard(client, models) -> None:
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "call no tools"),
     ({"response_format": {"type": "json_object"}}, "response_format", "cannot force a form"),
-    ({"presence_penalty": 0.5}, "presence_penalty", "use repetition_penalty"),
+    ({"extra_body": {"echo": True}}, "echo", "the prompt is not scored"),
+    ({"presence_penalty": 2.5}, "presence_penalty", "at most 2"),
     ({"extra_body": {"temprature": 1}}, "temprature", "did you mean `temperature`"),
     ({"extra_body": {"guided_json": {}}}, "guided_json", "unknown key"),
     ({"temperature": 3}, "temperature", "at most 2"),
@@ -273,5 +277,6 @@ def test_a_full_server_says_when_to_come_again(serve: Callable[..., Any]) -> Non
 def test_sampling_params_have_no_field_that_the_api_forgets() -> None:
     """A new way to sample must be offered here or left out on purpose."""
     known = {"max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "logit_bias", "top_logprobs"}
-    assert set(vars(SamplingParams())) == {*known, "stop_ids", "seed"} and replace(SamplingParams(), seed=1).seed == 1
+    known |= {"presence_penalty", "frequency_penalty", "stop_ids", "seed"}
+    assert set(vars(SamplingParams())) == known and replace(SamplingParams(), seed=1).seed == 1
     assert math.isfinite(SamplingParams().temperature)
