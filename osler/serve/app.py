@@ -114,11 +114,11 @@ class Api:
 
     async def chat(self, request: Request) -> Response:
         """Answer a question."""
-        return await self._answer(request, lambda body: self._read_chat(body))
+        return await self._answer(request, self._read_chat)
 
     async def complete(self, request: Request) -> Response:
         """Continue texts."""
-        return await self._answer(request, lambda body: self._read_completion(body))
+        return await self._answer(request, self._read_completion)
 
     async def options(self, request: Request) -> dict[str, Any]:
         """Tell how likely each option of a pasted question is."""

@@ -37,6 +37,11 @@ class ServeConfig:
     api_key_file: str | None = None  # a file whose first line is the key; null: the variable OSLER_API_KEY, or no key
     log_requests: bool = False  # a line for each request: path, status, model, tokens and seconds, never its text
 
+    @property
+    def max_outstanding(self) -> int:
+        """Completions of a model that are drawn or wait."""
+        return self.max_rows + self.max_waiting
+
 
 @config
 class StreamOptions:

@@ -128,6 +128,9 @@ def _rows(prompts: Sequence[Sequence[int]], request: CommonRequest, served: Serv
     if limit > config.max_new_tokens:
         message = f"max_tokens is {limit}, and this server draws at most {config.max_new_tokens} tokens."
         raise ApiError(400, message, "invalid_value", "max_tokens")
+    if len(prompts) * count > config.max_outstanding:
+        message = f"{len(prompts) * count} completions are more than this server draws and lets wait, {config.max_outstanding}."
+        raise ApiError(400, message, "invalid_value", "n")
     sampling = _sampling(request, served, limit, top)
     rows = [Request(tuple(prompt), sampling, place * count + k) for place, prompt in enumerate(prompts) for k in range(count)]
     for row in rows[::count]:

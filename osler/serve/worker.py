@@ -136,8 +136,8 @@ class Worker:
         self.drawings: set[Drawing] = set()  # that have not ended
         self._calls = 0
         self.on_end: Callable[[], None] = lambda: None  # is called in the web server's thread when no more is computed
-        self._max_outstanding = config.max_rows + config.max_waiting
-        self._asked: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._max_outstanding = config.max_outstanding
+        self._asked: queue.SimpleQueue[tuple[Callable[[], None], bool] | None] = queue.SimpleQueue()  # and whether it is slow
         self._thread = threading.Thread(target=self._run, name="osler-serve", daemon=True)
 
     def start(self) -> None:
@@ -163,7 +163,7 @@ class Worker:
             )
         drawing = Drawing(self, served, requests)
         self.drawings.add(drawing)
-        self._asked.put(lambda: self._add(drawing, served, requests))
+        self._asked.put((lambda: self._add(drawing, served, requests), False))
         return drawing
 
     async def call(self, function: Callable[[], T]) -> T:
@@ -184,7 +184,7 @@ class Worker:
             else:
                 self._tell(_resolve, done, result, None)
 
-        self._asked.put(compute)
+        self._asked.put((compute, True))
         try:
             return await done
         finally:
@@ -198,7 +198,7 @@ class Worker:
                 served.batch.cancel(number)
                 del served.rows[number]
 
-        self._asked.put(give_up)
+        self._asked.put((give_up, False))
 
     def _check_alive(self) -> None:
         if not self._thread.is_alive():
@@ -218,14 +218,17 @@ class Worker:
             self._tell(self._end)
 
     def _answer(self) -> bool:
-        """Do what was asked for, or wait for something to do; return False at the end."""
-        is_idle = not any(served.batch for served in self.models.values())
-        while is_idle or not self._asked.empty():
+        """Do what was asked for, at most one thing that is slow, or wait for something to do; return False at the end."""
+        goes_on = not any(served.batch for served in self.models.values())
+        while goes_on or not self._asked.empty():
             asked = self._asked.get()
             if asked is None:
                 return False
-            asked()
-            is_idle = False
+            function, is_slow = asked
+            function()
+            goes_on = False
+            if is_slow:
+                break
         return True
 
     def _step(self, served: Served) -> None:

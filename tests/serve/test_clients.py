@@ -268,9 +268,14 @@ def test_a_key_is_demanded(serve: Callable[..., Any]) -> None:
 def test_a_full_server_says_when_to_come_again(serve: Callable[..., Any]) -> None:
     running = serve(max_rows=1, max_waiting=1)
     client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
-    with pytest.raises(openai.RateLimitError) as refused:
+    with pytest.raises(openai.BadRequestError, match="3 completions are more than this server draws"):
         client.completions.create(model="text", prompt="A", n=3)
+    with client.completions.create(model="text", prompt="A", max_tokens=250, logit_bias={"0": -100}, stream=True) as running_one:
+        next(iter(running_one))
+        with pytest.raises(openai.RateLimitError) as refused:
+            client.completions.create(model="text", prompt="A", n=2)
     assert int(refused.value.response.headers["Retry-After"]) >= 1 and refused.value.code == "overloaded"
+    running.wait_for(lambda: sum(served.outstanding for served in running.served) == 0)
     assert len(client.completions.create(model="text", prompt="A", n=2).choices) == 2
 
 

@@ -1,10 +1,12 @@
 """The server under bad luck and bad clients: what it refuses, whom it waits for, and that the others notice nothing."""
 
+import asyncio
 import http.client
 import json
 import re
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -191,6 +193,19 @@ def test_rows_wait_for_others_and_the_rest_is_told_to_come_again(serve: Callable
     for client in clients:
         assert list(events(client))[-1] == "[DONE]"
     assert works(running)
+
+
+def test_rows_draw_between_two_calls_that_compute_something_else(serve: Callable[..., Any], long_models: Any) -> None:
+    running = serve(models=long_models, max_new_tokens=4000)
+    client = begin(running, {**LONG, "max_tokens": 4000, "stream": True})
+    next(events(client))
+    batch, worker, may_go_on = running.served[0].batch, running.api.worker, threading.Event()
+    looks = [lambda: may_go_on.wait(20), *[lambda: max(place.drawn for place in batch._places)] * 3]
+    calls = [asyncio.run_coroutine_threadsafe(worker.call(look), worker._loop) for look in looks]
+    may_go_on.set()
+    drawn = [call.result(20) for call in calls][1:]
+    assert drawn[0] < drawn[1] < drawn[2]
+    client.close()
 
 
 def test_what_takes_too_long_ends_with_an_error(serve: Callable[..., Any]) -> None:
