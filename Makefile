@@ -9,8 +9,8 @@ TEST_ARGS ?=
 TEST_WORKERS ?= 2
 TORTURE_ARGS ?=
 MIN_COVERAGE := 85
-# What the others share, and two that are given texts to train on.
-NO_BENCH := $(addprefix benchmarks/,measuring.py beside_peers.py text_10min.py tune_optimizers.py)
+# What the others share, two that are given texts to train on, and one that is given a run.
+NO_BENCH := $(addprefix benchmarks/,measuring.py beside_peers.py export_exam.py text_10min.py tune_optimizers.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart tour test test-all torture lint bench clean

@@ -7,14 +7,15 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from osler.cli.main import main
+from osler.export.gguf import QWEN2_PIECES
 from osler.export.huggingface import CHAT_TEMPLATE, qwen3_weights
 from osler.inference.load import load_model
 from osler.model.config import SparseAttentionConfig, YarnConfig
 from osler.tokenizer import superbpe
-from osler.tokenizer.bpe import EOS
+from osler.tokenizer.bpe import EOS, Tokenizer, split_bytes
 from tests.export.conftest import SHAPES
 from tests.export.test_huggingface import TEXT, fuzzed
 
@@ -85,6 +86,16 @@ def test_text_has_the_same_tokens_but_where_it_is_said(checkpoint, tmp_path, cap
     assert fields["tokenizer.ggml.token_type"][ours.eos_id] == gguf.TokenType.CONTROL
     assert fields["tokenizer.chat_template"] == CHAT_TEMPLATE and fields["tokenizer.ggml.eos_token_id"] == ours.eos_id
     assert fields["qwen3.rope.scaling.type"] == "yarn" and fields["qwen3.rope.scaling.original_context_length"] == 32
+
+
+def test_cuts_that_llama_cpp_has_are_named(checkpoint, tmp_path, capsys):
+    backend = tokenizers.Tokenizer.from_str(Tokenizer.train([TEXT], 300).to_bytes().decode())
+    for cut, pieces in (("qwen2", split_bytes(QWEN2_PIECES)), ("gpt-2", pre_tokenizers.ByteLevel(add_prefix_space=False))):
+        backend.pre_tokenizer, path = pieces, tmp_path / f"{cut}.gguf"
+        backend.normalizer = normalizers.NFC() if cut == "qwen2" else None
+        assert main(["export", str(checkpoint(Tokenizer(backend))), "--to", "gguf", "--out", str(path)]) == 0
+        assert read(path)[0]["tokenizer.ggml.pre"] == cut
+        assert ("does not normalise text (NFC)" in capsys.readouterr().err) == (cut == "qwen2")
 
 
 def test_rows_that_do_not_divide_into_blocks_stay_in_f16(checkpoint, tmp_path, capsys):
