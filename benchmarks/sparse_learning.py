@@ -177,7 +177,7 @@ def main() -> None:
             "files": [file.name for file in args.files],
             "overrides": args.set,
             "tokens": {name: stage["total_tokens"] for name, stage in STAGES.items()},
-            "sparse_over_dense": {"mean": statistics.mean(differences), "largest": max(differences)},
+            "sparse_over_dense": {"mean": statistics.mean(differences), "largest": max(differences, key=abs)},
         }
         publish({**result, "seeds": rows}, args.out)
 
