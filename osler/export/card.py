@@ -52,7 +52,6 @@ def card_files(loaded: LoadedModel, config: ModelConfig) -> dict[str, bytes]:
         "is that of Qwen3; the weights are its own, unless the first stage below says that they were imported.",
         "## How to ask it",
         CHAT if loaded.answers_questions else "It was not taught to answer questions: give it the beginning of a text.",
-        *(["It answers without thinking first: give `reasoning=False` to `apply_chat_template`."] * _answers_at_once(loaded)),
         "## What it learned from, and how",
         *(stages or ["The checkpoint does not say."]),
         "## Scores",
@@ -65,10 +64,6 @@ def card_files(loaded: LoadedModel, config: ModelConfig) -> dict[str, bytes]:
     if loaded.shards is not None and (data_card := loaded.shards / DATA_CARD).is_file():
         files[DATA_CARD] = data_card.read_bytes()
     return files
-
-
-def _answers_at_once(loaded: LoadedModel) -> bool:
-    return loaded.answers_questions and not loaded.reasons
 
 
 def stages_of(loaded: LoadedModel) -> Iterator[str]:

@@ -13,13 +13,13 @@ from typing import Any
 from torch import Tensor
 
 from osler.checkpoint import store
-from osler.inference.load import CONFIG_FILE, MADE_BY, describing_files
+from osler.inference.load import CONFIG_FILE, MADE_BY, REASONS, describing_files
 from osler.model.config import MODEL_FILE, ModelConfig
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, appearing, write_atomic
 from osler.tokenizer.bpe import Tokenizer
 
-CARRIED = ("kind", "step", "tokens", "trained_seq_len")  # of a state, into the checkpoints that are made of it
+CARRIED = ("kind", "step", "tokens", "trained_seq_len", REASONS)  # of a state, into the checkpoints that are made of it
 
 
 def new_folder(out: str | Path, flag: str = "--out") -> Path:

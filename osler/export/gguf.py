@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from osler.export.huggingface import CHAT_TEMPLATE, Export
+from osler.export.huggingface import Export
 from osler.runtime.errors import UserError
 from osler.runtime.log import say
 from osler.tokenizer.bpe import EOS, PIECES, Tokenizer
@@ -81,7 +81,7 @@ def write(export: Export, path: Path) -> str:
     for add in (writer.add_bos_token_id, writer.add_eos_token_id, writer.add_pad_token_id):
         add(export.loaded.tokenizer.eos_id)
     writer.add_add_bos_token(False)
-    writer.add_chat_template(CHAT_TEMPLATE)
+    writer.add_chat_template(export.chat_template)
     kept = []
     for name, kind, data in tensors(gguf, export):
         writer.add_tensor(name, data, raw_dtype=kind)

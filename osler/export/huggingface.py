@@ -19,17 +19,16 @@ from torch import Tensor
 
 from osler.checkpoint.store import write_tensors
 from osler.export.card import card_files
-from osler.inference.load import TOKENIZER_FILE, LoadedModel
+from osler.inference.load import REASONS, TOKENIZER_FILE, LoadedModel
 from osler.model.config import DenseAttentionConfig, ModelConfig, SparseAttentionConfig
 from osler.model.init import is_of_indexer
 from osler.runtime.errors import UserError
-from osler.tokenizer.bpe import ANSWER, EOS, QUESTION, THINKING, Tokenizer
+from osler.tokenizer.bpe import ANSWER, EOS, QUESTION, THINKING
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 ABOUT = "osler"  # a field of config.json: what Osler knows of the model, for the way back
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# The prompt of ``tokenizer/chat.py``; ``apply_chat_template(..., reasoning=False)`` leaves the thinking out.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     f"{{% if message['role'] == 'user' %}}{{{{ '{QUESTION}' + message['content'] }}}}"
@@ -38,7 +37,6 @@ CHAT_TEMPLATE = (
     f"{{{{ '{ANSWER}' + message['content'] + '{EOS}' }}}}"
     "{% else %}{{ raise_exception('This model was taught questions and answers alone, no ' + message['role'] + ' messages') }}"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}"
-    f"{{{{ '{ANSWER}' if reasoning is defined and not reasoning else '{THINKING}' }}}}{{% endif %}}"
 )
 
 
@@ -51,6 +49,12 @@ class Export:
     dtype: str
 
     @property
+    def chat_template(self) -> str:
+        """The form of ``tokenizer/chat.py`` in Jinja; without ``reasoning`` (a bool) a model answers as it was taught."""
+        first, other, unless = (THINKING, ANSWER, "not reasoning") if self.loaded.reasons else (ANSWER, THINKING, "reasoning")
+        return CHAT_TEMPLATE + f"{{{{ '{other}' if reasoning is defined and {unless} else '{first}' }}}}{{% endif %}}"
+
+    @property
     def weights(self) -> dict[str, Tensor]:
         """The weights under Qwen3's names, in fp32."""
         return qwen3_weights(self.config, self.loaded.model.state_dict())
@@ -61,11 +65,7 @@ def write(export: Export, folder: Path) -> str:
     folder.mkdir()
     weights = {name: weight.to(DTYPES[export.dtype]) for name, weight in export.weights.items()}
     write_tensors(folder / WEIGHTS_FILE, weights)
-    loaded = export.loaded
-    described = describing_files(export.config, loaded.tokenizer, DTYPES[export.dtype])
-    known = {ABOUT: {"kind": loaded.kind, "trained_seq_len": min(loaded.model.trained_seq_len, export.config.max_seq_len)}}
-    described[CONFIG_FILE] = json.dumps(json.loads(described[CONFIG_FILE]) | known, indent=2).encode()
-    for name, content in {**described, **card_files(loaded, export.config)}.items():
+    for name, content in {**describing_files(export), **card_files(export.loaded, export.config)}.items():
         (folder / name).write_bytes(content)
     return "Qwen3ForCausalLM"
 
@@ -140,22 +140,25 @@ def qwen3_weights(config: ModelConfig, weights: Mapping[str, Tensor]) -> dict[st
     return {name if name.startswith("lm_head") else f"model.{name}": tensor for name, tensor in named.items()}
 
 
-def describing_files(config: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32) -> dict[str, bytes]:
+def describing_files(export: Export) -> dict[str, bytes]:
     """Return the files beside the weights: shape, tokens that end a text, tokenizer and chat template."""
-    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_id)
+    config, loaded = export.config, export.loaded
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), loaded.tokenizer.eos_id)
+    known = {"kind": loaded.kind, REASONS: loaded.reasons}
+    known["trained_seq_len"] = min(loaded.model.trained_seq_len, config.max_seq_len)
     contents: dict[str, dict[str, Any]] = {
-        CONFIG_FILE: qwen3_config(config, dtype) | ends,
+        CONFIG_FILE: qwen3_config(config, DTYPES.get(export.dtype, torch.float32)) | ends | {ABOUT: known},
         "generation_config.json": ends,
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             **dict.fromkeys(("bos_token", "eos_token", "pad_token"), EOS),
             "model_max_length": config.max_seq_len,
             "clean_up_tokenization_spaces": False,
-            "chat_template": CHAT_TEMPLATE,
+            "chat_template": export.chat_template,
         },
     }
-    contents[TOKENIZER_FILE] = json.loads(tokenizer.to_bytes())
+    contents[TOKENIZER_FILE] = json.loads(loaded.tokenizer.to_bytes())
     for token in contents[TOKENIZER_FILE]["added_tokens"]:
         token["special"] = token["content"] == EOS  # markers stay in decoded text, where rewards look for them
     files = {name: json.dumps(content, indent=2, ensure_ascii=False).encode() for name, content in contents.items()}
-    return {**files, "chat_template.jinja": CHAT_TEMPLATE.encode()}
+    return {**files, "chat_template.jinja": export.chat_template.encode()}

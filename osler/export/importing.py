@@ -20,7 +20,7 @@ from osler.checkpoint.store import read_tensors
 from osler.config.schema import decode
 from osler.export.folder import new_folder, write_run
 from osler.export.huggingface import ABOUT, CONFIG_FILE, WEIGHTS_FILE
-from osler.inference.load import MADE_BY, TOKENIZER_FILE, LoadedModel, device_to_use
+from osler.inference.load import MADE_BY, REASONS, TOKENIZER_FILE, LoadedModel, device_to_use
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.runtime.errors import UserError
@@ -98,6 +98,7 @@ def read_folder(source: Path) -> Imported:
     about = described.get(ABOUT) or {}
     state = {
         "kind": about.get("kind", ""),
+        **({REASONS: about[REASONS]} if REASONS in about else {}),
         "trained_seq_len": min(about.get("trained_seq_len", config.max_seq_len), config.max_seq_len),
         MADE_BY: {"command": "import", "of": str(source.resolve())},
     }

@@ -131,7 +131,7 @@ def write(export: Export, folder: Path) -> str:
         quantise(quantization, plain, folder / MODEL_NAME, export.dtype)
         for path in folder.glob(f"{plain.name}*"):
             path.unlink()
-    files = describing_files(export.config, export.loaded.tokenizer)
+    files = describing_files(export)
     files[TOKENIZER_FILE] = export.loaded.tokenizer.to_bytes()  # its markers are special here: text cannot forge them
     for name, content in files.items():
         (folder / name).write_bytes(content)

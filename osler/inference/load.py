@@ -26,6 +26,7 @@ from osler.tokenizer.bpe import Tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "config.yaml"
+REASONS = "reasons"  # in the state of an imported checkpoint, which has no config: whether the model thinks before it answers
 MADE_BY = "made_by"  # in the state of a checkpoint of weights alone: the command that made it, and the checkpoint it was made of
 QUANTIZED = "quantized"  # in the state of a quantised checkpoint: bits and group_size
 
@@ -75,7 +76,7 @@ class LoadedModel:
     @property
     def reasons(self) -> bool:
         """Whether the model learned to think before it answers; a model that did not would write nonsense."""
-        return teaches_reasoning(self.training)
+        return bool(self.state.get(REASONS, teaches_reasoning(self.training)))
 
     @property
     def knows_clinic(self) -> bool:

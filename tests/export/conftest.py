@@ -24,15 +24,16 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def checkpoint(tiny, tmp_path) -> Callable[..., Path]:
-    """``checkpoint(tokenizer=..., **shape)`` is the run folder of an untrained model; its 532 words are padded to 576."""
+    """``checkpoint(tokenizer=..., training=..., **shape)`` is the run of an untrained model; its 532 words have 576 rows."""
 
-    def save(tokenizer: Tokenizer | None = None, **shape: Any) -> Path:
+    def save(tokenizer: Tokenizer | None = None, training: str = "", **shape: Any) -> Path:
         model = tiny_model(seed=1, **{"vocab_size": 532, **shape})
         with torch.no_grad():  # norm weights start at one, where a forgotten one would not be noticed
             for name, weight in model.named_parameters():
                 if name.endswith("norm.weight"):
                     weight.copy_(torch.rand(weight.shape, generator=torch.Generator().manual_seed(len(name))) + 0.5)
         files = describing_files(model.config, tokenizer or Tokenizer.load(tiny.tokenizer))
+        files |= {"config.yaml": training.encode()} if training else {}
         store.save(tmp_path / "run" / "checkpoints", 0, tensors={"model": model.state_dict()}, state={}, files=files)
         return tmp_path / "run"
 

@@ -84,6 +84,20 @@ def test_chat_template_is_the_form_of_training_and_its_markers_stay_readable(run
     assert {QUESTION, THINKING, EOS} <= set(tokenizer.get_vocab())
 
 
+def test_a_model_that_answers_at_once_is_asked_so_and_comes_back_so(checkpoint, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    run = checkpoint(training="{kind: sft, data: {type: turns, thinking_field: null}}")
+    assert main(["export", str(run), "--to", "hf", "--out", str(tmp_path / "hf")]) == 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for last, given in ((ANSWER, {}), (ANSWER, {"reasoning": False}), (THINKING, {"reasoning": True})):
+        made = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "A"}], add_generation_prompt=True, tokenize=False, **given
+        )
+        assert made == f"{QUESTION}A{last}"
+    assert main(["import", str(tmp_path / "hf"), "--run", str(tmp_path / "back")]) == 0
+    assert not load_model(run).reasons and not load_model(tmp_path / "back").reasons
+
+
 def test_card_says_what_the_records_say(runs, tmp_path):
     run = shutil.copytree(runs.sft, tmp_path / "sft")
     assert main(["eval", str(run), "task=clinic", "subset=8", "max_new_tokens=24"]) == 0
