@@ -224,6 +224,9 @@ class Api:
         try:
             await asyncio.wait({work, leaves}, return_when=asyncio.FIRST_COMPLETED)
             return JSONResponse(work.result()) if work.done() else Response(status_code=LEFT)
+        except ApiError as error:
+            log.status = error.status
+            return JSONResponse(error.body(), error.status, error.headers)
         finally:
             work.cancel()
             leaves.cancel()
