@@ -15,6 +15,7 @@ from osler.cli.main import main
 from osler.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
+SMALL = "distill/pretrain"
 GREEDY = api.SamplingParams(max_new_tokens=12, temperature=0)
 
 
@@ -30,12 +31,12 @@ def test_the_example_of_the_readme_runs(runs, tmp_path, monkeypatch, capsys):
 
 
 def test_a_recipe_is_counted_and_built():
-    config = api.model_config("debug", "model.num_layers=3")
-    model = api.build("debug", "model.num_layers=3", seed=1)
+    config = api.model_config(SMALL, "model.num_layers=3")
+    model = api.build(SMALL, "model.num_layers=3", seed=1)
     assert config == model.config and config.num_layers == 3
     padding = (config.padded_vocab_size - config.vocab_size) * config.hidden_size * (1 if config.tie_embeddings else 2)
     assert sum(weight.numel() for weight in model.parameters()) == config.num_parameters + padding
-    assert not torch.equal(model.embed_tokens.weight, api.build("debug", "model.num_layers=3").embed_tokens.weight)
+    assert not torch.equal(model.embed_tokens.weight, api.build(SMALL, "model.num_layers=3").embed_tokens.weight)
 
 
 def test_text_replies_and_scores_are_those_of_the_commands(runs, capsys):
@@ -64,7 +65,7 @@ def test_loss_is_the_mean_over_the_tokens_that_follow_another(runs):
         count += len(row) - 1
     assert loss.item() == pytest.approx(total / count, rel=1e-5)
     assert model.model.embed_tokens.weight.grad.norm() > 0
-    fresh = api.build("debug", "model.head_init=zero", "model.tie_embeddings=false")
+    fresh = api.build(SMALL, "model.head_init=zero", "model.tie_embeddings=false")
     assert api.loss(fresh, torch.tensor([[1, 2, 3], [4, 5, 6]])).item() == pytest.approx(math.log(fresh.config.vocab_size))
 
 
