@@ -127,6 +127,7 @@ class Api:
         with refused("question"):  # long texts take a while to tokenise
             question = await asyncio.to_thread(read_options, served.ready, asked.question, asked.reasoning_content)
         shares = await self.worker.call(lambda: question.probabilities(served.batch.decoder))
+        self.count(request.url.path, served.name, 200)
         return {"object": "options", "model": served.name, **question.described(shares)}
 
     async def page(self) -> Response:
@@ -175,7 +176,7 @@ class Api:
         return models[name]
 
     async def _body(self, request: Request) -> dict[str, Any]:
-        """Read a JSON body. Raises ApiError for one that is too large, too slow, or no JSON object."""
+        """Read a JSON body. Raises ApiError for one that is too large, too slow or no JSON object, or when the server drains."""
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise ApiError(415, "Send JSON, with the header Content-Type: application/json.", "unsupported_media_type")
         most, data, is_more = self.config.max_body_bytes, bytearray(), True
@@ -190,6 +191,8 @@ class Api:
             is_more = message.get("more_body", False)
             if len(data) > most:
                 raise ApiError(413, f"The body has more than {most} bytes.", "too_large", headers=close)
+        if self.is_draining:
+            raise ApiError(503, "The server is about to stop.", "draining", headers={"Retry-After": "5"})
         return json_object(bytes(data))
 
     def _read_chat(self, body: dict[str, Any]) -> Asked:
@@ -203,8 +206,6 @@ class Api:
     async def _answer(self, request: Request, read: Callable[[dict[str, Any]], Asked]) -> Response:
         began = time.monotonic()
         body = await self._body(request)
-        if self.is_draining:
-            raise ApiError(503, "The server is about to stop.", "draining", headers={"Retry-After": "5"})
         asked = await asyncio.to_thread(read, body)  # long texts take a while to tokenise
         drawing = self.worker.draw(asked.served, asked.rows)
         log = _Watch(self, request.url.path, asked, began)
@@ -226,7 +227,10 @@ class Api:
             return JSONResponse(work.result()) if work.done() else Response(status_code=LEFT)
         except ApiError as error:
             log.status = error.status
-            return JSONResponse(error.body(), error.status, error.headers)
+            return _told(error)
+        except Exception:
+            log.status = 500
+            raise
         finally:
             work.cancel()
             leaves.cancel()
@@ -235,7 +239,7 @@ class Api:
     async def _tell_error(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)
         self.count(getattr(request.scope.get("route"), "path", ""), "", error.status)
-        return JSONResponse(error.body(), error.status, error.headers)
+        return _told(error)
 
     def count(self, path: str, model: str, status: int, said: str = "") -> None:
         """Count a request, and tell of it if that was asked for."""
@@ -286,7 +290,6 @@ def _described(served: Served) -> dict[str, Any]:
         "parameters": ready.model.config.num_parameters,
         "answers_questions": ready.answers_questions,
         "reasons": ready.answers_questions and ready.reasons,
-        "multi_turn": False,  # earlier turns are read, but models learn single questions
         "example": example_of(ready),
     }
 
@@ -335,6 +338,10 @@ async def _events(drawing: Drawing, watch: _Watch) -> AsyncIterator[bytes]:
 
 def _event(*chunks: dict[str, Any]) -> bytes:
     return b"".join(b"data: %s\n\n" % json.dumps(chunk, ensure_ascii=False).encode() for chunk in chunks)
+
+
+def _told(error: ApiError) -> Response:
+    return JSONResponse(error.body(), error.status, error.headers)
 
 
 async def _until_gone(request: Request) -> None:

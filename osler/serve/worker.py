@@ -1,8 +1,9 @@
 """The one thread in which models compute: rows of all requests join, draw a token at a time together, and leave.
 
 The web server's thread asks for rows with ``draw`` and reads what they drew from a ``Drawing``. After every step the news of all
-rows travel to it in one call, so a client that reads slowly delays nobody. A row that is given up is free before the next step.
-Nothing is kept between requests but the keys and values of finished rows, which only prompts with the same beginning can use.
+rows travel to it in one call, so a client that reads slowly delays nobody. A row that is given up draws nothing more at the next
+step, and is free after it. Nothing is kept between requests but the keys and values of finished rows, which only prompts with
+the same beginning can use.
 """
 
 from __future__ import annotations
@@ -239,13 +240,15 @@ class Worker:
                 served.rows.pop(number, None)
         except RuntimeError:  # such as too little memory
             logger.exception(f"{served.name} failed at a step; its requests end with an error, and it starts anew")
-            failed = {id(drawing): drawing for drawing, _ in served.rows.values()}
-            served.rows.clear()
-            served.open()
-            for drawing in failed.values():
-                self._tell(drawing.fail, ApiError(500, "The model failed while it computed; see the server's log.", "failed"))
+        else:
+            self._tell(_deliver, news)
             return
-        self._tell(_deliver, news)
+        failed = {id(drawing): drawing for drawing, _ in served.rows.values()}
+        served.rows.clear()
+        del served.batch  # the exception, which held it too, is gone, so its memory is free before another takes as much
+        served.open()
+        for drawing in failed.values():
+            self._tell(drawing.fail, ApiError(500, "The model failed while it computed; see the server's log.", "failed"))
 
     def _tell(self, function: Callable[..., None], *arguments: object) -> None:
         """Call a function in the web server's thread."""

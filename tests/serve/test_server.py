@@ -7,7 +7,6 @@ import re
 import signal
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -120,6 +119,7 @@ def test_the_page_and_the_options_of_a_question_come_from_the_server_too(server)
     assert sum(option["probability"] for option in told["options"]) == pytest.approx(1)
     assert ask(server, {**asked, "reasoning_content": None}, "/v1/options")[1]["options"] != told["options"]
     assert ask(server, {**asked, "question": "Who?"}, "/v1/options")[1]["error"]["param"] == "question"
+    assert 'osler_requests_total{model="asked",path="/v1/options",status="200"}' in get(server, "/metrics")[1]
 
 
 def http_headers(running: Any, path: str = "/v1/models", **headers: str) -> list[tuple[str, str]]:
@@ -174,9 +174,7 @@ def test_one_that_reads_nothing_delays_nobody(serve: Callable[..., Any]) -> None
     running = serve()
     idle = [begin(running, {**LONG, "stream": True, "logprobs": 20, "n": 8}, buffer=2048) for _ in range(3)]
     running.wait_for(lambda: outstanding(running) > 0)
-    began = time.monotonic()
     assert all(works(running) for _ in range(5))
-    assert time.monotonic() - began < 10
     running.wait_for(lambda: not any(served.batch for served in running.served))  # their rows end, although nobody reads
     assert works(running)
     for client in idle:
@@ -213,9 +211,9 @@ def test_what_takes_too_long_ends_with_an_error(serve: Callable[..., Any]) -> No
     assert ask(running, LONG)[0] == 504
     told = list(events(begin(running, {**LONG, "stream": True})))
     assert json.loads(told[-1])["error"]["code"] == "timeout" and "[DONE]" not in told
-    numbers = get(running, "/metrics")[1]
-    assert 'osler_requests_total{model="text",path="/v1/completions",status="504"} 2' in numbers
-    assert "osler_requests_cancelled_total{" not in numbers
+    counted = 'osler_requests_total{model="text",path="/v1/completions",status="504"} 2'
+    running.wait_for(lambda: counted in get(running, "/metrics")[1])
+    assert "osler_requests_cancelled_total{" not in get(running, "/metrics")[1]
     running.wait_for(lambda: not any(served.batch for served in running.served))
 
 
@@ -251,6 +249,14 @@ def test_a_signal_lets_running_requests_end(serve: Callable[..., Any], caplog: p
     assert running.server.exit_code == 0 and "SIGTERM: no new requests; 1 run" in caplog.text and "Stopped." in caplog.text
     with pytest.raises(OSError):
         works(running)
+
+
+def test_nothing_begins_while_the_server_drains(serve: Callable[..., Any]) -> None:
+    running = serve()
+    running.api.is_draining = True  # as a connection finds it that was open before the signal
+    for path in ("/v1/completions", "/v1/options"):
+        assert ask(running, {"prompt": "A"}, path)[0] == 503
+    assert get(running, "/health")[0] == 503
 
 
 def test_what_does_not_end_in_time_after_a_signal_is_told_so(serve: Callable[..., Any]) -> None:
