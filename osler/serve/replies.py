@@ -39,7 +39,10 @@ class Piece:
 
 
 class Choice:
-    """One completion as it is drawn: its pieces, and how it ended."""
+    """One completion as it is drawn: its pieces, and how it ended.
+
+    An answer ends at the next special token, whatever it is, as an exam reads it (``parse_completion``).
+    """
 
     def __init__(self, asked: Asked, limit: int) -> None:
         self._tokenizer, self._limit, self._tells_tokens = asked.served.ready.tokenizer, limit, asked.logprobs is not None
@@ -64,11 +67,12 @@ class Choice:
                 likeliest = news.top_logprobs[place] if news.top_logprobs else {}
                 self._waiting.append(TokenLogprob(token, news.logprobs[place], likeliest, self._text.decoded))
             said = self._text.add(token)
-            is_last = token == self._tokenizer.eos_id or self.tokens == self._limit
+            is_end = token == self._tokenizer.eos_id or (is_marker and self._part == CONTENT)
+            is_last = is_end or self.tokens == self._limit
             if is_last and not is_marker:
                 said += self._text.add(_END)
             if is_last or self._text.is_stopped:
-                self.finish = "stop" if self._text.is_stopped or token == self._tokenizer.eos_id else "length"
+                self.finish = "stop" if is_end or self._text.is_stopped else "length"
             self._keep(pieces, said, is_whole=(is_marker or is_last) and not self._text.is_stopped)
             if is_marker:
                 self._text.next_part()

@@ -39,12 +39,13 @@ def prompt_of(ready: LoadedModel, question: str = QUESTION, *, reasoning: bool =
     return encode_prompt(ready.tokenizer, question, reasoning=reasoning)
 
 
-def parts_of(ready: LoadedModel, ids: list[int], *, reasoning: bool = True) -> tuple[str, str]:
-    """Reasoning and answer as the server tells them: with their spaces, without what special tokens say."""
+def parts_of(ready: LoadedModel, ids: list[int], *, reasoning: bool = True) -> tuple[str, str, int]:
+    """Reasoning and answer with their spaces, and the tokens up to the special one that ends the answer."""
     tokenizer = ready.tokenizer
     answer_id = tokenizer.special_id(ANSWER)
-    border = ids.index(answer_id) if reasoning and answer_id in ids else len(ids) if reasoning else 0
-    return tokenizer.decode(ids[:border], skip_special=True), tokenizer.decode(ids[border:], skip_special=True)
+    border = (ids.index(answer_id) + 1 if answer_id in ids else len(ids)) if reasoning else 0
+    end = next((place for place in range(border, len(ids)) if ids[place] in tokenizer.special_ids), len(ids))
+    return tokenizer.decode(ids[:border], skip_special=True), tokenizer.decode(ids[border:end]), min(end + 1, len(ids))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -56,13 +57,13 @@ def test_a_chat_is_what_the_engine_draws_whole_and_streamed(client, models, seed
     }  # fmt: skip
     whole = client.chat.completions.create(**given)
     for choice, continuation in zip(whole.choices, expected, strict=True):
-        thinking, answer = parts_of(ready, continuation.ids)
+        thinking, answer, count = parts_of(ready, continuation.ids)
         assert (choice.message.reasoning_content or "", choice.message.content) == (thinking, answer)
-        assert choice.finish_reason == ("stop" if continuation.finished else "length")
-        if (parsed := parse_completion(ready.tokenizer, continuation.ids)).well_formed:
-            assert choice.message.content.strip() == parsed.answer
+        assert choice.finish_reason == ("stop" if continuation.finished or count < len(continuation.ids) else "length")
+        parsed = parse_completion(ready.tokenizer, continuation.ids)
+        assert (thinking.strip(), answer.strip()) == (parsed.thinking, parsed.answer or ""), "as an exam reads it"
     assert whole.usage.prompt_tokens == len(prompt_of(ready)) and whole.model == "asked"
-    assert whole.usage.completion_tokens == sum(len(row.ids) for row in expected)
+    assert whole.usage.completion_tokens == sum(parts_of(ready, row.ids)[2] for row in expected)
     chunks = list(client.chat.completions.create(**given, stream=True, stream_options={"include_usage": True}))
     assert {chunk.id for chunk in chunks} == {chunks[0].id} and chunks[-1].choices == [] and chunks[-1].usage == whole.usage
     for index, choice in enumerate(whole.choices):
@@ -83,6 +84,7 @@ def test_both_parts_come(models) -> None:
         for row in drawn(ready, prompt_of(ready), samples=2, max_new_tokens=40, seed=seed, temperature=1.2)
     ]
     assert any(all(parts_of(ready, row.ids)) for row in rows) and len({row.finished for row in rows}) == 2
+    assert any(parts_of(ready, row.ids)[2] < len(row.ids) for row in rows), "a special token ends an answer before the end"
 
 
 def test_without_reasoning_the_answer_comes_at_once_and_earlier_turns_are_examples(client, models) -> None:
@@ -161,7 +163,7 @@ def test_logprobs_are_those_of_the_tokens_that_are_told(client, models) -> None:
     }  # fmt: skip
     expected = drawn(ready, prompt_of(ready), max_new_tokens=60, seed=1, top_logprobs=3)[0]
     border = expected.ids.index(ready.tokenizer.special_id(ANSWER))
-    kept = [place for place in range(border + 1, len(expected.ids)) if expected.ids[place] not in ready.tokenizer.special_ids]
+    kept = list(range(border + 1, parts_of(ready, expected.ids)[2] - 1))
     whole = client.chat.completions.create(**given).choices[0]
     streamed = [token for chunk in client.chat.completions.create(**given, stream=True)
                 for token in (chunk.choices[0].logprobs.content if chunk.choices[0].logprobs else [])]  # fmt: skip
