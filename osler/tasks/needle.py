@@ -8,6 +8,7 @@ the same items.
 import re
 from bisect import bisect_right
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 from osler.clinic.history import Case, Visit, cases
@@ -50,12 +51,12 @@ def load_needle(task: NeedleTask, context: Context, key: str = "task") -> list[E
             f"{key}: lengths has {longest:,}, and the model reads {context.max_seq_len:,} tokens (max_seq_len){kept}: ask for "
             f"lengths up to {context.room:,}."
         )
-    items = []
-    for split in map(str.strip, task.split.split(",")):
-        for case in cases(task.seed, split, task.limit):
-            ruler = Ruler(case, split, longest, context)
-            items += [ruler.item(length, depth, key) for length in lengths for depth in task.depths]
-    return items
+    splits = map(str.strip, task.split.split(","))
+    rulers = [Ruler(case, split, longest, context) for split in splits for case in cases(task.seed, split, task.limit)]
+    if not task.lengths:  # a tokenizer that cuts text finely needs longer rows than others
+        fewest = max(ruler.tokens(FEWEST_VISITS, longest, depth) for ruler in rulers for depth in task.depths)
+        lengths = tuple(length for length in lengths if length >= fewest) or (longest,)
+    return [ruler.item(length, depth, key) for ruler in rulers for length in lengths for depth in task.depths]
 
 
 def lengths_within(room: int) -> tuple[int, ...]:
@@ -79,9 +80,7 @@ class Ruler:
     def item(self, length: int, depth: int, key: str) -> ExamItem:
         """Return the case with as many visits as a row of ``length`` tokens holds; ``depth`` percent precede the telling one."""
 
-        def tokens(count: int) -> int:
-            return self.row_tokens(self._item(count, length, depth))
-
+        tokens = partial(self.tokens, length=length, depth=depth)
         fewest = tokens(FEWEST_VISITS)
         if length < fewest:
             enough, room = SHORTEST << (fewest // SHORTEST).bit_length(), self.context.room
@@ -99,6 +98,10 @@ class Ruler:
         while count < len(self.visits) and tokens(count + 1) <= length:
             count += 1
         return self._item(count, length, depth)
+
+    def tokens(self, count: int, length: int, depth: int) -> int:
+        """Return how many tokens a row with ``count`` visits beside the telling one takes."""
+        return self.row_tokens(self._item(count, length, depth))
 
     def row_tokens(self, item: ExamItem) -> int:
         """Return how many tokens a row takes: question, options, the longest answer, markers if any, and the end of text."""

@@ -155,6 +155,12 @@ def test_what_cannot_be_asked_is_refused_by_name(tokenizer, fields, context, sai
 
 def test_without_lengths_they_double_up_to_the_context() -> None:
     assert [lengths_within(room) for room in (200, 256, 2047, 2048)] == [(200,), (256,), (256, 512, 1024), (256, 512, 1024, 2048)]
+    letters = Tokenizer.train(["no history was read"], 300)  # of about a letter a token, so no history takes only 256 tokens
+    for room, asked in ((2048, {1024, 2048}), (1030, {1024})):
+        items = load_task(NeedleTask(limit=1, depths=(50,)), context=Context(letters, room))
+        assert {int(item.group.split()[0]) for item in items} == asked
+    with pytest.raises(UserError, match="lengths has 512, which is too short"):
+        load_task(NeedleTask(limit=1), context=Context(letters, 600))
     assert load_task(NeedleTask()) == []  # it depends on a model that is not there yet
     for fields in ({"lengths": (300, 300)}, {"depths": (0, 0)}, {"depths": ()}):
         with pytest.raises(ValueError, match=r"twice|empty"):
