@@ -27,6 +27,7 @@ from osler.data.order import Order
 from osler.data.packing import MixedPacking, StreamPacking
 from osler.data.shard_set import ShardSet
 from osler.data.shards import ShardWriter
+from osler.model.config import model_in
 from osler.model.transformer import Transformer
 from osler.optim.build import build_optimizer
 from osler.parallel.config import NoParallelConfig
@@ -59,6 +60,7 @@ def run(recipe: str | None, overrides: Sequence[str], *, steps: int) -> str:
     config = decode(TrainConfig, {**given, "kind": kind}, source=recipe or "")
     if config.teacher is not None:
         raise UserError("osler bench times a step without a teacher: give teacher=null.")
+    model_in(encode(config), recipe or "defaults")  # with init_from, too, the recipe's own model is timed, so it is checked
     machine = machine_of(config)
     keep_freed_memory()
     measured = measure(config, build_learner(config, machine), steps)

@@ -41,6 +41,11 @@ def test_bench_times_a_recipe(capsys):
     assert "recipe of kind pipeline" in capsys.readouterr().err
 
 
+def test_bench_refuses_an_attention_that_the_recipes_own_model_cannot_have(capsys):
+    assert main(["bench", *TINY, "init_from=RUN", "model.attention={type: sparse, top_k: 64}"]) == 2
+    assert "defaults: model.attention.top_k 64 exceeds max_seq_len 32" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_peers_take_turns_and_are_compared_round_by_round(benchmark_module):
     config = decode(TrainConfig, override({}, TINY))

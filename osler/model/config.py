@@ -103,8 +103,6 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         induction, places = self.attention_init == "induction", 3 * self.head_dim + 1
-        sparse = self.attention if isinstance(self.attention, SparseAttentionConfig) else None
-        by_group = sparse is not None and sparse.selection == "per_kv_group"
         for is_wrong, message in (
             (self.num_heads % self.num_kv_heads, f"num_heads {self.num_heads} is not a multiple of num_kv_heads "
              f"{self.num_kv_heads}; every key/value head must serve the same number of query heads"),
@@ -118,13 +116,25 @@ class ModelConfig:
              f"hidden_size of 3 x head_dim + 1 = {places}, not {self.num_layers} and {self.hidden_size}"),
             (induction and (self.tie_embeddings or self.embed_rank), "attention_init=induction needs untied, unfactorized "
              "embeddings: it reserves places in them"),
-            (sparse and sparse.top_k > self.max_seq_len, f"attention.top_k {sparse and sparse.top_k} exceeds max_seq_len "
-             f"{self.max_seq_len}, so there is nothing to choose: set a smaller top_k, or attention.type=dense"),
-            (by_group and sparse and sparse.index_heads % self.num_kv_heads, "attention.selection=per_kv_group shares "
-             f"{sparse and sparse.index_heads} index_heads evenly among {self.num_kv_heads} num_kv_heads: set a multiple"),
         ):  # fmt: skip
             if is_wrong:
                 raise ValueError(message)
+
+    def check_attention(self) -> None:
+        """Raise ValueError if sparse attention does not fit the shape, which in a run with ``init_from`` is that of its start."""
+        sparse = self.attention
+        if not isinstance(sparse, SparseAttentionConfig):
+            return
+        if sparse.top_k > self.max_seq_len:
+            raise ValueError(
+                f"attention.top_k {sparse.top_k} exceeds max_seq_len {self.max_seq_len}, so there is nothing to choose: set a "
+                "smaller top_k, or attention.type=dense"
+            )
+        if sparse.selection == "per_kv_group" and sparse.index_heads % self.num_kv_heads:
+            raise ValueError(
+                f"attention.selection=per_kv_group shares {sparse.index_heads} index_heads evenly among {self.num_kv_heads} "
+                "num_kv_heads: set a multiple"
+            )
 
     @property
     def padded_vocab_size(self) -> int:
@@ -205,7 +215,14 @@ def model_in(recipe: Mapping[str, Any], source: str) -> ModelConfig | None:
     """Return the shape of the model that a recipe makes, of a pipeline its first; None where each stage is given one."""
     sections = (part for part in (recipe, *recipe.values()) if isinstance(part, Mapping))
     shape = next((part["model"] for part in sections if "model" in part), None)
-    return None if shape is None else decode(ModelConfig, shape, source=source)
+    if shape is None:
+        return None
+    model = decode(ModelConfig, shape, source=source)
+    try:
+        model.check_attention()
+    except ValueError as error:
+        raise UserError(f"{source}: model.{error}") from error
+    return model
 
 
 @config

@@ -73,7 +73,9 @@ def carry_out(job: Job, request: Request) -> int:
     folder = RunFolder(Path(request.run_dir or Path("runs") / name))
     refuse_checkpoint(folder.root)
     has_origin = config.init_from is not None or config.branch_from is not None
-    if has_origin and any(given.startswith("model.") and not given.startswith("model.attention") for given in request.overrides):
+    of_model = [given for given in request.overrides if given.startswith(("model.", "model="))]
+    is_sparse = bool(of_model) and config.model.attention.type == "sparse"
+    if has_origin and not all(is_sparse and given.startswith("model.attention") for given in of_model):
         logger.warning(
             "model.* changes nothing here but a sparse model.attention, because the model comes from the checkpoint that the run "
             "starts from. (context.max_seq_len=... makes its context longer.)"

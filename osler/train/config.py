@@ -129,6 +129,8 @@ class TrainConfig(RunConfig):
     def __post_init__(self) -> None:
         if self.batch_tokens % self.seq_len:
             raise ValueError(f"batch_tokens {self.batch_tokens} is not a multiple of seq_len {self.seq_len}")
+        if self.init_from is None:  # else the model here has nothing but its attention to say
+            self.model.check_attention()
         if self.init_from is None and self.seq_len > self.model.max_seq_len:
             raise ValueError(f"seq_len {self.seq_len} is longer than model.max_seq_len {self.model.max_seq_len}")
         if self.context and self.init_from is None:
@@ -180,6 +182,11 @@ class TrainConfig(RunConfig):
             )
         if self.trains == "indexers" and self.teacher:
             raise ValueError("trains=indexers leaves the model as it is, so a teacher has nothing to teach: leave teacher out")
+        if self.trains == "indexers" and self.precision == "pure-bf16":
+            raise ValueError(
+                "precision=pure-bf16 keeps all weights in bf16, which would round those that trains=indexers leaves as they are: "
+                "use precision=bf16"
+            )
         if self.precision == "pure-bf16" and self.optim.type != "adamw":
             raise ValueError(
                 f"precision=pure-bf16 rounds inside its own AdamW; with optim.type={self.optim.type} use precision=bf16"
@@ -282,7 +289,9 @@ class TrainConfig(RunConfig):
             raise UserError(f"The indexers of the model to start from have {sizes}: set the same in model.attention.")
         if self.parallel.type == "deepspeed":
             raise UserError(f"The model to start from is sparse: {UNTRIED_WITH_DEEPSPEED.format('sparse attention')}.")
-        return replace(start, attention=given)
+        model = replace(start, attention=given)
+        model.check_attention()
+        return model
 
     def training_flops(self, model: ModelConfig) -> int:
         """FLOPs of the whole run on this model, each stage at its own row length."""

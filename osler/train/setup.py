@@ -126,8 +126,11 @@ def check_branch(config: TrainConfig, start: store.Loaded) -> None:
             f"Step {start.step:,} of {start.path} is {seen:,} tokens into its run, and with the batches given here it would be "
             f"{tokens:,}: {until}."
         )
-    if config.context != there.context:
-        raise UserError(f"A branch keeps the model of {start.path}: to extend its context, start a new run with init_from.")
+    if (config.context, config.model.attention) != (there.context, there.model.attention):
+        raise UserError(
+            f"A branch keeps the model of {start.path}: to extend its context or change its attention, start a new run with "
+            f"init_from={start.path}."
+        )
     if config.packs_whole != there.packs_whole or (config.packs_whole and config.seq_len != there.seq_len):
         raise UserError(
             f"With another packing, or documents kept whole in rows of another seq_len, step {start.step:,} is another place in "

@@ -224,4 +224,4 @@ def test_export_is_refused_but_for_rows_in_which_the_model_is_dense():
 )
 def test_shapes_that_cannot_be_are_refused(attention, message):
     with pytest.raises(ValueError, match=message):
-        ModelConfig(**{**SHAPE, "num_kv_heads": 2, "attention": SparseAttentionConfig(**attention)})
+        ModelConfig(**{**SHAPE, "num_kv_heads": 2, "attention": SparseAttentionConfig(**attention)}).check_attention()

@@ -172,7 +172,9 @@ def test_a_pipeline_of_the_stages_goes_on_at_their_edges(tiny, stages, osler, tm
         ("warmup", [SPARSE.replace("index_heads: 2", "index_heads: 4")], "have index_heads 2 and index_head_dim 8: set the same"),
         ("dense", ["trains=indexers", SPARSE.replace("top_k: 8", "top_k: 512")], "top_k 512 exceeds max_seq_len 256"),
         ("", ["trains=indexers", SPARSE], "trains=indexers teaches indexers what the attention of a trained model looks at"),
+        ("dense", ["trains=indexers", SPARSE, "precision=pure-bf16"], "which would round those that trains=indexers leaves"),
         ("branch", ["trains=all", "total_tokens=9999"], "trains is all here and indexers in"),
+        ("branch", [SPARSE.replace("top_k: 8", "top_k: 16"), "total_tokens=9999"], "extend its context or change its attention"),
     ],
 )
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]], ids=["start", "plan"])
@@ -198,6 +200,16 @@ def test_deepspeed_knows_no_sparse_attention():
         TrainConfig(trains="indexers", init_from="run", parallel=DeepSpeedConfig())
     with pytest.raises(UserError, match="The model to start from is sparse: sparse attention was never tried"):
         TrainConfig(init_from="run", parallel=DeepSpeedConfig()).model_from(ModelConfig(attention=SparseAttentionConfig()), 128)
+
+
+def test_sparse_attention_has_to_fit_the_model_to_start_from_and_not_the_one_of_the_recipe():
+    attention = SparseAttentionConfig(top_k=4096, index_heads=3, selection="per_kv_group")
+    config = TrainConfig(init_from="run", trains="indexers", model=ModelConfig(attention=attention))
+    assert config.model_from(ModelConfig(max_seq_len=8192, num_kv_heads=1), 128).attention == attention
+    with pytest.raises(UserError, match="top_k 4096 exceeds max_seq_len 2048"):
+        config.model_from(ModelConfig(), 128)
+    with pytest.raises(ValueError, match="top_k 4096 exceeds max_seq_len 2048"):
+        TrainConfig(model=ModelConfig(attention=attention))
 
 
 def test_a_context_shorter_than_top_k_is_refused():

@@ -118,6 +118,9 @@ def test_init_from_brings_its_model_and_tokenizer(tiny, runs, tmp_path, capsys):
     assert main([*command, "--dry-run"]) == 0
     text, warning = capsys.readouterr()
     assert "model.* changes nothing here" in warning and "# parameters        51,200" in text
+    for change in ("model={num_layers: 5}", "model.attention.type=dense"):
+        assert main([*command[:3], change, *command[-2:], "--dry-run"]) == 0
+        assert "model.* changes nothing here" in capsys.readouterr().err
     assert f"# starts from       {store.resolve(runs.pretrain)}, its model" in text
     assert load_yaml(text, "plan")["model"]["num_layers"] == 2 and "tokenizer:" not in text and not run.exists()
 
