@@ -22,14 +22,6 @@ from osler.tokenizer.bpe import Tokenizer
 CARRIED = ("kind", "step", "tokens", "trained_seq_len", REASONS)  # of a state, into the checkpoints that are made of it
 
 
-def new_folder(out: str | Path, flag: str = "--out") -> Path:
-    """Return the path of a folder to write; raises UserError when there is one already that is not empty."""
-    folder = Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is there already: name a new folder with {flag}.")
-    return folder
-
-
 def write_run(
     folder: Path,
     weights: Mapping[str, Tensor],

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from osler.checkpoint.store import read_tensors
 from osler.config.schema import decode
-from osler.export.folder import new_folder, write_run
+from osler.export.folder import write_run
 from osler.export.huggingface import ABOUT, CONFIG_FILE, WEIGHTS_FILE
 from osler.inference.load import MADE_BY, REASONS, TOKENIZER_FILE, LoadedModel, device_to_use
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.runtime.errors import UserError
-from osler.runtime.files import read_json
+from osler.runtime.files import new_path, read_json
 from osler.runtime.log import say
 from osler.tokenizer.bpe import EOS, SPECIALS, Tokenizer
 
@@ -68,7 +68,7 @@ class Imported(NamedTuple):
 
 def run(folder: str, run_dir: str) -> int:
     """Write a folder of Hugging Face's as a run folder; raises UserError for what Osler's model cannot hold."""
-    out = new_folder(run_dir, "--run")
+    out = new_path(run_dir, "--run")
     config, weights, tokenizer, state, told = read_folder(Path(folder))
     write_run(out, weights, config, tokenizer, state, {})
     say("\n".join([f"{out}: {config.num_parameters:,} parameters of {folder}", *told]))

@@ -23,13 +23,14 @@ from osler.data.prepared import held_out_so_far
 from osler.data.readers import TextFiles
 from osler.data.shards import DATA_MANIFEST
 from osler.eval.likelihood import batches, held_out_batches, measure, windows
-from osler.export.folder import carried, new_folder, write_run
+from osler.export.folder import carried, write_run
 from osler.inference.load import MADE_BY, LoadedModel, load_start, open_model
 from osler.model.config import ModelConfig
 from osler.model.transformer import Block, Transformer
 from osler.ops.labels import IGNORED
 from osler.runtime import format as fmt
 from osler.runtime.errors import UserError
+from osler.runtime.files import new_path
 from osler.runtime.log import Progress, say
 
 T = TypeVar("T")
@@ -51,7 +52,7 @@ def prune(
     The loss is measured on the first ``tokens`` tokens of ``data`` (text, or shards, of which what is held out), or of what the
     run of the checkpoint holds out.
     """
-    folder = new_folder(out)
+    folder = new_path(out)
     ready = open_model(load_start(checkpoint).path)
     config, model = ready.model.config, ready.model
     _check_sizes(config, layers, intermediate_size)

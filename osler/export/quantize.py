@@ -9,10 +9,11 @@ from __future__ import annotations
 import torch
 
 from osler.checkpoint.folders import TENSORS_SUFFIX
-from osler.export.folder import carried, new_folder, write_run
+from osler.export.folder import carried, write_run
 from osler.inference.load import MADE_BY, QUANTIZED, described_model, load_start, tokenizer_of
 from osler.model.quantization import quantize_weights
 from osler.runtime import format as fmt
+from osler.runtime.files import new_path
 from osler.runtime.log import say
 
 BITS = {"int8": 8, "int4": 4}
@@ -20,7 +21,7 @@ BITS = {"int8": 8, "int4": 4}
 
 def quantize(checkpoint: str, to: str, out: str, group_size: int = 32) -> int:
     """Write a run folder with a checkpoint's model in smaller weights: the command ``quantize``."""
-    folder = new_folder(out)
+    folder = new_path(out)
     loaded = load_start(checkpoint, ["model"])
     weights, state = loaded.tensors["model"], carried(loaded.state)
     state[MADE_BY] = {"command": "quantize", "of": str(loaded.path.resolve())}

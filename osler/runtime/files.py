@@ -52,16 +52,21 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | str | Iterable[byte
     fsync_dir(path.parent)
 
 
+def new_path(path: str | os.PathLike[str], option: str = "--out") -> Path:
+    """Return a path to write at; raises UserError when something is there already that is not an empty folder."""
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} is there already: name a new one with {option}.")
+    return path
+
+
 @contextlib.contextmanager
 def appearing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a hidden place beside ``path`` to write a file or folder at, which gets its name when the block ends well.
 
-    After an exception nothing is left; a kill may leave a hidden ``.<name>.*.tmp``. Raises UserError when something is there
-    already that is not an empty folder.
+    After an exception nothing is left; a kill may leave a hidden ``.<name>.*.tmp``. Raises UserError as ``new_path`` does.
     """
-    path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} is there already: name a new one with --out.")
+    path = new_path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
