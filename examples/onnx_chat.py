@@ -15,13 +15,14 @@ folder = Path(sys.argv[1])
 session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
 tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
 tokenizer.encode_special_tokens = True  # a marker that stands in a question is plain text
-question_id, thinking_id, end_id = map(tokenizer.token_to_id, ("<|question|>", "<|thinking|>", "<|endoftext|>"))
-longest = json.loads((folder / "config.json").read_text())["max_position_embeddings"]
+config = json.loads((folder / "config.json").read_text())
+longest, first = config["max_position_embeddings"], "<|thinking|>" if config["osler"]["reasons"] else "<|answer|>"
+question_id, first_id, end_id = map(tokenizer.token_to_id, ("<|question|>", first, "<|endoftext|>"))
 caches = [one for one in session.get_inputs() if one.name.startswith("past_key_values")]
 nothing = {one.name: np.zeros((1, one.shape[1], 0, one.shape[3]), np.float32) for one in caches}
 
 for question in sys.stdin:
-    ids = [question_id, *tokenizer.encode(question.strip(), add_special_tokens=False).ids, thinking_id]
+    ids = [question_id, *tokenizer.encode(question.strip(), add_special_tokens=False).ids, first_id]
     start, new, past = len(ids), ids, nothing
     while len(ids) < longest and ids[-1] != end_id:
         read = {"input_ids": np.array([new]), "attention_mask": np.ones((1, len(ids)), np.int64)}
