@@ -85,13 +85,17 @@ def names_of(models: Sequence[str]) -> dict[str, str]:
 
 def api_key(config: ServeConfig) -> str | None:
     """Return the key that clients must send, from a file or the environment; None where there is none."""
-    key = os.environ.get(KEY_VARIABLE)
+    key, where = os.environ.get(KEY_VARIABLE), KEY_VARIABLE
     if config.api_key_file is not None:
-        lines = Path(config.api_key_file).read_text(encoding="utf-8").splitlines()
-        key = lines[0].strip() if lines else ""
-    if key == "":
-        where = config.api_key_file or KEY_VARIABLE
-        raise UserError(f"The API key in {where} is empty: write one there, or leave it out to serve without a key.")
+        where = config.api_key_file
+        try:
+            key = Path(where).read_text(encoding="utf-8").partition("\n")[0]
+        except (OSError, ValueError) as error:
+            raise UserError(f"The file of the API key cannot be read: {error}.") from error
+    key = key if key is None else key.strip()
+    if key is not None and not (key and key.isascii() and key.isprintable()):
+        what = "has characters that no header carries: take printable ASCII" if key else "is empty: write one there"
+        raise UserError(f"The API key in {where} {what}, or leave it out to serve without a key.")
     return key
 
 

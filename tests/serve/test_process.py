@@ -29,9 +29,12 @@ def test_the_key_is_in_a_file_or_in_the_environment_and_never_empty(tmp_path: Pa
     assert api_key(ServeConfig()) == "from outside"
     (tmp_path / "key").write_text(" from a file \nand a note\n")
     assert api_key(ServeConfig(api_key_file=str(tmp_path / "key"))) == "from a file"
-    (tmp_path / "key").write_text("")
-    with pytest.raises(UserError, match="is empty"):
-        api_key(ServeConfig(api_key_file=str(tmp_path / "key")))
+    for content, told in ((b"", "is empty"), ("schlüssel".encode(), "printable ASCII"), (b"\xff", "cannot be read")):
+        (tmp_path / "key").write_bytes(content)
+        with pytest.raises(UserError, match=told):
+            api_key(ServeConfig(api_key_file=str(tmp_path / "key")))
+    with pytest.raises(UserError, match=r"cannot be read: .*no-key"):
+        api_key(ServeConfig(api_key_file=str(tmp_path / "no-key")))
 
 
 def test_a_port_that_is_taken_is_found_before_models_load(capsys: pytest.CaptureFixture[str]) -> None:
