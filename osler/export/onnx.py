@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -125,12 +126,13 @@ def write(export: Export, folder: Path) -> str:
     """Write the graph, tokenizer and config as a new folder, and return what it is. Needs the extra ``export``."""
     quantization = runtime()
     folder.mkdir()
-    plain = folder / (MODEL_NAME if export.dtype == "fp32" else f"plain-{MODEL_NAME}")
+    parts = folder / "parts"
+    parts.mkdir()
+    plain = folder / MODEL_NAME if export.dtype == "fp32" else parts / MODEL_NAME
     write_graph(export, plain)
     if export.dtype != "fp32":
         quantise(quantization, plain, folder / MODEL_NAME, export.dtype)
-        for path in folder.glob(f"{plain.name}*"):
-            path.unlink()
+    shutil.rmtree(parts)
     files = describing_files(export)
     files[TOKENIZER_FILE] = export.loaded.tokenizer.to_bytes()  # its markers are special here: text cannot forge them
     for name, content in files.items():
@@ -165,12 +167,13 @@ def write_graph(export: Export, path: Path) -> None:
 def quantise(quantization: ModuleType, plain: Path, path: Path, dtype: str) -> None:
     """Write a graph again with its matrices in 8 or 4 bits; norms and what flows between stay in fp32."""
     bits, is_large = {"int8": 8, "int4": 4}[dtype], any(plain.parent.glob(f"{plain.name}.*"))
+    kinds: tuple[str, ...] = ("MatMul", "Gather")
     with quiet():
         if bits == 8:  # the quantiser below takes an embedding in 4 bits only
-            quantization.quantize_dynamic(plain, path, op_types_to_quantize=["Gather"], use_external_data_format=is_large)
-        source, kinds = (path, ("MatMul",)) if bits == 8 else (plain, ("MatMul", "Gather"))
+            source, plain, kinds = plain, plain.with_name(f"embedding-{plain.name}"), ("MatMul",)
+            quantization.quantize_dynamic(source, plain, op_types_to_quantize=["Gather"], use_external_data_format=is_large)
         nbits = quantization.matmul_nbits_quantizer.MatMulNBitsQuantizer
-        quantiser = nbits(str(source), bits, BLOCK, op_types_to_quantize=kinds)
+        quantiser = nbits(str(plain), bits, BLOCK, op_types_to_quantize=kinds)
         quantiser.process()
         quantiser.model.save_model_to_file(str(path), is_large)
 

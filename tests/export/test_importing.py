@@ -12,6 +12,7 @@ import torch
 
 from osler.checkpoint.store import read_tensors, write_tensors
 from osler.cli.main import main
+from osler.export.importing import rope_of
 from osler.inference.load import load_model
 from osler.model.config import YarnConfig
 from osler.tokenizer.bpe import EOS, SPECIALS, Tokenizer
@@ -89,6 +90,13 @@ def test_tokens_that_do_not_fit_get_rows_and_another_end_of_text_its_name(publis
     torch.testing.assert_close(rows[first : first + 3], rows[:first].mean(0).expand(3, -1))
 
 
+def test_fields_that_say_what_osler_does_anyway_are_taken():
+    described = {"rope_parameters": {**YARN, "truncate": True, "attention_factor": None}, "max_position_embeddings": 64}
+    assert rope_of(described, "")["rope_scaling"] == {"type": "yarn", "factor": 2.0, "original_max_seq_len": 32}
+    older = {"rope_theta": 1e4, "rope_scaling": {"type": "yarn", "factor": 2.0}, "max_position_embeddings": 64}
+    assert rope_of(older, "")["rope_scaling"]["original_max_seq_len"] == 64
+
+
 @pytest.mark.parametrize("shape", [*SHAPES, "yarn"])
 def test_there_and_back_is_the_same_to_the_bit(shape, checkpoint, tmp_path):
     yarn = {"rope_scaling": YarnConfig(factor=4, original_max_seq_len=16, beta_fast=16.0)}
@@ -161,6 +169,7 @@ Q = "model.layers.1.self_attn.q_proj.weight"
         (with_config(quantization_config={"bits": 4}), "quantization_config is {'bits': 4}"),
         (with_config(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4}), "RoPE of the type 'llama3'"),
         (with_config(rope_parameters={**YARN, "attention_factor": 1.3}), "no attention_factor=1.3"),
+        (with_config(rope_parameters={**YARN, "truncate": False}), "no truncate=False"),
         (with_config(head_dim=None), "lacks head_dim"),
         (with_config(hidden_size=48), "lm_head.weight is (532, 32), and by config.json it would be (532, 48)"),
         (with_weights(lambda tensors: tensors.pop(Q)), "1 weights are missing, such as layers.1.self_attn.q_proj.weight"),

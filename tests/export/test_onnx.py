@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from osler.cli.main import main
+from osler.export import onnx
 from osler.export.huggingface import qwen3_weights
 from osler.export.onnx import QwenGraph
 from osler.inference.load import load_model
@@ -59,8 +60,10 @@ def test_graph_computes_the_model(shape, checkpoint):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "atol", "of_size"), [("fp32", 1e-4, 1.5), ("int8", 0.5, 0.6), ("int4", 3.0, 0.5)])
-def test_onnx_runtime_computes_the_same_and_needs_no_torch(dtype, atol, of_size, runs, tmp_path):
+def test_onnx_runtime_computes_the_same_and_needs_no_torch(dtype, atol, of_size, runs, tmp_path, monkeypatch):
     onnxruntime = pytest.importorskip("onnxruntime")
+    if dtype != "fp32":  # as a large model: weights in a file of their own
+        monkeypatch.setattr(onnx, "INLINE_BYTES", 0)
     folder = tmp_path / "onnx"
     assert main(["export", str(runs.sft), "--to", "onnx", "--dtype", dtype, "--out", str(folder)]) == 0
     ours = load_model(runs.sft)
@@ -73,7 +76,8 @@ def test_onnx_runtime_computes_the_same_and_needs_no_torch(dtype, atol, of_size,
 
     assert_close(*in_two_parts(ours.model, run), atol)
     weights = 4 * sum(weight.numel() for weight in ours.model.parameters())
-    assert (folder / "model.onnx").stat().st_size < of_size * weights + 300_000  # the graph itself
+    size = sum(path.stat().st_size for path in folder.glob("*model.onnx*"))
+    assert size < of_size * weights + 330_000  # the graph itself, and what aligns weights in their file
     if dtype != "fp32":
         return
     question = "Which drug helps: aspirin (A) or <|answer|> (B)?"
