@@ -14,7 +14,7 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from osler.inference.batch import Batch
 from osler.inference.engine import InferenceEngine
@@ -135,7 +135,7 @@ class Worker:
     def __init__(self, models: Sequence[Served], config: ServeConfig) -> None:
         self.models = {served.name: served for served in models}
         self.drawings: set[Drawing] = set()  # that have not ended
-        self._calls = 0
+        self._calls: set[asyncio.Future[Any]] = set()  # that have no result
         self.on_end: Callable[[], None] = lambda: None  # is called in the web server's thread when no more is computed
         self._max_outstanding = config.max_outstanding
         self._asked: queue.SimpleQueue[tuple[Callable[[], None], bool] | None] = queue.SimpleQueue()  # and whether it is slow
@@ -170,10 +170,10 @@ class Worker:
     async def call(self, function: Callable[[], T]) -> T:
         """Return what ``function`` returns in the worker's thread, between two steps; raises what it raises."""
         self._check_alive()
-        if self._calls >= self._max_outstanding:
+        if len(self._calls) >= self._max_outstanding:
             raise ApiError(429, "Too many questions wait: try again later.", "overloaded", headers={"Retry-After": "1"})
-        self._calls += 1
         done: asyncio.Future[T] = self._loop.create_future()
+        self._calls.add(done)
 
         def compute() -> None:
             try:
@@ -189,7 +189,7 @@ class Worker:
         try:
             return await done
         finally:
-            self._calls -= 1
+            self._calls.discard(done)
 
     def cancel(self, drawing: Drawing, served: Served, indices: set[int]) -> None:
         """Give completions of a drawing up."""
@@ -256,8 +256,11 @@ class Worker:
             self._loop.call_soon_threadsafe(function, *arguments)
 
     def _end(self) -> None:
+        stopped = ApiError(503, "The server stopped.", "stopped")
         for drawing in list(self.drawings):
-            drawing.fail(ApiError(503, "The server stopped.", "stopped"))
+            drawing.fail(stopped)
+        for done in self._calls:
+            _resolve(done, None, stopped)
         self.on_end()
 
 
@@ -267,7 +270,7 @@ def _deliver(news: Sequence[tuple[Drawing, int, Continuation]]) -> None:
 
 
 def _resolve(done: asyncio.Future[T], result: T, error: BaseException | None) -> None:
-    if done.cancelled():
+    if done.done():
         return
     if error is None:
         done.set_result(result)

@@ -13,6 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from osler.serve.config import ServeConfig
+from osler.serve.errors import ApiError
+from osler.serve.worker import Worker
+
 JSON = {"Content-Type": "application/json"}
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 LONG = {"model": "text", "prompt": "A", "max_tokens": 250, "logit_bias": {"0": -100}}  # never ends by itself
@@ -235,6 +239,23 @@ def test_a_bug_in_the_thread_that_computes_ends_the_server(serve: Callable[..., 
     assert json.loads(list(events(client))[-1])["error"]["code"] == "stopped"
     running.stop()
     assert running.server.exit_code == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_what_waits_when_the_thread_ends_is_told_so() -> None:
+    class Bug(BaseException):
+        pass
+
+    def fail() -> None:
+        raise Bug
+
+    async def ask_twice() -> list[Any]:
+        worker = Worker([], ServeConfig())
+        worker.start()
+        return await asyncio.wait_for(asyncio.gather(worker.call(fail), worker.call(int), return_exceptions=True), 20)
+
+    first, second = asyncio.run(ask_twice())
+    assert isinstance(first, Bug) and isinstance(second, ApiError) and second.code == "stopped"
 
 
 def test_a_signal_lets_running_requests_end(serve: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
