@@ -24,9 +24,8 @@ from bench_serve import started
 from measuring import publish
 
 ONNX = ("fp32", "int8", "int4")
-Write = Callable[
-    [str], list[int] | tuple[str, str]
-]  # from a question to the ids of an answer, or to thinking and answer as texts
+# From a question to the ids of an answer; or to thinking, answer, and whether it ended by itself.
+Write = Callable[[str], list[int] | tuple[str, str | None, bool]]
 
 
 def in_transformers(folder: Path, new_tokens: int) -> Write:
