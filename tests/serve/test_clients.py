@@ -1,8 +1,6 @@
 """OpenAI's own client against the server, and both against the engine that draws."""
 
-import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import openai
@@ -267,12 +265,12 @@ def test_a_key_is_demanded(serve: Callable[..., Any]) -> None:
     assert openai.OpenAI(base_url=f"{running.url}/v1", api_key="secret").models.list().data
 
 
-def test_a_full_server_says_when_to_come_again(serve: Callable[..., Any]) -> None:
-    running = serve(max_rows=1, max_waiting=1)
+def test_a_full_server_says_when_to_come_again(serve: Callable[..., Any], long_models: Any) -> None:
+    running = serve(models=long_models, max_rows=1, max_waiting=1, max_new_tokens=4000)
     client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
     with pytest.raises(openai.BadRequestError, match="3 completions are more than this server draws"):
         client.completions.create(model="text", prompt="A", n=3)
-    with client.completions.create(model="text", prompt="A", max_tokens=250, logit_bias={"0": -100}, stream=True) as running_one:
+    with client.completions.create(prompt="A", model="text", max_tokens=4000, logit_bias={"0": -100}, stream=True) as running_one:
         next(iter(running_one))
         with pytest.raises(openai.RateLimitError) as refused:
             client.completions.create(model="text", prompt="A", n=2)
@@ -285,5 +283,4 @@ def test_sampling_params_have_no_field_that_the_api_forgets() -> None:
     """A new way to sample must be offered here or left out on purpose."""
     known = {"max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "logit_bias", "top_logprobs"}
     known |= {"presence_penalty", "frequency_penalty", "stop_ids", "seed"}
-    assert set(vars(SamplingParams())) == known and replace(SamplingParams(), seed=1).seed == 1
-    assert math.isfinite(SamplingParams().temperature)
+    assert set(vars(SamplingParams())) == known
