@@ -25,7 +25,7 @@ from osler.model.init import is_of_indexer
 from osler.runtime.errors import UserError
 from osler.tokenizer.bpe import ANSWER, EOS, QUESTION, THINKING
 
-CONFIG_FILE = "config.json"
+CONFIG_JSON = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 ABOUT = "osler"  # a field of config.json: what Osler knows of the model, for the way back
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -65,7 +65,7 @@ def write(export: Export, folder: Path) -> str:
     folder.mkdir()
     weights = {name: weight.to(DTYPES[export.dtype]) for name, weight in export.weights.items()}
     write_tensors(folder / WEIGHTS_FILE, weights)
-    for name, content in {**describing_files(export), **card_files(export.loaded, export.config)}.items():
+    for name, content in {**companion_files(export), **card_files(export.loaded, export.config)}.items():
         (folder / name).write_bytes(content)
     return "Qwen3ForCausalLM"
 
@@ -140,14 +140,14 @@ def qwen3_weights(config: ModelConfig, weights: Mapping[str, Tensor]) -> dict[st
     return {name if name.startswith("lm_head") else f"model.{name}": tensor for name, tensor in named.items()}
 
 
-def describing_files(export: Export) -> dict[str, bytes]:
+def companion_files(export: Export) -> dict[str, bytes]:
     """Return the files beside the weights: shape, tokens that end a text, tokenizer and chat template."""
     config, loaded = export.config, export.loaded
     ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), loaded.tokenizer.eos_id)
     known = {"kind": loaded.kind, REASONS: loaded.reasons}
     known["trained_seq_len"] = min(loaded.model.trained_seq_len, config.max_seq_len)
     contents: dict[str, dict[str, Any]] = {
-        CONFIG_FILE: qwen3_config(config, DTYPES.get(export.dtype, torch.float32)) | ends | {ABOUT: known},
+        CONFIG_JSON: qwen3_config(config, DTYPES.get(export.dtype, torch.float32)) | ends | {ABOUT: known},
         "generation_config.json": ends,
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",

@@ -19,7 +19,7 @@ from torch import Tensor
 from osler.checkpoint.store import read_tensors
 from osler.config.schema import decode
 from osler.export.folder import write_run
-from osler.export.huggingface import ABOUT, CONFIG_FILE, WEIGHTS_FILE
+from osler.export.huggingface import ABOUT, CONFIG_JSON, WEIGHTS_FILE
 from osler.inference.load import MADE_BY, REASONS, TOKENIZER_FILE, LoadedModel, device_to_use
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
@@ -89,8 +89,8 @@ def open_folder(folder: str | Path, *, device: str = "auto") -> LoadedModel:
 
 def read_folder(source: Path) -> Imported:
     """Read a folder of Hugging Face's; raises UserError for what Osler's model cannot hold."""
-    described = read_json(source / CONFIG_FILE)
-    config = model_config(described, str(source / CONFIG_FILE))
+    described = read_json(source / CONFIG_JSON)
+    config = model_config(described, str(source / CONFIG_JSON))
     tokenizer, told = fitting_tokenizer(source, described, config)
     config, weights = model_weights(config, read_weights(source))
     if tokenizer.vocab_size > config.vocab_size:

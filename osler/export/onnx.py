@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from osler.export.huggingface import Export, describing_files
+from osler.export.huggingface import Export, companion_files
 from osler.inference.load import TOKENIZER_FILE
 from osler.model.config import ModelConfig
 from osler.model.rope import apply_rope, rope_tables
@@ -131,9 +131,9 @@ def write(export: Export, folder: Path) -> str:
     plain = folder / MODEL_NAME if export.dtype == "fp32" else parts / MODEL_NAME
     write_graph(export, plain)
     if export.dtype != "fp32":
-        quantise(quantization, plain, folder / MODEL_NAME, export.dtype)
+        write_quantized(quantization, plain, folder / MODEL_NAME, export.dtype)
     shutil.rmtree(parts)
-    files = describing_files(export)
+    files = companion_files(export)
     files[TOKENIZER_FILE] = export.loaded.tokenizer.to_bytes()  # its markers are special here: text cannot forge them
     for name, content in files.items():
         (folder / name).write_bytes(content)
@@ -164,7 +164,7 @@ def write_graph(export: Export, path: Path) -> None:
         )
 
 
-def quantise(quantization: ModuleType, plain: Path, path: Path, dtype: str) -> None:
+def write_quantized(quantization: ModuleType, plain: Path, path: Path, dtype: str) -> None:
     """Write a graph again with its matrices in 8 or 4 bits; norms and what flows between stay in fp32."""
     bits, is_large = {"int8": 8, "int4": 4}[dtype], any(plain.parent.glob(f"{plain.name}.*"))
     kinds: tuple[str, ...] = ("MatMul", "Gather")

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 from osler.config.schema import decode
-from osler.export.huggingface import CONFIG_FILE
+from osler.export.huggingface import CONFIG_JSON
 from osler.export.importing import open_folder
 from osler.inference.load import LoadedModel, open_model
 from osler.runtime import format as fmt
@@ -63,7 +63,7 @@ def run(models: Sequence[str], **settings: Any) -> int:
 
 def opened(path: str, config: ServeConfig) -> LoadedModel:
     """Load a run, a checkpoint, or a folder of Hugging Face's as `osler import` reads it."""
-    if (Path(path) / CONFIG_FILE).is_file():
+    if (Path(path) / CONFIG_JSON).is_file():
         return open_folder(path, device=config.device)
     return open_model(path, device=config.device, which=config.which)
 
