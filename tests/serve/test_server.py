@@ -252,7 +252,9 @@ def test_what_waits_when_the_thread_ends_is_told_so() -> None:
     async def ask_twice() -> list[Any]:
         worker = Worker([], ServeConfig())
         worker.start()
-        return await asyncio.wait_for(asyncio.gather(worker.call(fail), worker.call(int), return_exceptions=True), 20)
+        told = await asyncio.wait_for(asyncio.gather(worker.call(fail), worker.call(int), return_exceptions=True), 20)
+        worker.stop()
+        return told
 
     first, second = asyncio.run(ask_twice())
     assert isinstance(first, Bug) and isinstance(second, ApiError) and second.code == "stopped"
