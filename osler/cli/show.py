@@ -85,7 +85,9 @@ def show_recipe(recipe: str | None, overrides: Sequence[str] = (), *, explain: b
     else:
         resolved = decode_recipe(load_recipe(recipe, overrides), source=recipe)
     text = "\n".join([*explained(resolved), ""]) if explain else dump_yaml(encode(resolved))
-    return "\n".join([text, *as_comments(getattr(resolved, "numbers", dict)())])
+    numbers = as_comments(getattr(resolved, "numbers", dict)())
+    wrapped = (textwrap.wrap(line, COLUMNS, subsequent_indent=f"#{'':<19}", break_on_hyphens=False) for line in numbers)
+    return "\n".join([text, *(line for lines in wrapped for line in lines)])
 
 
 def decode_recipe(recipe: dict[str, Any], *, source: str = "") -> Any:
