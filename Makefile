@@ -9,8 +9,11 @@ TEST_ARGS ?=
 TEST_WORKERS ?= 2
 TORTURE_ARGS ?=
 MIN_COVERAGE := 85
-# What the others share, two that are given texts to train on, and one that is given a run.
-NO_BENCH := $(addprefix benchmarks/,measuring.py beside_peers.py export_exam.py text_10min.py tune_optimizers.py)
+# What the others share, and those that are given a file, a run or a folder.
+NO_BENCH := $(addprefix benchmarks/,measuring.py beside_peers.py bench_clean.py bench_distill.py bench_needle.py export_exam.py \
+  extend_context.py grpo_evidence.py harness_parity.py quantize_table.py real_questions.py sparse_learning.py text_10min.py \
+  tune_optimizers.py)
+
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart tour test test-all torture lint bench clean
