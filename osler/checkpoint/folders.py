@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
+CONFIG_JSON = "config.json"  # in a folder of Hugging Face's, and in no checkpoint
 TENSORS_SUFFIX = ".safetensors"
 BEST = "best.json"  # in the root (the folder of a run's checkpoints), beside them
 HIDDEN = ".tmp-"  # the names of folders that are being written or deleted begin with it
@@ -196,7 +197,7 @@ class Best(NamedTuple):
 def root_of(path: str | Path) -> Path:
     """Return the checkpoints folder, given its path or that of its run folder. Any other folder is returned as it is.
 
-    Raises UserError when the path is no folder, or a folder of several runs, such as a pipeline's.
+    Raises UserError when the path is no folder, a folder of Hugging Face's, or one of several runs, such as a pipeline's.
     """
     path = Path(path)
     if not path.is_dir():
@@ -206,6 +207,11 @@ def root_of(path: str | Path) -> Path:
         return inner
     if runs := [sub for sub in sorted(path.iterdir()) if RunFolder(sub).checkpoints.is_dir()]:
         raise UserError(f"{path} holds {len(runs)} runs; give the one that you mean: {', '.join(map(str, runs))}.")
+    if (path / CONFIG_JSON).is_file():
+        raise UserError(
+            f"{path} is a folder of Hugging Face's: `osler import {path} --run runs/{path.resolve().name}` makes a run of it, "
+            "which every command takes."
+        )
     return path
 
 

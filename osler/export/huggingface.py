@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from osler.checkpoint.folders import CONFIG_JSON
 from osler.checkpoint.store import write_tensors
 from osler.export.card import card_files
 from osler.inference.load import REASONS, TOKENIZER_FILE, LoadedModel
@@ -25,7 +26,6 @@ from osler.model.init import is_of_indexer
 from osler.runtime.errors import UserError
 from osler.tokenizer.bpe import ANSWER, EOS, QUESTION, THINKING
 
-CONFIG_JSON = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 ABOUT = "osler"  # a field of config.json: what Osler knows of the model, for the way back
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -16,15 +16,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from osler.checkpoint.folders import CONFIG_JSON, is_checkpoint
 from osler.checkpoint.store import read_tensors
 from osler.config.schema import decode
 from osler.export.folder import write_run
-from osler.export.huggingface import ABOUT, CONFIG_JSON, WEIGHTS_FILE
+from osler.export.huggingface import ABOUT, WEIGHTS_FILE
 from osler.inference.load import MADE_BY, REASONS, TOKENIZER_FILE, LoadedModel, device_to_use
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.runtime.errors import UserError
-from osler.runtime.files import new_path, read_json
+from osler.runtime.files import RunFolder, new_path, read_json
 from osler.runtime.log import say
 from osler.tokenizer.bpe import EOS, SPECIALS, Tokenizer
 
@@ -89,6 +90,8 @@ def open_folder(folder: str | Path, *, device: str = "auto") -> LoadedModel:
 
 def read_folder(source: Path) -> Imported:
     """Read a folder of Hugging Face's; raises UserError for what Osler's model cannot hold."""
+    if not (source / CONFIG_JSON).is_file():
+        raise UserError(f"{source} {why_no_folder(source)}")
     described = read_json(source / CONFIG_JSON)
     config = model_config(described, str(source / CONFIG_JSON))
     tokenizer, told = fitting_tokenizer(source, described, config)
@@ -103,6 +106,20 @@ def read_folder(source: Path) -> Imported:
         MADE_BY: {"command": "import", "of": str(source.resolve())},
     }
     return Imported(config, weights, tokenizer, state, told)
+
+
+def why_no_folder(path: Path) -> str:
+    """Return why a path is no folder of Hugging Face's and what to do, to be read after the path."""
+    if is_checkpoint(path) or RunFolder(path).checkpoints.is_dir():
+        return "is Osler's own, which needs no import: every command takes it as it is, init_from= too."
+    if path.is_file():
+        return f"is a file, and a folder is needed, with {CONFIG_JSON} in it: `osler export RUN --to hf` writes one."
+    if path.is_dir():
+        return f"has no {CONFIG_JSON}, which says what model it holds: give the folder that has it beside the weights."
+    return (
+        "does not exist. A published model is downloaded first, such as by `hf download Qwen/Qwen3-0.6B-Base --local-dir "
+        "Qwen3-0.6B-Base` (pip install huggingface_hub), and then the folder is given."
+    )
 
 
 def model_config(described: Mapping[str, Any], source: str) -> ModelConfig:

@@ -15,8 +15,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from osler.checkpoint.folders import CONFIG_JSON
 from osler.config.schema import decode
-from osler.export.huggingface import CONFIG_JSON
 from osler.export.importing import open_folder
 from osler.inference.load import LoadedModel, open_model
 from osler.runtime import format as fmt

@@ -159,6 +159,22 @@ YARN = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4, "original_max_pos
 Q = "model.layers.1.self_attn.q_proj.weight"
 
 
+def test_a_folder_and_a_run_that_are_taken_for_one_another_are_told(checkpoint, tmp_path, capsys):
+    run, folder = checkpoint(), tmp_path / "hf"
+    assert main(["export", str(run), "--to", "hf", "--out", str(folder)]) == 0
+    for command in (["eval"], ["quantize", "--to", "int8", "--out", str(tmp_path / "new")], ["checkpoint", "list"]):
+        assert main([*command, str(folder)]) == 2
+        assert f"`osler import {folder} --run runs/hf`" in capsys.readouterr().err
+    for source, said in (
+        (run, "needs no import"),
+        (run / "checkpoints" / "step-000000000", "needs no import"),
+        (folder / "model.safetensors", "is a file, and a folder is needed"),
+        (tmp_path / "Qwen3", "`hf download Qwen/Qwen3-0.6B-Base"),
+    ):
+        assert main(["import", str(source), "--run", str(tmp_path / "new")]) == 2
+        assert said in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -178,7 +194,7 @@ Q = "model.layers.1.self_attn.q_proj.weight"
         (torn, "is not a readable safetensors file"),
         (with_a_file_too_few, "names model-2.safetensors, which is not there"),
         (lambda folder: (folder / "model.safetensors").unlink(), "has neither model.safetensors nor"),
-        (lambda folder: (folder / "config.json").unlink(), "config.json does not exist"),
+        (lambda folder: (folder / "config.json").unlink(), "has no config.json, which says what model it holds"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer.json"),
         (with_config(vocab_size=500), "tokens and the model only 500 (vocab_size)"),
         (without_an_end, "has no <|endoftext|>, and no added token of it is the model's eos_token_id"),
