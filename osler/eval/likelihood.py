@@ -91,7 +91,8 @@ def sum_logprobs(decoder: Decoder, rows: Sequence[list[int]], start: int) -> lis
     alike: this beginning runs through the model once. The sums depend on these rows alone, to the bit, because no other rows
     share their batch.
     """
-    warn_of_untrained(decoder.trained_seq_len, max(map(len, rows)) - 1)  # the last token is not fed
+    for ids in rows:
+        warn_of_untrained(decoder.trained_seq_len, len(ids) - 1)  # the last token is not fed
     past = decoder.read([rows[0][: start - 1]])[0] if start > 1 else None
     _, hidden_BTD = decoder.read([ids[:-1] for ids in rows], past)
     sums, is_greedy = [], []

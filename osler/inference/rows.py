@@ -22,6 +22,8 @@ from osler.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+TOLERATED = 1.25  # times as long as in training: a few answers end a little later than any that was learned
+
 
 class Request(NamedTuple):
     """A prompt to continue; its random numbers belong to ``number``."""
@@ -82,7 +84,7 @@ def check_request(config: ModelConfig, request: Request, name: str = "The prompt
         raise UserError(
             f"{name} has {len(prompt)} tokens and {new_tokens} new ones were asked for, but the model was built for "
             f"max_seq_len {config.max_seq_len}: shorten the prompt, ask for at most {max(room, 0)} tokens, or train the model on "
-            "longer rows with `osler pretrain init_from=RUN context.max_seq_len=...`."
+            "longer rows with `osler pretrain init_from=RUN seq_len=... context.max_seq_len=...`."
         )
     if unknown := [token for token in (min(prompt), max(prompt)) if not 0 <= token < config.vocab_size]:
         raise UserError(
@@ -91,19 +93,33 @@ def check_request(config: ModelConfig, request: Request, name: str = "The prompt
         )
 
 
+@dataclass
+class _Lengths:
+    """How many rows a process has read, how many were longer than in training, and whether a warning was given."""
+
+    rows: int = 0
+    longer: int = 0
+    is_told: bool = False
+
+
 @cache
-def _warn_of_untrained(trained_seq_len: int) -> None:
-    logger.warning(
-        f"The model was trained on rows of at most {trained_seq_len:,} tokens and reads longer ones now; positions behind that "
-        f"were never learned, so its words there mean little. Stay within {trained_seq_len:,} tokens, or train it on longer rows "
-        "first: `osler pretrain init_from=RUN seq_len=... context.max_seq_len=...`."
-    )
+def _lengths_read(trained_seq_len: int) -> _Lengths:
+    return _Lengths()
 
 
 def warn_of_untrained(trained_seq_len: int, length: int) -> None:
-    """Warn, once in a process, when a row of ``length`` tokens is longer than all that a model was trained on."""
-    if length > trained_seq_len:
-        _warn_of_untrained(trained_seq_len)
+    """Count a row, and warn once in a process when it is longer than ``TOLERATED`` times what a model was trained on."""
+    lengths = _lengths_read(trained_seq_len)
+    lengths.rows += 1
+    lengths.longer += length > trained_seq_len
+    if length > TOLERATED * trained_seq_len and not lengths.is_told:
+        lengths.is_told = True
+        logger.warning(
+            f"The model was trained on rows of at most {trained_seq_len:,} tokens and reads one of {length:,} now "
+            f"({lengths.longer:,} of {lengths.rows:,} rows so far were longer than in training). It never learned positions so "
+            f"far behind that, and its words there may mean little. Stay near {trained_seq_len:,} tokens, or train it on longer "
+            "rows first: `osler pretrain init_from=RUN seq_len=... context.max_seq_len=...`."
+        )
 
 
 class Rows:

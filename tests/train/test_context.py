@@ -80,18 +80,19 @@ def test_a_run_extends_the_context_of_another_and_resumes(tiny, runs, tmp_path, 
     assert "trained on rows of 512 tokens" in capsys.readouterr().err
 
 
-def test_positions_that_were_never_learned_are_warned_of_once(runs, caplog) -> None:
+def test_positions_far_behind_what_was_learned_are_warned_of_once_and_rows_counted(runs, caplog) -> None:
     ready = load_model(runs.pretrain)
     assert (ready.model.trained_seq_len, ready.model.config.max_seq_len) == (64, 256)
     engine, sampling = InferenceEngine(ready.model), SamplingParams(max_new_tokens=8, temperature=0)
-    for prompt, warnings in ((56, 0), (60, 1), (61, 1)):
-        rows._warn_of_untrained.cache_clear() if not warnings else None
+    rows._lengths_read.cache_clear()
+    for prompt, warnings in ((56, 0), (73, 0), (74, 1), (80, 1)):  # rows of 63, 80, 81 and 87 tokens
         engine.generate([[5] * prompt], sampling)
         assert caplog.text.count("trained on rows of at most 64 tokens") == warnings
-    rows._warn_of_untrained.cache_clear()
+    assert "reads one of 81 now (2 of 3 rows so far" in caplog.text
+    rows._lengths_read.cache_clear()
     score_by_likelihood(ready.model, ready.tokenizer, load_clinic(split="validation", limit=2))
     assert caplog.text.count("trained on rows of at most 64 tokens") == 2
-    rows._warn_of_untrained.cache_clear()
+    rows._lengths_read.cache_clear()
     text_score(EvalConfig(seq_len=128), ready, iter([[5, 6, ready.tokenizer.eos_id]]), 1, 9)
     assert caplog.text.count("trained on rows of at most 64 tokens") == 3
     teacher = described_teacher(TeacherConfig(path=str(runs.pretrain)))
