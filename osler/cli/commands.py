@@ -65,7 +65,8 @@ Ctrl-C leaves; the run goes on. A run that is finished or was stopped can be wat
 SERVE_HELP = """\
   osler serve small=runs/small runs/quickstart/grpo --port 9000     (several; a request chooses by name)
   curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\
-       -d '{"messages": [{"role": "user", "content": "What helps against fever?"}]}'
+       -d '{"messages": [{"role": "user", "content": "A girl aged 17 has deep breathing, intense thirst and dry tongue. \
+What is the best test? blood ketones (A) serum TSH (B) spirometry (C) IGF-1 level (D)"}]}'
 
 It needs the extra `serve`. SIGTERM or Ctrl-C: no new requests, and those that run have --drain-seconds to end."""
 

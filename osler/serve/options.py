@@ -60,8 +60,10 @@ def read_options(ready: LoadedModel, question: str, thinking: str | None = None)
 
 
 def example_of(ready: LoadedModel) -> str | None:
-    """Return a question of the exam of the clinic that a model was not taught; None for a model that learned another exam."""
+    """Return a question of the exam of the clinic that a model was not taught, written as in its training.
+
+    None for a model that learned another exam.
+    """
     if not (ready.answers_questions and ready.knows_clinic):
         return None
-    item = load_clinic(split="new_findings", limit=1)[0]
-    return "\n".join([item.question, *(f"{letter}. {option}" for letter, option in zip(LETTERS, item.options, strict=False))])
+    return render_question(load_clinic(split="new_findings", limit=1)[0])
