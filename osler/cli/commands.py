@@ -37,7 +37,7 @@ It draws samples=8 answers to each question and keeps those that an exam counts 
 question at most. After an interruption the same command goes on. `osler show distill --explain` says what each field means.
 
 A model may also learn from a teacher's probabilities, as a run like any other, if both have the same tokenizer:
-  osler sft init_from=runs/small teacher.path=runs/clinic-sft     (or osler pretrain; teacher.weight, teacher.temperature)"""
+  osler sft init_from=runs/small teacher.path=runs/quickstart/sft     (or osler pretrain; teacher.weight, teacher.temperature)"""
 
 EXPORT_HELP = """\
 --to         what                                                                    --dtype
@@ -47,7 +47,7 @@ onnx         a folder for ONNX Runtime, with a KV cache                         
 safetensors  one file: the model as it is, config and tokenizer in its metadata      fp32, bf16"""
 
 QUANTIZE_HELP = """\
-  osler eval runs/clinic-sft-int8 && osler eval runs/clinic-sft && osler compare runs/clinic-sft runs/clinic-sft-int8
+  osler eval runs/sft-int8 && osler eval runs/quickstart/sft && osler compare runs/quickstart/sft runs/sft-int8
 
 Weights are rounded; where the model runs they are in full again, so the file is smaller and nothing is faster. What is
 quantised cannot be trained: train first. bf16 can."""
@@ -63,7 +63,7 @@ WATCH_HELP = """\
 Ctrl-C leaves; the run goes on. A run that is finished or was stopped can be watched as well."""
 
 SERVE_HELP = """\
-  osler serve small=runs/small runs/quickstart/grpo --port 9000     (several; a request chooses by name)
+  osler serve runs/quickstart/grpo before=runs/quickstart/sft --port 9000     (several; a request chooses by name)
   curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\
        -d '{"messages": [{"role": "user", "content": "A girl aged 17 has deep breathing, intense thirst and dry tongue. \
 What is the best test? blood ketones (A) serum TSH (B) spirometry (C) IGF-1 level (D)"}]}'
@@ -194,21 +194,21 @@ COMMANDS: tuple[Command, ...] = (
     Command(
         "sft",
         "Teach a pretrained model to reason and answer",
-        "osler sft init_from=runs/clinic-pretrain data.type=turns data.path=cases.jsonl",
+        "osler sft init_from=runs/notes data.type=turns data.path=cases.jsonl",
         "osler.train.run:run",
         (RECIPE, *RUN_FOLDER, *ORIGIN, EVAL_ONLY),
     ),
     Command(
         "grpo",
         "Improve a model by its own tries at exam questions (reinforcement learning)",
-        "osler grpo init_from=runs/clinic-sft algorithm.samples_per_prompt=16",
+        "osler grpo init_from=runs/quickstart/sft algorithm.samples_per_prompt=16",
         "osler.rl.run:run",
         (RECIPE, *RUN_FOLDER, *ORIGIN),
     ),
     Command(
         "export",
         "Write a model for other programs: transformers, vLLM, llama.cpp, ONNX Runtime",
-        "osler export runs/clinic-sft --to hf --out clinic-hf",
+        "osler export runs/quickstart/grpo --to hf --out clinic-hf",
         "osler.export.run:run",
         (
             CHECKPOINT,
@@ -233,14 +233,14 @@ COMMANDS: tuple[Command, ...] = (
     Command(
         "verl",
         "Write model, questions, reward and options from which verl runs a recipe's GRPO",
-        "osler verl init_from=runs/clinic-sft steps=200 --out clinic-verl",
+        "osler verl init_from=runs/quickstart/sft steps=200 --out clinic-verl",
         "osler.rl.verl:write",
         (RECIPE, EXPORTED),
     ),
     Command(
         "quantize",
         "Write a checkpoint with smaller weights, which is used like the original",
-        "osler quantize runs/clinic-sft --to int8 --out runs/clinic-sft-int8",
+        "osler quantize runs/quickstart/sft --to int8 --out runs/sft-int8",
         "osler.export.quantize:quantize",
         (
             CHECKPOINT,
@@ -253,7 +253,7 @@ COMMANDS: tuple[Command, ...] = (
     Command(
         "prune",
         "Write a smaller dense model: without its least useful layers, or with fewer neurons in every feed-forward layer",
-        "osler prune runs/clinic-sft --layers 3 --out runs/clinic-3",
+        "osler prune runs/quickstart/sft --layers 3 --out runs/sft-3",
         "osler.export.prune:prune",
         (
             CHECKPOINT,
@@ -269,7 +269,7 @@ COMMANDS: tuple[Command, ...] = (
     Command(
         "eval",
         "Sit exams with a model: scores and their confidence intervals",
-        "osler eval runs/clinic-sft",
+        "osler eval runs/quickstart/sft",
         "osler.eval.run:run",
         (
             CHECKPOINT,
@@ -283,7 +283,7 @@ COMMANDS: tuple[Command, ...] = (
     Command(
         "distill",
         "Write a teacher's right answers to questions as examples for a smaller model",
-        "osler distill runs/clinic-sft task=clinic:train --out rows.jsonl",
+        "osler distill runs/quickstart/sft task=clinic:train --out rows.jsonl",
         "osler.eval.distill:run",
         (CHECKPOINT, OVERRIDES, option("--out", required=True, metavar="FILE", help="the rows to write, a .jsonl file")),
         DISTILL_HELP,
@@ -291,14 +291,14 @@ COMMANDS: tuple[Command, ...] = (
     Command(
         "generate",
         "Let a model continue a text",
-        "osler generate runs/clinic-pretrain --prompt 'A patient with fever'",
+        "osler generate runs/quickstart/pretrain --prompt 'A patient with fever'",
         "osler.inference.chat:generate",
         (CHECKPOINT, option("--prompt", required=True, metavar="TEXT", help="the text to continue"), *SAMPLING),
     ),
     Command(
         "chat",
         "Ask a model questions in the terminal",
-        "osler chat runs/clinic-sft",
+        "osler chat runs/quickstart/grpo",
         "osler.inference.chat:chat",
         (
             CHECKPOINT,
@@ -309,7 +309,7 @@ COMMANDS: tuple[Command, ...] = (
     Command(
         "serve",
         "Answer requests to models over HTTP, as OpenAI's API",
-        "osler serve runs/clinic-sft",
+        "osler serve runs/quickstart/grpo",
         "osler.serve.process:run",
         (
             option(
