@@ -24,10 +24,9 @@ import numpy.typing as npt
 from osler.data.config import FIRST_SHARD_TOKENS
 from osler.runtime.errors import UserError
 from osler.runtime.faults import fault
-from osler.runtime.files import fsync_dir, no_pause, open_durable, read_json
+from osler.runtime.files import DATA_MANIFEST, fsync_dir, no_pause, open_durable, read_json
 
 FORMAT_VERSION = 3
-DATA_MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"  # the tokenizer that made the shards
 INDEX = "index.bin"
 SPLITS = ("train", "validation")

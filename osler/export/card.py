@@ -12,7 +12,7 @@ from typing import Any
 
 from osler.checkpoint import store
 from osler.config.recipe import dump_yaml, load_yaml
-from osler.inference.load import CONFIG_FILE, MADE_BY, LoadedModel
+from osler.inference.load import MADE_BY, LoadedModel, training_of
 from osler.model.config import ModelConfig
 from osler.records import jsonl
 from osler.records.results import ExamScore, read_exams
@@ -80,7 +80,7 @@ def stages_of(loaded: LoadedModel) -> Iterator[str]:
         except (UserError, OSError):
             chain.append(({}, {}))
             break
-        state, training = before.state, load_yaml(before.files.get(CONFIG_FILE, b"").decode(), CONFIG_FILE) or {}
+        state, training = before.state, training_of(before)
     number = 0
     for state, training in reversed(chain):
         if training or not state:

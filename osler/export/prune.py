@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar, cast
@@ -18,13 +19,14 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from osler.checkpoint import store
 from osler.checkpoint.folders import TENSORS_SUFFIX
 from osler.data.prepared import held_out_so_far
 from osler.data.readers import TextFiles
 from osler.data.shards import DATA_MANIFEST
 from osler.eval.likelihood import batches, held_out_batches, measure, windows
 from osler.export.folder import carried, write_run
-from osler.inference.load import MADE_BY, LoadedModel, load_start, open_model
+from osler.inference.load import MADE_BY, LoadedModel, load_start, open_model, training_of
 from osler.model.config import ModelConfig
 from osler.model.transformer import Block, Transformer
 from osler.ops.labels import IGNORED
@@ -117,8 +119,18 @@ def texts(ready: LoadedModel, data: str | None, field: str, tokens: int) -> Batc
         held_out = (batch for each in sets.values() for batch in held_out_batches(each, seq_len, **how))
         found = list(_first(held_out, tokens, lambda batch: int((batch[1] != IGNORED).sum())))
     if not found:
-        raise UserError(f"{data or f'The run of {ready.path}'} has no text to measure the loss on: give --data FILE or FOLDER.")
+        raise UserError(
+            f"{data or f'The run of {ready.path}'} has no text to measure the loss on: give --data FILE or FOLDER, of text or of "
+            f"shards{_shards_of_start(ready)}."
+        )
     return found
+
+
+def _shards_of_start(ready: LoadedModel) -> str:
+    """Return the shards of the run that the model's run started from, as words that end a sentence; "" where there are none."""
+    start = _start(ready)
+    found = None if start is None else replace(ready, path=start.path, training=training_of(start)).shards
+    return "" if found is None or not (found / DATA_MANIFEST).is_file() else f", such as --data {found}"
 
 
 def _shards(ready: LoadedModel, data: str | None) -> Path | None:
@@ -223,9 +235,27 @@ def _model_of(config: ModelConfig, weights: Mapping[str, Tensor], like: Transfor
 
 
 def healing(ready: LoadedModel, pruned: str, data: str | None = None) -> str:
-    """Return the command that trains a pruned model on, beside the original as its teacher and on its data where known."""
+    """Return the command that trains a pruned model on, beside the original as its teacher and on its data where known.
+
+    It has the rows of the stage that taught the original to read, and a quarter of its tokens; a model that GRPO tuned, those
+    of the run that it started from.
+    """
     kind = "pretrain" if ready.kind in ("", "pretrain") else "sft"
     own = "data.type=files data.path=TEXT" if kind == "pretrain" else "data.type=turns data.path=QUESTIONS.jsonl"
     learned = own if (shards := _shards(ready, data)) is None else f"data.type=prepared data.path={shards}"
-    rows = "".join(f" {key}={ready.training[key]}" for key in ("seq_len", "batch_tokens") if key in ready.training)
-    return f"osler {kind} init_from={pruned} teacher.path={ready.path} {learned}{rows} --run {pruned}-healed"
+    training, state = ready.training, ready.state
+    if ready.kind == "grpo" and (start := _start(ready)) is not None:
+        training, state = training_of(start), start.state
+    length = {key: training[key] for key in ("seq_len", "batch_tokens") if key in training}
+    if "batch_tokens" in length:
+        steps = max(1, state["tokens"] // 4 // length["batch_tokens"])
+        length["total_tokens"] = steps * length["batch_tokens"]
+    fields = "".join(f" {key}={value}" for key, value in length.items())
+    return f"osler {kind} init_from={pruned} teacher.path={ready.path} {learned}{fields} --run {pruned}-healed"
+
+
+def _start(ready: LoadedModel) -> store.Loaded | None:
+    """Return the checkpoint that the run of a model started from, without tensors; None where there is none any more."""
+    with suppress(UserError, OSError):
+        return store.load(store.resolve(ready.training.get("init_from") or ""), names=[])
+    return None

@@ -20,7 +20,7 @@ from osler.model.quantization import dequantize_weights
 from osler.model.transformer import Transformer
 from osler.runtime.device import pick_device, pick_dtype
 from osler.runtime.errors import UserError
-from osler.runtime.files import RunFolder
+from osler.runtime.files import DATA_MANIFEST, RunFolder, read_json
 from osler.tasks.needle import Context
 from osler.tokenizer.bpe import Tokenizer
 
@@ -80,9 +80,14 @@ class LoadedModel:
 
     @property
     def knows_clinic(self) -> bool:
-        """Whether the run that wrote the checkpoint trained on the clinic's world."""
+        """Whether the run that wrote the checkpoint trained on the clinic's world, perhaps from shards of the clinic alone."""
         learned_from = [self._data, *(entry["task"] for entry in self.training.get("tasks") or [])]
-        return any(section.get("type") == "clinic" for section in learned_from)
+        if any(section.get("type") == "clinic" for section in learned_from):
+            return True
+        if self._data.get("type") != "prepared" or not (manifest := Path(self._data["path"], DATA_MANIFEST)).is_file():
+            return False
+        sources = read_json(manifest).get("sources", {}).values()
+        return {source["about"].get("config", {}).get("type") for source in sources} == {"clinic"}
 
     @property
     def run(self) -> RunFolder | None:
@@ -130,7 +135,7 @@ def load_model(
         weights = dequantize_weights(weights, model.state_dict(), loaded.state[QUANTIZED]["group_size"])
     model.load_state_dict(weights)
     model.trained_seq_len = trained_seq_len_of(loaded)
-    return LoadedModel(loaded.path, model.to(device).eval(), tokenizer, loaded.state, _training_of(loaded), loaded.files)
+    return LoadedModel(loaded.path, model.to(device).eval(), tokenizer, loaded.state, training_of(loaded), loaded.files)
 
 
 def open_model(checkpoint: str | Path, *, device: str = "auto", which: str = "newest") -> LoadedModel:
@@ -172,10 +177,11 @@ def tokenizer_of(loaded: store.Loaded) -> Tokenizer:
 def trained_seq_len_of(loaded: store.Loaded) -> int:
     """Return the tokens of the longest rows that the model of a checkpoint was trained on; where unknown, its ``max_seq_len``."""
     longest = described_model(loaded).max_seq_len  # a checkpoint without the number has that of its own run
-    return int(loaded.state.get("trained_seq_len") or min(_training_of(loaded).get("seq_len", longest), longest))
+    return int(loaded.state.get("trained_seq_len") or min(training_of(loaded).get("seq_len", longest), longest))
 
 
-def _training_of(loaded: store.Loaded) -> Mapping[str, Any]:
+def training_of(loaded: store.Loaded) -> Mapping[str, Any]:
+    """Return the config of the run that wrote a checkpoint, as plain values; empty where the checkpoint does not say."""
     return load_yaml(loaded.files.get(CONFIG_FILE, b"").decode(), str(loaded.path / CONFIG_FILE)) or {}
 
 

@@ -28,6 +28,7 @@ from osler.runtime.faults import fault
 logger = logging.getLogger(__name__)
 fcntl: Any = None if os.name == "nt" else importlib.import_module("fcntl")
 
+DATA_MANIFEST = "manifest.json"  # in a folder of shards: what they are made of
 _HASH_BLOCK_BYTES = 1 << 20
 
 

@@ -364,6 +364,10 @@ def test_a_grpo_run_without_the_clinic_sits_the_exam_it_was_evaluated_on(clinic_
     assert list(parts(config)) == ["medqa test"] and not shards
     with pytest.raises(UserError, match="task=medqa:FILE"):
         complete(EvalConfig(), replace(ready, training={"data": {"type": "turns"}}))
+    taught = replace(ready, training={"data": {"type": "prepared", "path": str(clinic_runs / "sft" / "data")}})
+    assert complete(EvalConfig(), taught)[0].task == CLINIC_EXAM
+    unlike = {"type": "prepared", "path": str(clinic_runs / "notes" / "data")}
+    assert not replace(ready, training={"data": unlike}).knows_clinic
     given = EvalConfig(task=ClinicTask())
     assert complete(given, other) == (given, {})
 

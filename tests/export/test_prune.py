@@ -9,7 +9,7 @@ import torch
 
 from osler.cli.main import main
 from osler.eval.likelihood import measure
-from osler.export.prune import least_useful_layers, texts, with_neurons, without_layers, worth_of_neurons
+from osler.export.prune import healing, least_useful_layers, texts, with_neurons, without_layers, worth_of_neurons
 from osler.inference.load import load_model
 from osler.model.transformer import Transformer
 from osler.ops.labels import IGNORED
@@ -87,6 +87,8 @@ def test_the_command_writes_a_model_that_reads_trains_and_says_how_to_heal_it(ru
     assert losses[-1] == pytest.approx(measure(pruned.model, text, 1).loss, abs=1e-4)
     healing = shlex.split(told.strip().splitlines()[-1])[1:]
     assert f"teacher.path={original.path}" in healing and "init_from=" + out.as_posix() in healing
+    steps = original.state["tokens"] // 4 // original.training["batch_tokens"]
+    assert f"total_tokens={steps * original.training['batch_tokens']}" in healing and steps > 0
     fast = ["total_tokens=1024", "checkpoint.every_tokens=1024", "compile=never", "precision=fp32", "device=cpu"]
     assert main([*healing, *fast, "batch_tokens=512"]) == 0
     healed = load_model(tmp_path / "small-healed").model
@@ -110,8 +112,10 @@ def test_text_of_ones_own_decides_where_it_is_given(runs, tmp_path, capsys):
 def test_shards_decide_for_a_model_that_has_none(runs, tmp_path, capsys):
     command, shards = ["prune", str(runs.sft), "--layers", "1", "--out"], str(runs.sft / "data")
     moved = replace(load_model(runs.sft), path=tmp_path / "alone")
-    with pytest.raises(UserError, match="has no text to measure"):
-        texts(moved, None, "text", 100)
+    tuned = replace(moved, state={"kind": "grpo"}, training={"init_from": str(runs.sft)})  # as GRPO leaves a model
+    with pytest.raises(UserError, match=f"has no text to measure .* such as --data {re.escape(shards)}"):
+        texts(tuned, None, "text", 100)
+    assert healing(tuned, "small", shards).split()[-6:-2] == healing(moved, "small", shards).split()[-6:-2]
     assert len(texts(moved, shards, "text", 100)) == 1
     assert main([*command, str(tmp_path / "small"), "--data", shards]) == 0
     assert f"data.type=prepared data.path={shards} " in capsys.readouterr().err
