@@ -74,22 +74,29 @@ class Capabilities(NamedTuple):
         )
 
 
-def check_request(config: ModelConfig, request: Request, name: str = "The prompt") -> None:
-    """Raise UserError for what the model cannot continue, naming the prompt and the numbers."""
-    prompt, new_tokens = request.prompt, request.sampling.max_new_tokens
-    room = config.max_seq_len - len(prompt)
+def check_prompt(config: ModelConfig, prompt: Sequence[int], name: str = "The prompt") -> None:
+    """Raise UserError for a prompt that is empty or has other token ids than the model, naming the prompt and the number."""
     if not prompt:
         raise UserError(f"{name} is empty: give at least one token, for example the end-of-text token.")
-    if new_tokens > room:
-        raise UserError(
-            f"{name} has {len(prompt)} tokens and {new_tokens} new ones were asked for, but the model was built for "
-            f"max_seq_len {config.max_seq_len}: shorten the prompt, ask for at most {max(room, 0)} tokens, or train the model on "
-            "longer rows with `osler pretrain init_from=RUN seq_len=... context.max_seq_len=...`."
-        )
     if unknown := [token for token in (min(prompt), max(prompt)) if not 0 <= token < config.vocab_size]:
         raise UserError(
             f"{name} has token id {unknown[0]}, and the model's vocabulary has ids 0 to {config.vocab_size - 1}; "
             "is this prompt from another tokenizer?"
+        )
+
+
+def check_request(config: ModelConfig, request: Request, name: str = "The prompt") -> None:
+    """Raise UserError for what the model cannot continue, naming the prompt and the numbers."""
+    prompt, new_tokens = request.prompt, request.sampling.max_new_tokens
+    check_prompt(config, prompt, name)
+    room = config.max_seq_len - len(prompt)
+    if new_tokens > room:
+        asked = f" and {new_tokens} new ones were asked for" if room > 0 else ""
+        less = f", ask for at most {room} tokens" if room > 0 else f" to less than {config.max_seq_len} tokens"
+        raise UserError(
+            f"{name} has {len(prompt)} tokens{asked}, but the model was built for max_seq_len {config.max_seq_len}: "
+            f"shorten it{less}, or train the model on longer rows with `osler pretrain init_from=RUN seq_len=... "
+            "context.max_seq_len=...`."
         )
 
 

@@ -99,7 +99,7 @@ class Api:
             )
         app.add_exception_handler(ApiError, self._tell_error)
         app.add_exception_handler(404, _always(ApiError(404, "There is no such path.", "not_found")))
-        app.add_exception_handler(405, _always(ApiError(405, "This path does not take this method.", "wrong_method")))
+        app.add_exception_handler(405, _wrong_method)
         app.add_exception_handler(500, _always(ApiError(500, "Osler failed; its log says how.", "failed")))
         app.openapi = lambda: _schema_of(app)  # type: ignore[method-assign]
         return app
@@ -355,6 +355,11 @@ def _always(error: ApiError) -> Callable[[Request, Exception], Awaitable[Respons
         return JSONResponse(error.body(), error.status, getattr(cause, "headers", None))
 
     return tell
+
+
+async def _wrong_method(request: Request, cause: Any) -> Response:
+    message = f"{request.url.path} takes {cause.headers['Allow']}, not {request.method}."
+    return JSONResponse(ApiError(405, message, "wrong_method").body(), 405, cause.headers)
 
 
 # ---- the description of the endpoints

@@ -175,4 +175,5 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "best_of": ((1,), "use n, and choose"),
     "service_tier": (("auto", "default"), "there is one"),
     "verbosity": (("medium",), "use max_tokens"),
+    "reasoning_effort": (("none",), "leave it out to let the model think as it learned, or give 'none' for an answer at once"),
 }

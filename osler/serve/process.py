@@ -180,7 +180,8 @@ class Server(uvicorn.Server):
             self.force_exit, self.exit_code = True, EXIT_STOPPED
             return
         name, count, seconds = signal.Signals(sig).name, len(self.api.worker.drawings), self.api.config.drain_seconds
-        logger.info(f"{name}: no new requests; {count} run and have {seconds:g} s to end. Once more to end at once.")
+        rest = f"{count} run, with {seconds:g} s to end. Once more to end at once." if count else "none is running."
+        logger.info(f"{name}: no new requests; {rest}")
         self.should_exit = self.api.is_draining = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 from osler.config.schema import decode
-from osler.inference.rows import Request, check_request
+from osler.inference.rows import Request, check_prompt
 from osler.ops.sampling_params import SamplingParams
 from osler.runtime.errors import UserError
 from osler.serve.config import REFUSED, ChatRequest, CommonRequest, CompletionRequest, Message
@@ -61,9 +61,10 @@ def read_request(kind: type[Body], body: dict[str, Any]) -> Body:
     """Return the request in a body. Raises ApiError, which names the parameter that is unknown, refused or wrong."""
     for name, (neutral, reason) in REFUSED.items():
         if body.get(name) is not None and body[name] not in neutral:
-            raise ApiError(400, f"{name} is not supported: {reason}.", "unsupported_parameter", name)
+            raise ApiError(400, f"{name} as given is not supported: {reason}.", "unsupported_parameter", name)
+    given = {name: value for name, value in body.items() if name not in REFUSED or hasattr(kind, name)}
     try:
-        return decode(kind, {name: value for name, value in body.items() if name not in REFUSED}, source="The request")
+        return decode(kind, given, source="The request")
     except (UserError, RecursionError) as error:
         found = _FIRST_KEY.search(str(error))
         raise ApiError(400, str(error), "invalid_value", found[1] if found else None) from error
@@ -125,24 +126,25 @@ def _rows(prompts: Sequence[Sequence[int]], request: CommonRequest, served: Serv
     """Return a row for every completion of every prompt; row k of a request has random numbers of its own."""
     name = "prompt" if isinstance(request, CompletionRequest) else "messages"
     config, count = served.config, request.n or 1
-    if limit > config.max_new_tokens:
-        message = f"max_tokens is {limit}, and this server draws at most {config.max_new_tokens} tokens."
-        raise ApiError(400, message, "invalid_value", "max_tokens")
     if len(prompts) * count > config.max_outstanding:
         message = f"{len(prompts) * count} completions are more than this server draws and lets wait, {config.max_outstanding}."
         raise ApiError(400, message, "invalid_value", "n")
-    sampling = _sampling(request, served, limit, top)
-    rows = [Request(tuple(prompt), sampling, place * count + k) for place, prompt in enumerate(prompts) for k in range(count)]
-    for row in rows[::count]:
-        length, longest = len(row.prompt), served.longest_prompt
+    for prompt in prompts:
+        length, longest = len(prompt), served.longest_prompt
         if length > longest:
             message = f"The prompt has {length} tokens, and {served.name} takes at most {longest} and an answer: shorten it."
             raise ApiError(400, message, "context_length_exceeded", name)
-        try:
-            check_request(served.ready.model.config, row)
-        except UserError as error:
-            raise ApiError(400, str(error), "context_length_exceeded", "max_tokens") from error
-    return rows
+        with refused(name):
+            check_prompt(served.ready.model.config, prompt)
+    if limit > (room := min(map(served.room, prompts))):
+        message = (
+            f"max_tokens is {limit}, and at most {room} tokens can follow this prompt: the model reads "
+            f"{served.ready.model.config.max_seq_len} in all, and this server draws {config.max_new_tokens} at most."
+        )
+        code = "invalid_value" if room == config.max_new_tokens else "context_length_exceeded"
+        raise ApiError(400, message, code, "max_tokens")
+    sampling = _sampling(request, served, limit, top)
+    return [Request(tuple(prompt), sampling, place * count + k) for place, prompt in enumerate(prompts) for k in range(count)]
 
 
 def _sampling(request: CommonRequest, served: Served, limit: int, top: int | None) -> SamplingParams:

@@ -328,6 +328,7 @@ def test_padding_of_the_vocabulary_is_never_drawn() -> None:
     [
         ([[1], []], ["Prompt 1", "empty"]),
         ([[1] * 50], ["50 tokens", "24 new", "max_seq_len 64", "at most 14"]),
+        ([[1] * 64], ["64 tokens, but", "to less than 64"]),
         ([[1, 50]], ["id 50", "0 to 49"]),
         ([[-1]], ["id -1"]),
     ],

@@ -218,9 +218,9 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"stop": ["x"] * 17}, None, "up to 16"),  # type: ignore[list-item]
     ({"logit_bias": {"99999": 1}}, "logit_bias", "'99999' is no token id"),
     ({"logit_bias": {"4": 101}}, "logit_bias", "at most 100"),
-    ({"max_tokens": 5000}, "max_tokens", "at most 1024"),
-    ({"max_tokens": 250}, "max_tokens", "max_seq_len 256"),
-    ({"reasoning_effort": "high"}, "reasoning_effort", "'none'"),
+    ({"max_tokens": 5000}, "max_tokens", "at most 2.. tokens can follow this prompt: the model reads 256 in all"),
+    ({"max_tokens": 250}, "max_tokens", "at most 2.. tokens can follow this prompt: the model reads 256 in all"),
+    ({"reasoning_effort": "high"}, "reasoning_effort", "leave it out .* or give 'none'"),
     ({"messages": []}, "messages", "begin and end with one of the user"),
     ({"messages": [{"role": "system", "content": "Be brief."}, *ASK]}, "messages", "no role system"),
     ({"messages": [*ASK, *ASK]}, "messages", "must alternate"),

@@ -97,6 +97,8 @@ BAD_BODIES = {
 def test_a_bad_body_is_refused_in_the_form_of_openai(server, name) -> None:
     status, told = ask(server, BAD_BODIES[name])
     assert status == 400 and told["error"]["type"] == "invalid_request_error" and told["error"]["message"]
+    if name == "unknown token":
+        assert (told["error"]["param"], told["error"]["code"]) == ("prompt", "invalid_value")
     assert works(server)
 
 
@@ -110,6 +112,7 @@ def test_only_json_from_this_machine_is_answered(server) -> None:
     for path, status in (("/nothing", 404), ("/v1/completions", 405), ("/docs", 404), ("/v1/models/none", 404)):
         told = get(server, path)
         assert told[0] == status and json.loads(told[1])["error"]["message"]
+    assert "/v1/completions takes POST, not GET" in get(server, "/v1/completions")[1]
     assert get(server, "/health") == (200, '{"status":"ok"}')
 
 
@@ -274,12 +277,15 @@ def test_a_signal_lets_running_requests_end(serve: Callable[..., Any], caplog: p
         works(running)
 
 
-def test_nothing_begins_while_the_server_drains(serve: Callable[..., Any]) -> None:
+def test_nothing_begins_while_the_server_drains(serve: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="osler")
     running = serve()
     running.api.is_draining = True  # as a connection finds it that was open before the signal
     for path in ("/v1/completions", "/v1/options"):
         assert ask(running, {"prompt": "A"}, path)[0] == 503
     assert get(running, "/health")[0] == 503
+    running.server.handle_exit(signal.SIGTERM, None)
+    assert "SIGTERM: no new requests; none is running." in caplog.text
 
 
 def test_what_does_not_end_in_time_after_a_signal_is_told_so(serve: Callable[..., Any]) -> None:
