@@ -10,7 +10,7 @@ false, ``010`` as 8 and ``1:30`` as 90, and keeps the last of two equal keys.
 
 import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +59,14 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def override(recipe: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+def override(
+    recipe: Mapping[str, Any], overrides: Sequence[str], sections: Mapping[str, Callable[[Any], Any]] | None = None
+) -> dict[str, Any]:
     """Return a recipe changed by ``a.b=value`` texts, whose values are YAML; ``a[0]`` is the first element of a list.
 
     Whatever their order, a section is set before the keys in it and a ``type`` before the fields beside it, so that
-    ``optim.lr=1 optim.type=muon`` means the same in either order; the last of two equal paths wins. Raises UserError where a text
+    ``optim.lr=1 optim.type=muon`` means the same in either order; the last of two equal paths wins. ``sections`` read the values
+    of some first keys, such as the text of an exam, so that further overrides change their fields. Raises UserError where a text
     is malformed, or a path leads through something that is neither a mapping nor a list, or to an element that is not there.
     """
     given = []
@@ -74,7 +77,8 @@ def override(recipe: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, A
             raise UserError(f"override `{text}`: write key.path=value, for example optim.lr=3e-4 or data.sources[0].weight=2")
         if not value.strip():
             raise UserError(f"override `{text}` has no value: write {path}=null, or {path}='\"\"' for empty text")
-        given.append((_KEY.findall(path), load_yaml(value, f"override `{text}`"), text))
+        read = (sections or {}).get(path, lambda value: value)
+        given.append((_KEY.findall(path), read(load_yaml(value, f"override `{text}`")), text))
     changed: dict[str, Any] = encode(recipe)
     for keys, value, text in sorted(given, key=lambda one: (len(one[0]), one[0][-1] != "type")):
         try:

@@ -327,7 +327,8 @@ def open_exam(task: ExamFile, root: str, key: str) -> Exam:
             logger.warning(f"{key}.split is {task.split}, but the name of {task.path} says {' or '.join(sorted(said))}.")
         return Exam(task, tuple(find_local(task.path, ROW_ENDINGS, key=f"{key}.path")))
     if task.name not in EXAMS:
-        raise UserError(f"{key}.name={task.name} is no exam that Osler knows{nearest(task.name, list(EXAMS))}")
+        known = [*EXAMS, ClinicTask.type, NeedleTask.type, "questions:FILE"]
+        raise UserError(f"{key}: {task.name} is no exam that Osler knows{nearest(task.name, known)}")
     kind, subset, split = exam_by_name(task.name)
     remedy = f"To ask another split, give its file: {key}.type={task.name} {key}.path=FILE."
     if task.split not in ("", split, SCHEMAS[kind].split):

@@ -98,11 +98,11 @@ def config_of(overrides: Sequence[str], fields: Mapping[str, Any] | None = None)
 
     A task without a path and with the type clinic, or none, is ``CLINIC_EXAM`` with changed fields.
     """
-    given = override(fields or {}, overrides)
+    given = override(fields or {}, overrides, {"task": _named_tasks, "tasks": _named_tasks})
     if {"task", "tasks"} <= given.keys():
         raise UserError("task and tasks are both given: put all exams into one of them.")
     for key in {"task", "tasks"}.intersection(given):
-        asked = given[key].split(",") if isinstance(given[key], str) else given[key]
+        asked = _named_tasks(given[key])  # fields may have texts, too
         exams = asked if isinstance(asked, list) else [asked]
         if "subset" in given and any(isinstance(task, dict) and "limit" in task for task in exams):
             raise UserError("subset and limit both say how many questions: give subset for random ones, or limit for the first.")
@@ -111,8 +111,13 @@ def config_of(overrides: Sequence[str], fields: Mapping[str, Any] | None = None)
     return decode(EvalConfig, given)
 
 
+def _named_tasks(tasks: Any) -> Any:
+    """Return the section of a task that is given as text, or a list of sections if there are several, with commas between."""
+    several = tasks.split(",") if isinstance(tasks, str) and "," in tasks else tasks
+    return [named_task(task) for task in several] if isinstance(several, list) else named_task(several)
+
+
 def _section_of(task: Any) -> Any:
-    task = named_task(task)
     if isinstance(task, dict) and task.get("type") == NeedleTask.type:
         return {"seed": EXAM_SEED, **task}
     if isinstance(task, dict) and "path" not in task and task.get("type", CLINIC_EXAM.type) == CLINIC_EXAM.type:
@@ -122,10 +127,7 @@ def _section_of(task: Any) -> Any:
 
 def distill_config_of(overrides: Sequence[str]) -> DistillConfig:
     """Return the config of ``osler distill`` that the overrides describe; its task may also be given as text."""
-    given = override({}, overrides)
-    if "task" in given:
-        given["task"] = named_task(given["task"])
-    return decode(DistillConfig, given, source="osler distill")
+    return decode(DistillConfig, override({}, overrides, {"task": named_task}), source="osler distill")
 
 
 def named_task(task: Any) -> Any:

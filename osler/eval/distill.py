@@ -56,9 +56,14 @@ def run(checkpoint: str, out: str, overrides: Sequence[str] = ()) -> str:
     logger.info(ready.describe())
     exam, is_for_training = questions_of(config.task)
     if not is_for_training:
+        remedy = (
+            "Questions for training are those of task=clinic:train, or of a file whose split says so."
+            if isinstance(config.task, MadeExam)
+            else "If it is for training, let its split say so: task.type=TYPE task.path=FILE task.split=train."
+        )
         logger.warning(
             f"{exam} does not say that it is for training, and a model that learns these rows can no longer be examined on it. "
-            "If it is for training, let its split say so: task.type=TYPE task.path=FILE task.split=train."
+            f"{remedy}"
         )
     items = load_task(config.task, context=ready.context(config.max_new_tokens))
     shown = [permute(item, config.seed, visit) for item in items for visit in range(config.samples)]

@@ -67,16 +67,15 @@ def test_a_teacher_writes_rows_that_sft_learns_and_goes_on_where_it_was_stopped(
     command = [
         "distill",
         runs.sft,
-        "task.type=clinic",
-        "task.split=validation",
         "task.limit=12",
+        "task=clinic:validation",
         "samples=4",
         "max_new_tokens=12",
     ]
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     assert osler(*command, "--out", whole) == 0
     told = capsys.readouterr()
-    assert "clinic validation does not say that it is for training" in told.err
+    assert "clinic validation does not say that it is for training" in told.err and "task=clinic:train" in told.err
     rows, summary = (
         [json.loads(line) for line in whole.read_text().splitlines()],
         json.loads(whole.with_suffix(".summary.json").read_text()),

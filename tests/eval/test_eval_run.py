@@ -278,7 +278,7 @@ def test_a_run_on_text_of_ones_own_is_measured_on_its_held_out_part(runs, capsys
         (["temperature=1e-40"], "temperature is 1e-40: give 0"),
         (["samples=4"], "needs a temperature above 0"),
         (["task=medqa"], "path"),
-        (["task=medqa", "task.split=validation"], "such as task='{type: NAME, split: VALUE}'"),
+        (["task=medqa", "task.split=validation", "root=."], "task.split=validation: an exam by name asks one split, test."),
         (["task.type=hub", "task.name=medqa", "task.split=validation", "root=."], "an exam by name asks one split, test."),
         (["task.type=hub", "task.name=medqa", "task.split=tset", "root=."], "task.split=tset: an exam by name asks"),
         (["task=clinic,medqb:x.jsonl"], "unknown type `medqb`; did you mean `medqa`?"),
@@ -305,6 +305,7 @@ def test_a_task_without_type_is_the_clinic_with_some_fields_changed():
     assert list(found) == ["new_findings", "new_questions"]
     assert all(part.limit == 7 and part.seed == EXAM_SEED for part in found.values())
     assert list(parts(config_of(["task.type=clinic", "task.split=validation"]))) == ["validation"]
+    assert parts(config_of(["task.limit=7", "task=clinic:new_findings"])) == {"new_findings": found["new_findings"]}
     assert config_of(["text=notes/"]).task is None
     with pytest.raises(match=r"task\.path"):
         config_of(["task.type=pubmedqa"])
@@ -336,7 +337,9 @@ def test_an_exam_is_known_by_its_name(runs, tmp_path, capsys):
     ]  # fmt: skip
     assert read_json(runs / "textbook" / "exams.json")["pretrain"]["gsm8k"]["n"] == 5 and "test.jsonl" in captured.err
     assert evaluate(str(runs / "textbook"), "task=gsm8kk", *words) == 2
-    assert "name=gsm8kk is no exam that Osler knows; did you mean `gsm8k`?" in capsys.readouterr().err
+    assert "task: gsm8kk is no exam that Osler knows; did you mean `gsm8k`?" in capsys.readouterr().err
+    assert evaluate(str(runs / "textbook"), "task=clinik", *words) == 2
+    assert "did you mean `clinic`?" in capsys.readouterr().err
     assert evaluate(str(runs / "textbook"), "task=gsm8k", "root=nowhere") == 2
     assert "no file or folder nowhere/gsm8k; set root to one" in capsys.readouterr().err
     assert cli.main(["show", "eval", "task=medqa:a.jsonl"]) == 0
