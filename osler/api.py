@@ -76,11 +76,20 @@ def load(path: str | Path, *, which: Literal["newest", "best"] = "newest", devic
     return open_model(path, device=device, which=which)
 
 
+def _loaded(model: object) -> None:
+    """Raise UserError for a path in place of the model that ``load`` makes of it."""
+    if not hasattr(model, "tokenizer"):
+        raise UserError(f"{model!r} is not a loaded model: give api.load(RUN), which takes a run folder or a checkpoint.")
+
+
 def generate(model: LoadedModel, prompt: str = "", sampling: SamplingParams = DRAWN, *, stop: Sequence[str] = ()) -> str:
-    """Return how a model continues a text, up to the first of the texts in ``stop``."""
+    """Return how a model continues a text, up to the first of the texts in ``stop``; one text for each call."""
     from osler.inference.chat import continue_text
     from osler.inference.engine import InferenceEngine
 
+    _loaded(model)
+    if not isinstance(prompt, str):
+        raise UserError(f"The prompt is {type(prompt).__name__}, not text: call generate once for each text.")
     return "".join(continue_text(InferenceEngine(model.model), model.tokenizer, prompt, sampling, stop))
 
 
@@ -92,6 +101,7 @@ def chat(model: LoadedModel, question: str, sampling: SamplingParams = DRAWN, *,
     from osler.inference.chat import stream_answer
     from osler.inference.engine import InferenceEngine
 
+    _loaded(model)
     if not model.answers_questions:
         raise UserError(f"{model.path} was trained on text alone: let it continue a text with generate, or fine-tune it first.")
     reasoning = model.reasons if reasoning is None else reasoning
@@ -110,6 +120,7 @@ def score(model: LoadedModel, exam: str | dict[str, Any] | None = None, **settin
     from osler.eval.config import config_of
     from osler.eval.run import complete, sit
 
+    _loaded(model)
     config, _ = complete(config_of([], settings if exam is None else {**settings, "task": exam}), model)
     if not config.exams:
         raise UserError(f"What shall {model.path} be examined on? It learned text alone: name an exam, such as medqa:FILE.")
@@ -128,8 +139,13 @@ def loss(model: Transformer | LoadedModel, rows: Tensor | Sequence[Sequence[int]
     from osler.ops.labels import IGNORED
     from osler.runtime.device import to_device
 
+    if not isinstance(model, Transformer):
+        _loaded(model)
     module = model if isinstance(model, Transformer) else model.model
-    ids = rows.tolist() if isinstance(rows, torch.Tensor) else [list(row) for row in rows]
+    given = rows.tolist() if isinstance(rows, torch.Tensor) else rows
+    if any(isinstance(row, str) for row in given):
+        raise UserError("Rows are lists of token ids, and text was given: write [model.tokenizer.encode(TEXT)].")
+    ids = [list(row) for row in given]
     longest = module.config.max_seq_len + 1
     if not ids or not all(2 <= len(row) <= longest for row in ids):
         raise UserError(f"Rows have {sorted({len(row) for row in ids})} tokens: give rows of 2 to {longest:,}.")

@@ -80,6 +80,9 @@ def test_what_does_not_exist_or_fit_is_refused(runs, tmp_path):
         (lambda: api.score(model, "medqa:nowhere.jsonl"), "nowhere.jsonl"),
         (lambda: api.loss(model, [[1], [2, 3]]), "rows of 2 to 257"),
         (lambda: api.loss(model, [[1, 512]]), "vocabulary of 512"),
+        (lambda: api.loss(model, "The heart"), "lists of token ids, and text was given"),
+        (lambda: api.chat(str(tmp_path), "Why?"), "give api.load"),
+        (lambda: api.generate(model, ["a", "b"]), "once for each text"),
     ):
         with pytest.raises(UserError, match=words):
             call()
