@@ -36,6 +36,7 @@ from osler.runs.folder import check_fingerprints, claim
 from osler.runs.loop import Loop
 from osler.runs.process import Learner, Run, agree_on_machine, place_of
 from osler.runs.resume import find_start, resume, warn_of_endless_warmup
+from osler.runtime import format as fmt
 from osler.runtime.device import pick_device
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, fingerprint, write_or_warn
@@ -190,7 +191,8 @@ def fingerprint_of(tasks: Sequence[RlTask]) -> str:
 
 def next_steps(config: GrpoConfig, folder: RunFolder) -> str:
     """Return suggestions for the next steps after a finished run."""
-    return f"Done: {folder.root}\n  osler eval {folder.root}   sit the exam\n  osler report {folder.root}   the run as a page"
+    run = folder.root
+    return fmt.next_steps(run, [(f"osler eval {run}", "sit the exam"), (f"osler report {run}", "the run as a page")])
 
 
 def preflight(groups: Sequence[Group], config: GrpoConfig) -> str:

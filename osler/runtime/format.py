@@ -100,6 +100,11 @@ def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def next_steps(run: object, steps: Sequence[tuple[str, str]]) -> str:
+    """Write that the run in a folder is done, and below it commands that go on from there, each with what it does."""
+    return f"Done: {run}\n" + table([(f"  {command}", f" {what}") for command, what in steps], left=2)
+
+
 def _round(value_: float) -> str:
     return f"{value_:.6g}".replace("-", MINUS)
 

@@ -131,10 +131,13 @@ class TrainConfig(RunConfig):
             raise ValueError(f"batch_tokens {self.batch_tokens} is not a multiple of seq_len {self.seq_len}")
         if self.init_from is None:  # else the model here has nothing but its attention to say
             self.model.check_attention()
+        if self.context and self.init_from is None:
+            raise ValueError(
+                "context extends the model of init_from=RUN and goes with that, not with a branch; a new model has "
+                "model.max_seq_len tokens of context"
+            )
         if self.init_from is None and self.seq_len > self.model.max_seq_len:
             raise ValueError(f"seq_len {self.seq_len} is longer than model.max_seq_len {self.model.max_seq_len}")
-        if self.context and self.init_from is None:
-            raise ValueError("context extends the model of init_from; a new model has model.max_seq_len tokens of context")
         if self.context and self.seq_len > self.context.max_seq_len:
             raise ValueError(f"seq_len {self.seq_len} is longer than context.max_seq_len {self.context.max_seq_len}")
         micro = self.micro_batch_tokens
@@ -321,6 +324,8 @@ class TrainConfig(RunConfig):
         numbers = {"steps": steps, **stages, "length": self.length}
         numbers["warm-up"] = f"{warmup_of(self.schedule, self.total_tokens):,} tokens"
         numbers["evaluations"] = f"every {self.evaluation_tokens:,} tokens"
+        if model is None and self.init_from is not None:
+            numbers["model"] = "that of init_from, with model.attention if that is sparse here; all else of model is unused"
         model = self.model if model is None and self.init_from is None else model
         if model is not None:
             more = ", and the teacher's forward passes" if self.teacher else ""

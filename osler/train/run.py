@@ -27,6 +27,7 @@ from osler.runs.command import Job, Request, carry_out
 from osler.runs.loop import Loop
 from osler.runs.process import Learner, Run, agree_on_machine, place_of
 from osler.runs.resume import find_start, resume, warn_of_endless_warmup
+from osler.runtime import format as fmt
 from osler.runtime.files import RunFolder
 from osler.runtime.world import World
 from osler.tasks.item import ExamItem
@@ -194,21 +195,24 @@ def exam_probe(
 
 def next_steps(config: TrainConfig, folder: RunFolder) -> str:
     """Return suggestions for the next steps after a finished run."""
-    lines = [f"Done: {folder.root}", f"  osler report {folder.root}      the run as a page"]
+    run = folder.root
+    if config.trains == "indexers":
+        return fmt.next_steps(run, [
+            (f"osler report {run}", "the run as a page"),
+            (f"osler {config.kind} RECIPE init_from={run}", "train all weights with sparse attention (trains=all)"),
+        ])  # fmt: skip
+    steps = [(f"osler report {run}", "the run as a page")]
     if config.kind == "pretrain":
-        lines += [
-            f'  osler generate {folder.root} --prompt "..."   let it write',
-            f"  osler sft init_from={folder.root}   teach it to reason and answer",
+        steps += [
+            (f'osler generate {run} --prompt "..."', "let it write"),
+            (f"osler sft init_from={run}", "teach it to reason and answer"),
         ]
     elif isinstance(config.data, ClinicData):
-        lines += [
-            f"  osler eval {folder.root}   sit the exam",
-            f"  osler grpo init_from={folder.root}   improve it by its own tries",
-        ]
+        steps += [(f"osler eval {run}", "sit the exam"), (f"osler grpo init_from={run}", "improve it by its own tries")]
     else:
         exam = "questions" if isinstance(config.data, TurnsData) else "medqa"
-        lines.append(f"  osler eval {folder.root} task={exam}:FILE   sit an exam")
-    return "\n".join([*lines, f"  osler chat {folder.root}   talk to it"])
+        steps.append((f"osler eval {run} task={exam}:FILE", "sit an exam"))
+    return fmt.next_steps(run, [*steps, (f"osler chat {run}", "talk to it")])
 
 
 def check_start(config: TrainConfig, folder: RunFolder, start: store.Loaded | None) -> None:

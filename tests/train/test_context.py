@@ -123,6 +123,7 @@ def test_a_device_that_is_too_small_is_told_with_what_helps(make_trainer, tmp_pa
 
 REFUSED = {
     "no origin": ({}, "context extends the model of init_from"),
+    "rows that the new context would allow": ({"seq_len": 2048}, "context extends the model of init_from"),
     "rows beyond it": ({"init_from": "run", "seq_len": 4096}, "seq_len 4096 is longer than context.max_seq_len 2048"),
 }
 

@@ -9,6 +9,7 @@ import torch
 from run_folders import STOPPED, assert_same_run, logged
 
 from osler.checkpoint import store
+from osler.config.recipe import load_yaml
 from osler.config.schema import decode
 from osler.inference.load import described_model, load_model
 from osler.model.config import ContextConfig, ModelConfig, SparseAttentionConfig
@@ -20,9 +21,11 @@ from osler.parallel.parallelize import parallelize
 from osler.runs.process import Learner
 from osler.runtime.errors import UserError
 from osler.runtime.faults import InjectedError
+from osler.runtime.files import RunFolder
 from osler.runtime.world import World
 from osler.train.batches import make_loader
 from osler.train.config import TrainConfig
+from osler.train.run import next_steps
 from osler.train.trainer import TrainStep
 
 SPARSE = "model.attention={type: sparse, top_k: 8, local_window: 2, index_heads: 2, index_head_dim: 8}"
@@ -62,6 +65,13 @@ def test_the_warm_up_moves_the_indexers_and_nothing_else_by_a_bit(stages):
     assert lengths == [64, 64, 128], "frozen weights do not learn longer rows"
     assert {name.rpartition("/")[0] for name in sparse.tensors["optimizer"]} == after.keys()
     assert described_model(sparse).attention == described_model(warm).attention, "taken over from where it starts"
+
+
+def test_after_the_warm_up_the_sparse_run_comes_next(stages):
+    config = decode(TrainConfig, load_yaml((stages.warmup / "config.yaml").read_text(), ""))
+    told = next_steps(config, RunFolder(stages.warmup))
+    assert f"osler pretrain RECIPE init_from={stages.warmup} " in told and "osler sft" not in told
+    assert len({line.rindex("   ") for line in told.splitlines()[1:]}) == 1, "in columns"
 
 
 def test_the_warm_up_lowers_the_kl_and_raises_the_recall_and_both_stages_log_the_index(stages, osler):
