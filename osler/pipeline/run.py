@@ -309,5 +309,6 @@ def in_stage(name: str) -> Iterator[None]:
     except UserError as error:
         raise UserError(
             f"stage {name}: {error}\nFields in this message are those of the stage: give them to `osler pipeline` as "
-            f"{name}.FIELD=VALUE, or in the section {name} of the recipe."
+            f"{name}.FIELD=VALUE, or in the section {name} of the recipe. root=DIR of the pipeline is the folder of "
+            "the files of all stages."
         ) from error

@@ -179,7 +179,7 @@ def test_a_resumed_pipeline_takes_fields_of_stages_that_have_not_begun(finished:
     shutil.rmtree(moved / "grpo")
     assert run(None, ["grpo.steps=3"], run_dir=str(moved), resume=True, dry_run=True) == 0
     assert "to come; completions 12 of at most 8 tokens" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"stage sft: it has begun .* optim.lr is 0.5 here[\s\S]*as sft.FIELD=VALUE"):
+    with pytest.raises(UserError, match=r"stage sft: it has begun .* optim.lr is 0.5 here[\s\S]*as sft.FIELD=VALUE.*root=DIR"):
         run(None, ["sft.optim.lr=0.5"], run_dir=str(moved), resume=True, dry_run=True)
     with pytest.raises(UserError, match=r"except for fields of stages that have not begun.*leave out root=elsewhere"):
         run(None, ["grpo.steps=3", "root=elsewhere"], run_dir=str(moved), resume=True, dry_run=True)
