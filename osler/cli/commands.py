@@ -214,7 +214,7 @@ COMMANDS: tuple[Command, ...] = (
             CHECKPOINT,
             option("--to", choices=("hf", "gguf", "onnx", "safetensors"), required=True, help="the form to write"),
             EXPORTED,
-            option("--dtype", metavar="TYPE", help="the type of the weights; see below (default: the first one there)"),
+            option("--dtype", metavar="TYPE", help="the type of the weights; see below (default: the first, bf16 of bf16)"),
             option("--max-tokens", type=int, metavar="N", help="the context to write; sparse: top_k at most"),
         ),
         EXPORT_HELP,

@@ -12,6 +12,7 @@ from typing import Any
 
 from osler.checkpoint import store
 from osler.config.recipe import dump_yaml, load_yaml
+from osler.export.folder import made_in_words
 from osler.inference.load import MADE_BY, LoadedModel, training_of
 from osler.model.config import ModelConfig
 from osler.records import jsonl
@@ -87,10 +88,12 @@ def stages_of(loaded: LoadedModel) -> Iterator[str]:
             kind, seen = training.get("kind", "run"), f"{state.get('tokens', 0):,} tokens, {state.get('step', 0):,} steps"
             told = f"**{kind}**: {seen}. {training.get('description', '')}".rstrip()
             yield f"{(number := number + 1)}. {told if training else 'another run, which is not there any more'}"
-        if training:
-            yield f"<details><summary>every field</summary>\n\n```yaml\n{dump_yaml(_without_places(training))}```\n</details>"
+        if training:  # a run that started from another took model and tokenizer from there
+            unused = ("model", "tokenizer") if training.get("init_from") else ()
+            counted = _without_places({key: value for key, value in training.items() if key not in unused})
+            yield f"<details><summary>every field</summary>\n\n```yaml\n{dump_yaml(counted)}```\n</details>"
         if made_by := state.get(MADE_BY):
-            yield f"{(number := number + 1)}. `osler {made_by['command']}` of {Path(made_by['of']).name}"
+            yield f"{(number := number + 1)}. {made_in_words(made_by)}"
 
 
 def _without_places(value: Any) -> Any:

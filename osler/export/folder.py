@@ -16,7 +16,7 @@ from osler.checkpoint import store
 from osler.inference.load import CONFIG_FILE, MADE_BY, REASONS, describing_files
 from osler.model.config import MODEL_FILE, ModelConfig
 from osler.runtime.errors import UserError
-from osler.runtime.files import RunFolder, appearing, write_atomic
+from osler.runtime.files import RunFolder, appearing, write_atomic, write_json
 from osler.tokenizer.bpe import Tokenizer
 
 CARRIED = ("kind", "step", "tokens", "trained_seq_len", REASONS)  # of a state, into the checkpoints that are made of it
@@ -42,10 +42,21 @@ def write_run(
             store.save(run.checkpoints, state.get("step", 0), tensors={"model": weights}, state=state, files=files)
         except store.CheckpointSaveError as error:
             raise UserError(f"{error} Free some of the disk, or name another place.") from error
+        write_json(run.notes, [f"Made by {made_in_words(state[MADE_BY])}."])
         write_atomic(run.model, files[MODEL_FILE])
         if CONFIG_FILE in files:
             write_atomic(run.config, files[CONFIG_FILE])
     return store.resolve(folder)
+
+
+def made_in_words(made_by: Mapping[str, Any]) -> str:
+    """Return which command made a checkpoint, of what, and what it did to it, for model card and report."""
+    done = [f"weights in {made_by['to']}"] if "to" in made_by else []
+    if removed := made_by.get("removed_layers"):
+        done.append(f"without layer{'s' * (len(removed) > 1)} {', '.join(map(str, sorted(removed)))} (counted from 0)")
+    if "intermediate_size" in made_by:
+        done.append(f"with {made_by['intermediate_size']:,} neurons in every feed-forward layer")
+    return f"`osler {made_by['command']}` of {Path(made_by['of']).name}" + "".join(f", {each}" for each in done)
 
 
 def carried(loaded_state: Mapping[str, Any]) -> dict[str, Any]:

@@ -64,6 +64,7 @@ def prune(
     weights: Mapping[str, Tensor] = model.state_dict()
     say(f"{ready.describe()}; {_loss(model, text):.4f} nats per token of the text that decides.")
     made_by: dict[str, object] = {"command": "prune", "of": str(ready.path.resolve())}
+    made_by |= {"intermediate_size": intermediate_size} if intermediate_size is not None else {}
     if layers is not None:
         removed = []
         for layer, loss in least_useful_layers(model, text, config.num_layers - layers):
@@ -248,7 +249,7 @@ def healing(ready: LoadedModel, pruned: str, data: str | None = None) -> str:
         training, state = training_of(start), start.state
     length = {key: training[key] for key in ("seq_len", "batch_tokens") if key in training}
     if "batch_tokens" in length:
-        steps = max(1, state["tokens"] // 4 // length["batch_tokens"])
+        steps = max(1, state.get("total_tokens", training["total_tokens"]) // 4 // length["batch_tokens"])
         length["total_tokens"] = steps * length["batch_tokens"]
     fields = "".join(f" {key}={value}" for key, value in length.items())
     return f"osler {kind} init_from={pruned} teacher.path={ready.path} {learned}{fields} --run {pruned}-healed"

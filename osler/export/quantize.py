@@ -24,7 +24,7 @@ def quantize(checkpoint: str, to: str, out: str, group_size: int = 32) -> int:
     folder = new_path(out)
     loaded = load_start(checkpoint, ["model"])
     weights, state = loaded.tensors["model"], carried(loaded.state)
-    state[MADE_BY] = {"command": "quantize", "of": str(loaded.path.resolve())}
+    state[MADE_BY] = {"command": "quantize", "of": str(loaded.path.resolve()), "to": to}
     if to in BITS:
         state[QUANTIZED] = {"bits": BITS[to], "group_size": group_size}
         weights = quantize_weights(weights, BITS[to], group_size)

@@ -11,7 +11,7 @@ from osler.checkpoint.store import write_tensors
 from osler.config.schema import encode
 from osler.export import gguf, huggingface, onnx
 from osler.export.huggingface import Export, dense_form
-from osler.inference.load import load_model
+from osler.inference.load import MADE_BY, LoadedModel, load_model
 from osler.runtime.errors import UserError
 from osler.runtime.files import appearing
 from osler.runtime.log import say
@@ -48,10 +48,11 @@ def run(checkpoint: str, out: str, to: str = "hf", dtype: str | None = None, max
     cannot hold.
     """
     form = FORMS[to]
-    if (dtype := dtype or form.dtypes[0]) not in form.dtypes:
+    if dtype not in (None, *form.dtypes):
         raise UserError(f"--dtype {dtype} is none of --to {to}, which has {', '.join(form.dtypes)}.")
     with appearing(out) as place:
         loaded = load_model(checkpoint)
+        dtype = dtype or usual_dtype(loaded, form)
         config = loaded.model.config
         if max_tokens is not None and not 2 <= max_tokens <= config.max_seq_len:
             longest = f"{config.max_seq_len}, the context of {loaded.path} (max_seq_len)"
@@ -62,5 +63,11 @@ def run(checkpoint: str, out: str, to: str = "hf", dtype: str | None = None, max
             raise UserError("--to safetensors writes a model as it is, so there is no --max-tokens for it.")
         what = form.write(Export(loaded, config, dtype), place)
     written_out = f", whose {loaded.quantized} weights are written out as they are computed with" if loaded.quantized else ""
-    say(f"{out}: {loaded.model.config.num_parameters:,} parameters of {loaded.path}{written_out}, as {what} in {dtype}")
+    say(f"{out}: {config.num_parameters:,} parameters of {loaded.path}{written_out}, as {what} in {dtype}")
     return 0
+
+
+def usual_dtype(loaded: LoadedModel, form: Form) -> str:
+    """Return the type of weights where none is asked for: the first of a form, or bf16 in place of fp32 for weights in bf16."""
+    is_bf16 = loaded.state.get(MADE_BY, {}).get("to") == "bf16"
+    return "bf16" if is_bf16 and form.dtypes[0] == "fp32" and "bf16" in form.dtypes else form.dtypes[0]

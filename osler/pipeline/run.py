@@ -192,7 +192,7 @@ class Pipeline:
             if first:
                 write_json(self.run.stages, [asdict(done) for done in self.finished])
         if first:
-            write_json(self.run.root / "notes.json", list(self.config.notes))
+            write_json(self.run.notes, list(self.config.notes))
             report = build_report(self.run.root)
             print(summary_text(self.run.root))
             logger.info(f"Report: {report}   (open it in a browser)")

@@ -112,7 +112,7 @@ class RunRecord:
         groups = {key: as_dict(group) for key, group in versions.items() if isinstance(group, dict) and group}
         self.versions = {key: as_text(value) for key, value in versions.items() if not isinstance(value, (dict, list))}
         self.groups = {key: {name: as_text(value) for name, value in group.items()} for key, group in groups.items()}
-        self.notes = [as_text(note) for note in as_list(self._read(path / "notes.json", read_json)) if as_text(note)]
+        self.notes = [as_text(note) for note in as_list(self._read(run.notes, read_json)) if as_text(note)]
 
     def _read(self, path: Path, reader: Callable[[Path], T]) -> T | None:
         """Return what a reader makes of a file; None when there is no file, or (with a problem noted) when it cannot be read."""

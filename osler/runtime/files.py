@@ -259,6 +259,7 @@ class RunFolder:
     answers = _Entry("answers")  # the checkpoints' answers, a file for each exam
     evaluations = _Entry("evaluations.json")  # what the run's checkpoints scored on the validation sets
     comparison = _Entry("comparison.json")  # pairs of checkpoints on the same questions
+    notes = _Entry("notes.json")  # sentences that a reader of the run should know
     stages = _Entry("stages.json")  # which stages of a pipeline are finished
 
     @classmethod

@@ -7,6 +7,7 @@ import json
 import random
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from osler.checkpoint.store import read_tensors
 from osler.cli.main import main
 from osler.inference.load import load_model
 from osler.inference.recompute import generate_by_recompute
-from osler.model.config import SparseAttentionConfig
+from osler.model.config import DenseAttentionConfig, SparseAttentionConfig
 from osler.ops.sampling_params import SamplingParams
 from osler.tokenizer import superbpe
 from osler.tokenizer.bpe import ANSWER, EOS, QUESTION, THINKING, Tokenizer
@@ -123,6 +124,9 @@ def test_one_file_holds_a_sparse_model_as_it_is(checkpoint, tmp_path, capsys):
     run = checkpoint(attention=SparseAttentionConfig(top_k=16, local_window=4))
     assert main(["export", str(run), "--to", "hf", "--out", str(tmp_path / "hf")]) == 2
     assert "`--to safetensors` writes the model as it is" in capsys.readouterr().err
+    assert main(["export", str(run), "--to", "hf", "--max-tokens", "16", "--out", str(tmp_path / "hf")]) == 0
+    written = replace(load_model(run).model.config, attention=DenseAttentionConfig()).num_parameters  # without the index
+    assert f"/hf: {written:,} parameters" in capsys.readouterr().err
     path = tmp_path / "model.safetensors"
     assert main(["export", str(run), "--to", "safetensors", "--out", str(path)]) == 0
     ours, theirs = load_model(run), read_tensors(path)

@@ -14,6 +14,7 @@ from osler.inference.load import load_model
 from osler.model.transformer import Transformer
 from osler.ops.labels import IGNORED
 from osler.runtime.errors import UserError
+from osler.runtime.files import read_json
 from tests.models import tiny_model
 
 
@@ -81,13 +82,15 @@ def test_the_command_writes_a_model_that_reads_trains_and_says_how_to_heal_it(ru
     pruned, original = load_model(out), load_model(runs.sft)
     assert (pruned.model.config.num_layers, pruned.model.config.intermediate_size) == (1, 40)
     assert (pruned.kind, pruned.training) == ("sft", original.training)
+    [note] = read_json(out / "notes.json")
+    assert re.search(r"`osler prune` of step-\d+, without layer \d \(counted from 0\), with 40 neurons in every", note)
     losses = [float(loss) for loss in re.findall(r"(\d\.\d{4})", told)]
     text = texts(original, None, "text", 65_536)
     assert losses[0] == pytest.approx(measure(original.model, text, 1).loss, abs=1e-4)
     assert losses[-1] == pytest.approx(measure(pruned.model, text, 1).loss, abs=1e-4)
     healing = shlex.split(told.strip().splitlines()[-1])[1:]
     assert f"teacher.path={original.path}" in healing and "init_from=" + out.as_posix() in healing
-    steps = original.state["tokens"] // 4 // original.training["batch_tokens"]
+    steps = original.state["total_tokens"] // 4 // original.training["batch_tokens"]
     assert f"total_tokens={steps * original.training['batch_tokens']}" in healing and steps > 0
     fast = ["total_tokens=1024", "checkpoint.every_tokens=1024", "compile=never", "precision=fp32", "device=cpu"]
     assert main([*healing, *fast, "batch_tokens=512"]) == 0

@@ -11,6 +11,7 @@ from osler.checkpoint.store import read_tensors
 from osler.cli.main import main
 from osler.inference.load import load_model
 from osler.model.quantization import dequantize_weights, quantize_weights
+from osler.report.read import read_run
 from osler.runtime.faults import InjectedError
 
 
@@ -57,6 +58,17 @@ def test_every_command_that_reads_a_model_takes_it(quantized, runs, tmp_path, ca
     assert all(torch.equal(exported[name], weight) for name, weight in load_model(int8).model.state_dict().items())
     assert main(["checkpoint", "list", int8]) == 0 and main(["checkpoint", "verify", int8]) == 0
     assert "quantised to int8" in api.load(int8, device="cpu").describe()
+
+
+def test_card_report_and_exports_say_what_the_weights_are_in(quantized, tmp_path):
+    for to, dtype in (("int8", torch.float32), ("bf16", torch.bfloat16)):
+        source, out = quantized[to], tmp_path / to
+        assert main(["export", str(source), "--to", "hf", "--out", str(out)]) == 0
+        made = f"`osler quantize` of {next(source.glob('checkpoints/step-*')).name}, weights in {to}"
+        card = (out / "README.md").read_text()
+        assert made in card and card.count("\nmodel:") == 1  # the fine-tuned run took its model from the pretrained one
+        assert made in read_run(source).notes[0]
+        assert {tensor.dtype for tensor in read_tensors(out / "model.safetensors").values()} == {dtype}
 
 
 @pytest.mark.parametrize(
