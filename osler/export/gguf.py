@@ -144,7 +144,11 @@ def llama_vocabulary(gguf: ModuleType, tokenizer: Tokenizer, vocab_size: int) ->
         letters = [f"{space}({letter})" for space in ("", " ") for letter in ascii_uppercase]
         broken = [repr(text) for text in letters if any(len(_gpt2_cut(token)) > 1 for token in _written(tokenizer, text))]
         if broken:
-            remarks.append(f"There these letters of options are cut into more tokens than in training: {', '.join(broken)}.")
+            remarks.append(
+                f"There these letters of options are cut into more tokens than in training: {', '.join(broken)}. Where they are "
+                "asked for, the model reads what it has not learned and may answer worse: ask with fewer options, or export by "
+                "`--to hf` or `--to onnx`, which cut text as in training."
+            )
     if normalizer:
         remarks.append("llama.cpp does not normalise text (NFC) as this tokenizer does.")
     return Vocabulary(CUTS[pieces], tokens, types, merges, remarks)

@@ -30,6 +30,7 @@ from osler.inference.load import TOKENIZER_FILE
 from osler.model.config import ModelConfig
 from osler.model.rope import apply_rope, rope_tables
 from osler.runtime.errors import UserError
+from osler.runtime.log import say
 
 MODEL_NAME = "model.onnx"
 DTYPES = ("fp32", "int8", "int4")
@@ -125,6 +126,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def write(export: Export, folder: Path) -> str:
     """Write the graph, tokenizer and config as a new folder, and return what it is. Needs the extra ``export``."""
     quantization = runtime()
+    then = "" if export.dtype == "fp32" else f", then its matrices are put into {export.dtype}"
+    say(f"The graph is being traced and written{then}; this can take a minute.")
     folder.mkdir()
     parts = folder / "parts"
     parts.mkdir()

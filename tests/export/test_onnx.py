@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -81,13 +82,17 @@ def test_onnx_runtime_computes_the_same_and_needs_no_torch(dtype, atol, of_size,
     if dtype != "fp32":
         return
     question = "Which drug helps: aspirin (A) or <|answer|> (B)?"
-    program = f"import runpy, sys; sys.argv[1:] = [{str(folder)!r}]; runpy.run_path({str(EXAMPLE)!r})"
-    code = f"{program}\nassert 'torch' not in sys.modules"
+    program = f"import runpy, sys; runpy.run_path({str(EXAMPLE)!r}); assert 'torch' not in sys.modules"
     config = json.loads((folder / "config.json").read_text())
     for reasons in (True, False):
         (folder / "config.json").write_text(json.dumps({**config, "osler": {**config["osler"], "reasons": reasons}}))
         prompt = encode_prompt(ours.tokenizer, question, reasoning=reasons)
         sampling = SamplingParams(max_new_tokens=256 - len(prompt), temperature=0.0, stop_ids=(ours.tokenizer.eos_id,))
         (written,) = generate_by_recompute(ours.model, [prompt], sampling)
-        done = subprocess.run([sys.executable, "-c", code], input=question, capture_output=True, text=True, check=True)
-        assert done.stdout.strip() == ours.tokenizer.decode(written.ids).strip()
+        lines = re.sub(r"<\|\w+\|>", "\n", ours.tokenizer.decode(written.ids)).strip()
+        for words, typed in (([question], ""), ([], question)) if reasons else (([], question),):
+            command = [sys.executable, "-c", program, str(folder), *words]
+            done = subprocess.run(command, input=typed, capture_output=True, text=True, check=True)
+            assert done.stdout.strip() == lines
+    done = subprocess.run([sys.executable, str(EXAMPLE), str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 2 and "has no model.onnx" in done.stderr
