@@ -199,7 +199,7 @@ def test_a_needle_test_that_does_not_fit_is_refused_by_name(readers, capsys):
     for fields, said in (
         (["task.lengths=[420,641]"], "lengths has 641, and the model reads 640 tokens (max_seq_len): ask for lengths up to 640"),
         (["method=both", "max_new_tokens=400"], "lengths has 240, which is too short: needle-7001-000000 takes 3"),
-        ([], "tokens with a history of 5 visits. Ask for more, such as lengths=[512]."),
+        (["task.lengths=[256]"], "tokens with a history of 5 visits. Ask for more, such as lengths=[512]."),
         (["task.lengths=[99]"], "lengths has 99, which is too short"),
         (["task.depths=[50,101]"], "task.depths[1]"),
         (["task.lengths=[420,420]"], "lengths [420, 420] has a number twice"),
