@@ -5,8 +5,9 @@ terminal, every line is a question, so that a file of questions can be piped in.
 """
 
 import contextlib
+import logging
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from osler.files.rows import decode_lines
@@ -22,14 +23,26 @@ from osler.tasks.registry import load_clinic
 from osler.tokenizer.bpe import ANSWER, Tokenizer
 from osler.tokenizer.chat import encode_prompt
 
+logger = logging.getLogger(__name__)
+
 PROMPT = "> "
 
 
 def generate(checkpoint: str, prompt: str, sampling: SamplingParams, stop: Sequence[str] = ()) -> int:
     """Print how the model continues ``prompt`` (empty: how it begins a text): the command ``generate``."""
     ready = open_model(checkpoint)
-    show_text(continue_text(InferenceEngine(ready.model), ready.tokenizer, prompt, sampling, stop))
+    with telling_after() as tell:
+        show_text(continue_text(InferenceEngine(ready.model), ready.tokenizer, prompt, sampling, stop, tell=tell))
     return 0
+
+
+@contextlib.contextmanager
+def telling_after() -> Iterator[Callable[[str], object]]:
+    """Give a function that keeps sentences, and say them behind the block, so that none stands in the text that it prints."""
+    kept: list[str] = []
+    yield kept.append
+    for sentence in kept:
+        say(f"({sentence})")
 
 
 def chat(checkpoint: str, sampling: SamplingParams, stop: Sequence[str] = (), *, reasoning: bool | None = None) -> int:
@@ -49,10 +62,11 @@ def chat(checkpoint: str, sampling: SamplingParams, stop: Sequence[str] = (), *,
             print(f"{PROMPT}{line}")
         of_line = replace(sampling, seed=sampling.seed + number)
         try:
-            if ready.answers_questions:
-                show_answer(stream_answer(engine, ready.tokenizer, line, of_line, stop, reasoning=reasoning))
-            else:
-                show_text(continue_text(engine, ready.tokenizer, line, of_line, stop))
+            with telling_after() as tell:
+                if ready.answers_questions:
+                    show_answer(stream_answer(engine, ready.tokenizer, line, of_line, stop, reasoning=reasoning, tell=tell))
+                else:
+                    show_text(continue_text(engine, ready.tokenizer, line, of_line, stop, tell=tell))
         except UserError as error:
             say(f"{error}")  # the question may be too long, and the next one may fit
         except KeyboardInterrupt as request:
@@ -139,11 +153,20 @@ def show_text(texts: Iterable[str]) -> None:
 
 
 def continue_text(
-    engine: InferenceEngine, tokenizer: Tokenizer, text: str, sampling: SamplingParams, stop: Sequence[str] = ()
+    engine: InferenceEngine,
+    tokenizer: Tokenizer,
+    text: str,
+    sampling: SamplingParams,
+    stop: Sequence[str] = (),
+    *,
+    tell: Callable[[str], object] = logger.warning,
 ) -> Iterator[str]:
-    """Yield what the model writes after ``text``, which follows an end-of-text token, as documents do in training."""
+    """Yield what the model writes after ``text``, which follows an end-of-text token, as documents do in training.
+
+    ``tell`` gets a sentence when the model's ``max_seq_len`` ends it.
+    """
     prompt = [tokenizer.eos_id, *tokenizer.encode(text)]
-    for piece in pieces(engine, tokenizer, prompt, sampling, {tokenizer.eos_id}, stop):
+    for piece in pieces(engine, tokenizer, prompt, sampling, {tokenizer.eos_id}, stop, tell):
         if isinstance(piece, str):
             yield piece
 
@@ -156,11 +179,15 @@ def stream_answer(
     stop: Sequence[str] = (),
     *,
     reasoning: bool = True,
+    tell: Callable[[str], object] = logger.warning,
 ) -> Iterator[tuple[str, str]]:
-    """Yield the reply to ``question`` as it is drawn: pieces of "thinking" (with ``reasoning``), then of the "answer"."""
+    """Yield the reply to ``question`` as it is drawn: pieces of "thinking" (with ``reasoning``), then of the "answer".
+
+    ``tell`` gets a sentence when the model's ``max_seq_len`` ends it.
+    """
     part = "thinking" if reasoning else "answer"
     prompt = encode_prompt(tokenizer, question, reasoning=reasoning)
-    for piece in pieces(engine, tokenizer, prompt, sampling, tokenizer.special_ids, stop):
+    for piece in pieces(engine, tokenizer, prompt, sampling, tokenizer.special_ids, stop, tell):
         if isinstance(piece, str):
             yield part, piece
         elif piece == tokenizer.special_id(ANSWER):

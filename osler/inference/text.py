@@ -3,13 +3,16 @@
 Two things wait because they may still change: the bytes of half a character, and the possible beginning of a stop string.
 """
 
-from collections.abc import Iterator, Sequence, Set
+import logging
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import replace
 from itertools import chain
 
 from osler.inference.engine import InferenceEngine
 from osler.ops.sampling_params import SamplingParams
 from osler.tokenizer.bpe import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what the bytes of half a character decode to
 _END = -1  # the marker behind the last token
@@ -72,15 +75,23 @@ def pieces(
     sampling: SamplingParams,
     markers: Set[int],
     stops: Sequence[str] = (),
+    tell: Callable[[str], object] = logger.warning,
 ) -> Iterator[str | int]:
     """Yield text as soon as it is certain, and markers as ids; at the end, unless a stop string came, -1.
 
-    New tokens are cut to what the model's ``max_seq_len`` leaves.
+    New tokens are cut to what the model's ``max_seq_len`` leaves, and ``tell`` gets a sentence when this ends the text.
     """
-    room = engine.model.config.max_seq_len - len(prompt)
-    sampling = replace(sampling, max_new_tokens=max(min(sampling.max_new_tokens, room), 1), stop_ids=(tokenizer.eos_id,))
+    asked, room = sampling.max_new_tokens, max(engine.model.config.max_seq_len - len(prompt), 1)
+    sampling = replace(sampling, max_new_tokens=min(asked, room), stop_ids=(tokenizer.eos_id,))
     text = TextStream(tokenizer, {*markers, _END}, stops)
+    drawn, last = 0, _END
     for token in chain(engine.stream(prompt, sampling), [_END]):
+        if token == _END and drawn == room < asked and last != tokenizer.eos_id:
+            tell(
+                f"The text ends after {drawn:,} of the {asked:,} new tokens asked for: with the {len(prompt):,} of the prompt "
+                f"these are all {engine.model.config.max_seq_len:,} tokens that the model reads (max_seq_len)."
+            )
+        drawn, last = drawn + 1, token
         if said := text.add(token):
             yield said
         if text.is_stopped:

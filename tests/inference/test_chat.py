@@ -200,13 +200,21 @@ def test_half_a_character_waits_for_its_other_half(textbook):
     assert cut == ["è", "→", "x", "\N{REPLACEMENT CHARACTER}"], "what is never completed is shown at the end"
 
 
-def test_a_prompt_that_fills_the_context_is_refused(textbook):
+def test_a_prompt_that_fills_the_context_is_refused_and_a_text_that_fills_it_is_told_to_be_cut(runs, textbook, caplog, capsys):
     with pytest.raises(UserError, match="max_seq_len"):
         continued(textbook, "fever " * 400, 5)
     text = "fever " * 20
     room = 256 - 1 - len(textbook.tokenizer.encode(text))
     assert room > 0
-    assert continued(textbook, text, 10_000) == continued(textbook, text, room), "new tokens are cut to what is left"
+    whole = continued(textbook, text, room)
+    assert "The text ends after" not in caplog.text
+    assert continued(textbook, text, 10_000) == whole, "new tokens are cut to what is left"
+    assert f"The text ends after {room} of the 10,000 new tokens asked for" in caplog.text
+    asked = ["generate", str(runs / "textbook"), "--prompt", text, "--temperature", "0", "--max-new-tokens"]
+    for count, said in (("10000", f"(The text ends after {room} of the 10,000"), (str(room), "")):
+        assert cli.main([*asked, count]) == 0
+        captured = capsys.readouterr()
+        assert captured.out == "".join(whole) + "\n" and ("The text ends" in captured.err) == bool(said) and said in captured.err
 
 
 def test_a_model_is_asked_to_think_if_it_learned_to():
