@@ -1,19 +1,15 @@
-"""LangChain's client against the server: an answer with its reasoning's cost, a stream, an error.
-
-It skips itself where LangChain is not installed, which takes 16 packages: ``pip install langchain-openai``.
-"""
+"""LangChain's client against the server: an answer with its reasoning's cost, a stream, an error."""
 
 from typing import Any
 
 import openai
 import pytest
-
-langchain_openai = pytest.importorskip("langchain_openai", reason="LangChain is not installed (pip install langchain-openai)")
+from langchain_openai import ChatOpenAI
 
 
 @pytest.fixture
 def chat(server) -> Any:
-    return langchain_openai.ChatOpenAI(
+    return ChatOpenAI(
         base_url=f"{server.url}/v1", api_key="none", model="asked", max_retries=0, seed=1, max_tokens=40, stream_usage=True
     ).bind(logit_bias={"0": 1.0, "3": 3.0})
 
