@@ -181,7 +181,7 @@ def test_exams_of_ones_own_and_strange_names(data: FilesData, tmp_path: Path, ca
     own = QuestionsTask(path=str(file), question_field="q", answer_field="a")
     cleaner = open_corpora(replace(data, clean=CleanConfig(exams=(own,))))["notes"].clean
     assert cleaner is not None and cleaner.looks([(QUESTION,)])[0].reason == EXAM
-    with pytest.raises(UserError, match=r"data.clean.exams\[1\].name=medqas is no exam .*medqa"):
+    with pytest.raises(UserError, match=r"data.clean.exams\[1\]: medqas is no exam .*medqa"):
         check_sources(replace(data, clean=CleanConfig(exams=(own, HubExam(name="medqas")))))
     dev = Path(shutil.copy(tmp_path / "exam.jsonl", tmp_path / "medqa-dev.jsonl"))
     for split in ("test", "dev", "validation", ""):
