@@ -87,7 +87,7 @@ class InferenceEngine:
         """Yield one completion's tokens as they are drawn, the stop token included; ``generate`` would give the same tokens."""
         request = Request(tuple(prompt), sampling)
         can = Capabilities.needed([request], self.model.config.vocab_size)
-        batch = self.open(len(prompt) + sampling.max_new_tokens, sampling.max_new_tokens, 1, can)
+        batch = self.open(len(prompt) + sampling.max_new_tokens, sampling.max_new_tokens, 1, can, keeps_masks=False)
         batch.add(request)
         count = 0
         while batch:

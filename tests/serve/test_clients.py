@@ -239,10 +239,11 @@ def test_what_is_not_honoured_is_refused_by_name(client, given, param, words) ->
 
 
 def test_what_asks_for_nothing_is_taken(client) -> None:
-    client.chat.completions.create(
+    answer = client.chat.completions.create(
         model="asked", messages=ASK, max_tokens=1, tools=[], response_format={"type": "text"}, presence_penalty=0, store=False,
         user="somebody", top_p=None, seed=None, stream=False,
     )  # fmt: skip
+    assert answer.usage.completion_tokens == 1
 
 
 def test_models_are_listed_and_chosen_by_name(client) -> None:
