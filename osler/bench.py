@@ -2,7 +2,7 @@
 
 The training step itself (``train/trainer.py``) is timed, over batches of random tokens from the real loader; zeros would
 flatter caches and branch predictors. FLOPs are counted by the PaLM convention. MFU is relative to the GPU's data sheet
-(``runtime/device.py``) and missing on a CPU. On any device a matmul is timed too, and the rate is given relative to it.
+(``config/devices.yaml``) and missing on a CPU. On any device a matmul is timed too, and the rate is given relative to it.
 ``benchmarks/beside_peers.py`` times other libraries' models in the same way.
 """
 
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from osler.config.devices import peak_flops_of
 from osler.config.recipe import load_recipe, override
 from osler.config.schema import decode, encode
 from osler.data.curriculum import lay_out
@@ -33,7 +34,7 @@ from osler.optim.build import build_optimizer
 from osler.parallel.config import NoParallelConfig
 from osler.parallel.parallelize import parallelize
 from osler.runs.process import Learner, Machine, choose_machine
-from osler.runtime.device import Stopwatch, keep_freed_memory, matmul_flops, peak_bytes, peak_flops, synchronize
+from osler.runtime.device import Stopwatch, gpu_name, keep_freed_memory, matmul_flops, peak_bytes, synchronize
 from osler.runtime.errors import UserError
 from osler.runtime.world import World, require_one_process
 from osler.train.config import TrainConfig
@@ -121,7 +122,7 @@ def measure(config: TrainConfig, learner: Learner, steps: int) -> dict[str, Any]
         times = time_steps(step, loader.batches(), stopwatch, device, steps)
     tokens_per_second = config.batch_tokens / times["step_seconds"]
     flops = tokens_per_second * config.model.flops_per_token(config.seq_len)
-    peak = peak_flops(device)
+    peak = peak_flops_of(gpu_name(device))
     return {
         "tokens_per_second": tokens_per_second,
         "flops_per_second": flops,

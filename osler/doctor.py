@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from osler.runtime.format import table
+from osler.runtime.machine import memory_limit_bytes, usable_cores
 from osler.runtime.neighbours import busy_elsewhere, read_cpus
 
 GIB = 2**30
@@ -74,8 +75,7 @@ def find_cores(folder: Path) -> Found:
     """Count the cores this process may use: the machine's, less what affinity and a container's quota take away."""
     # os.cpu_count() alone would start one thread per core of the host and let them fight over a small quota.
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota, period = [*_cgroup("cpu.max").split(), "max", "1"][:2]
-    usable = allowed if quota == "max" else min(allowed, max(1, int(quota) // int(period)))
+    usable = usable_cores()
     advice = f"The container's quota is {usable}: set OMP_NUM_THREADS={usable}" if usable < allowed else ""
     return f"{usable} usable of {os.cpu_count()}", advice
 
@@ -94,19 +94,10 @@ def find_other_work(folder: Path) -> Found:
 
 def find_memory(folder: Path) -> Found:
     """Return how much memory a process may take here, a container's limit included."""
-    if not hasattr(os, "sysconf"):
+    total = memory_limit_bytes()
+    if total is None:
         return "unknown on this system", ""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = _cgroup("memory.max")
-    total = min(total, int(limit)) if limit.isdigit() else total
     return f"{total / GIB:.1f} GiB", "Below 4 GiB only the smallest models fit" if total < MIN_MEMORY_BYTES else ""
-
-
-def _cgroup(name: str) -> str:
-    try:
-        return (Path("/sys/fs/cgroup") / name).read_text().strip()
-    except OSError:
-        return ""
 
 
 def find_disk(folder: Path) -> Found:

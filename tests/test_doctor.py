@@ -8,6 +8,7 @@ import pytest
 
 from osler import doctor
 from osler.doctor import Check
+from osler.runtime import machine
 
 
 def test_what_fails_is_missing_with_advice_and_no_error(monkeypatch, tmp_path):
@@ -23,14 +24,14 @@ def test_what_fails_is_missing_with_advice_and_no_error(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(("quota", "usable"), [("max 100000", 6), ("200000 100000", 2), ("50000 100000", 1), ("", 6)])
 def test_a_containers_quota_limits_the_cores(monkeypatch, tmp_path, quota, usable):
-    monkeypatch.setattr(doctor.os, "sched_getaffinity", lambda process: set(range(6)), raising=False)
-    monkeypatch.setattr(doctor, "_cgroup", lambda name: quota)
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda process: set(range(6)), raising=False)
+    monkeypatch.setattr(machine, "_cgroup", lambda name: quota)
     finding, advice = doctor.find_cores(tmp_path)
     assert finding.startswith(f"{usable} usable") and bool(advice) == (usable < 6)
 
 
 def test_a_containers_limit_counts_as_memory(monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor, "_cgroup", lambda name: str(2 * doctor.GIB))
+    monkeypatch.setattr(machine, "_cgroup", lambda name: str(2 * doctor.GIB))
     assert doctor.find_memory(tmp_path) == ("2.0 GiB", "Below 4 GiB only the smallest models fit")
 
 

@@ -130,10 +130,9 @@ def test_no_number_follows_from_a_model_that_is_replaced():
 
 def test_a_stage_has_the_numbers_of_the_model_that_an_earlier_one_makes():
     numbers = decode_recipe(load_recipe("sparse-long")).numbers()
-    assert "parameters 85,327,872; GPU memory about" in numbers["dense"] and "sparse attention" not in numbers["dense"]
-    for stage, memory in (("warmup", "not estimated"), ("sparse", "about")):
+    assert "parameters 85,327,872" in numbers["dense"] and "sparse attention" not in numbers["dense"]
+    for stage in ("warmup", "sparse"):
         assert "parameters 87,318,528; sparse attention fewer FLOPs" in numbers[stage], stage
-        assert f"GPU memory {memory}" in numbers[stage]
 
 
 def test_a_run_is_no_recipe_but_has_one(tmp_path):

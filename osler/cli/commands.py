@@ -54,6 +54,20 @@ COMMANDS: tuple[Command, ...] = (
         (RECIPE, option("--explain", action="store_true", help="say behind each field what it means")),
     ),
     Command(
+        "plan",
+        "Say what a recipe will take before it runs: time, memory, disk, money",
+        "osler plan usmle-2day/pretrain --gpu h100 --hours 48",
+        "osler.cli.plan:plan",
+        (
+            RECIPE,
+            option("--gpu", metavar="NAME", help="a device such as h100, or a YAML file with one (default: this machine)"),
+            option("--gpus", type=int, default=1, metavar="N", help="how many of them (default: 1)"),
+            option("--hours", type=float, metavar="H", help="say how many tokens fit into so many hours"),
+            option("--price", type=float, metavar="USD", help="of an hour of one device (default: of the table)"),
+        ),
+        PLAN_HELP,
+    ),
+    Command(
         "metrics",
         "Show what every logged number means, its unit, and what it takes",
         "osler metrics grad",

@@ -47,6 +47,12 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = (), *, othe
     return override(_load_file(_find(str(name_or_path), others=others), ()), overrides)
 
 
+def run_name(recipe: str, kind: str) -> str:
+    """Return the name of a recipe's run, unless --run gives one: ``usmle-2day-grpo`` for ``usmle-2day/grpo``."""
+    name = Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe.replace("/", "-")
+    return name if name.endswith(f"-{kind}") else f"{name}-{kind}"
+
+
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``below`` with ``above`` laid over it; neither is changed."""
     merged = dict(below)

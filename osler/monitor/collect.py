@@ -19,11 +19,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from osler.config.devices import peak_flops_of
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.monitor.config import MonitorConfig
 from osler.monitor.model_stats import ProbeRows, activation_stats, gradient_stats, update_stats, weight_stats
-from osler.runtime.device import Stopwatch, peak_bytes, peak_flops, resident_bytes
+from osler.runtime.device import Stopwatch, gpu_name, peak_bytes, resident_bytes
 from osler.runtime.neighbours import busy_elsewhere, read_cpus
 from osler.runtime.world import World
 
@@ -144,7 +145,7 @@ class Collector:
 
     def mfu(self, tokens_per_second: float, seq_len: int) -> dict[str, float]:
         """Return the share of the GPUs' peak at a speed of training on rows of ``seq_len`` tokens, where the peak is known."""
-        peak = peak_flops(self.device)
+        peak = peak_flops_of(gpu_name(self.device))
         forward_flops = 0 if self.forward_only is None else self.forward_only.flops_per_token(seq_len) // 3
         flops = tokens_per_second * (self.model.config.flops_per_token(seq_len) + forward_flops)
         return {} if peak is None else {"perf/mfu": flops / (peak * self.world.size)}

@@ -28,7 +28,7 @@ from osler.train.config import TrainConfig
 FILES = ("path", "shots_path", "ids")  # keys of files that are looked for in `root`
 OWN_FOLDERS = ("answers", "checkpoints", "trackers")  # in the folder of a pipeline; no stage may be named so
 ACCURACY = "accuracy="
-SHOWN = ("steps", "completions", "parameters", "sparse attention", "GPU memory")  # which of a stage's numbers are shown
+SHOWN = ("steps", "completions", "parameters", "sparse attention")  # which of a stage's numbers are shown
 
 
 @config

@@ -15,7 +15,7 @@ from typing import Any, cast, get_args
 
 from osler.checkpoint import store
 from osler.checkpoint.folders import refuse_checkpoint
-from osler.config.recipe import as_comments, dump_yaml, load_recipe, override
+from osler.config.recipe import as_comments, dump_yaml, load_recipe, override, run_name
 from osler.config.schema import decode, encode, hints
 from osler.inference.load import described_model, load_start, trained_seq_len_of
 from osler.records.jsonl import EventLog
@@ -129,12 +129,6 @@ def config_of(cls: type[RunConfig], request: Request) -> Any:
     if kind not in get_args(hints(cast(Any, cls))["kind"]):
         raise UserError(f"{recipe or 'This configuration'} is for `osler {kind}`, not for `osler {request.kind}`.")
     return decode(cls, {**given, "kind": request.kind}, source=recipe or "")
-
-
-def run_name(recipe: str, kind: str) -> str:
-    """Return the name of a recipe's run, unless --run gives one: ``usmle-2day-grpo`` for ``usmle-2day/grpo``."""
-    name = Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe.replace("/", "-")
-    return name if name.endswith(f"-{kind}") else f"{name}-{kind}"
 
 
 def describe_plan(job: Job, config: Any, folder: RunFolder, back_to: int | None) -> str:

@@ -4,12 +4,10 @@ What can be tried is tried: bf16 is timed against fp32, once in a process. A run
 busy machine may disagree, and a resumed run must not change its arithmetic.
 """
 
-import contextlib
 import ctypes
 import functools
 import os
 import platform
-import re
 import sys
 import time
 from collections import defaultdict
@@ -21,16 +19,7 @@ import torch
 from torch import Tensor
 
 from osler.runtime.errors import UserError
-
-# Dense bf16 FLOP/s from the data sheets (fp16 where a card has no bf16). The first entry found in the device's name wins, so
-# longer names come before the names they contain.
-PEAK_FLOPS = {
-    "GB200": 2500e12, "B200": 2250e12, "H200 NVL": 835e12, "H200": 989e12, "GH200": 989e12,
-    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "A800": 312e12,
-    "A40": 150e12, "A30": 165e12, "A10G": 70e12, "A10": 125e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12,
-    "RTX A6000": 155e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 4080": 97e12, "RTX 3090": 71e12,
-    "V100": 125e12, "T4": 65e12, "MI300X": 1307e12, "MI250X": 383e12,
-}  # fmt: skip
+from osler.runtime.machine import physical_memory_bytes, processor
 
 # The dtype of the activations; parallel/parallelize.py applies the rest of a precision.
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32, "pure-bf16": torch.bfloat16, "fp8": torch.bfloat16}
@@ -112,34 +101,20 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, sizes: Sequence[int],
     return best
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """Return the dense bf16 FLOP/s of the GPU by its data sheet, or None for a CPU or a card that is not in the table."""
-    return peak_flops_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-
-
-def peak_flops_of(gpu_name: str) -> float | None:
-    """Return the dense bf16 FLOP/s for a GPU's name as the driver spells it, for example ``NVIDIA H100 80GB HBM3``."""
-    words = f" {gpu_name.replace('-', ' ').replace('_', ' ')} "
-    return next((flops for name, flops in PEAK_FLOPS.items() if f" {name} " in words), None)
+def gpu_name(device: torch.device) -> str:
+    """Return the name of a GPU as the driver spells it, for example ``NVIDIA H100 80GB HBM3``; empty for a CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
 def describe_machine() -> dict[str, Any]:
     """Return the facts that times and roundings depend on, to keep beside a measurement: hardware, versions, threads."""
-    processor = platform.processor() or platform.machine()  # where the system tells no more
-    memory_bytes = None
-    with contextlib.suppress(OSError):
-        cpus = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-        if name := re.search(r"^model name\s*:\s*(.*)", cpus, re.MULTILINE):
-            processor = name[1].strip()
-    with contextlib.suppress(AttributeError, ValueError, OSError):
-        memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     gpu = {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count()} if torch.cuda.is_available() else {}
     thread_variables = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith(("OMP_", "MKL_")))
     return {
-        "processor": processor,
+        "processor": processor()[0],
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_bytes": memory_bytes,
+        "memory_bytes": physical_memory_bytes(),
         **gpu,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),

@@ -31,7 +31,6 @@ from osler.runs.config import CheckpointConfig, RunConfig
 from osler.runtime.errors import UserError
 from osler.tasks.registry import TaskConfig
 from osler.tokenizer.config import SMALLEST_VOCABULARY, BPEConfig, TokenizerConfig
-from osler.train.memory import estimated
 
 DataConfig = Annotated[TextData | PreparedData, TAGGED]
 UNTRIED_WITH_DEEPSPEED = "{} was never tried with parallel.type=deepspeed: use parallel.type=ddp or fsdp"
@@ -300,17 +299,6 @@ class TrainConfig(RunConfig):
         """FLOPs of the whole run on this model, each stage at its own row length."""
         return sum(tokens * model.flops_per_token(span.seq_len) for span, tokens in self.timeline.shares(self.total_tokens))
 
-    def memory(self, model: ModelConfig) -> dict[str, str]:
-        """Return an estimate of the memory of a step on one GPU, where a forward pass has the most tokens."""
-        if self.trains == "indexers":  # most weights have no gradient, and the scores of dense attention are what counts
-            return {"GPU memory": "not estimated for trains=indexers"}
-        passes = [
-            (span.seq_len, rows_per_micro_batch(span.rows_per_batch, span.seq_len, self.micro_batch_tokens))
-            for span in self.timeline.spans
-        ]
-        seq_len, rows = max(passes, key=lambda one: (one[0] * one[1], one[0]))
-        return estimated(model, rows=rows, seq_len=seq_len, precision=self.precision, document_mask=self.document_mask)
-
     def numbers(self, model: ModelConfig | None = None) -> dict[str, str]:
         most = "" if self.max_minutes is None else "at most "
         stages = {}
@@ -331,5 +319,4 @@ class TrainConfig(RunConfig):
             more = ", and the teacher's forward passes" if self.teacher else ""
             numbers |= {"parameters": f"{model.num_parameters:,}", "FLOPs": f"{most}{self.training_flops(model):.3g}{more}"}
             numbers |= model.words_of_attention()
-            numbers |= self.memory(model)
         return numbers

@@ -314,7 +314,7 @@ def test_a_short_run_that_only_skipped_ends_with_an_error_each_time_it_is_starte
 
 
 def test_the_share_of_the_gpus_peak_follows_from_the_speed_of_the_updates(make_trainer, tmp_path, monkeypatch):
-    monkeypatch.setattr(collect, "peak_flops", lambda device: 1e12)
+    monkeypatch.setattr(collect, "peak_flops_of", lambda name: 1e12)
     trainer = make_trainer(tmp_path, config=replace(CONFIG, steps=1))
     assert Loop(trainer).fit()
     (line,) = (line for line in map(json.loads, (tmp_path / "metrics.jsonl").open()) if "reward" in line)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from osler.runtime.device import bf16_pays, describe_machine, peak_bytes, peak_flops_of, pick_device, pick_dtype, resident_bytes
+from osler.config.devices import peak_flops_of
+from osler.runtime.device import bf16_pays, describe_machine, peak_bytes, pick_device, pick_dtype, resident_bytes
 from osler.runtime.errors import UserError
 
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ from run_folders import logged
 
 from osler.cli.main import main
 from osler.clinic.textbook import textbook
-from osler.config.recipe import available_recipes, load_recipe
+from osler.config.recipe import available_recipes, load_recipe, run_name
 from osler.config.schema import decode
 from osler.data.config import sources_of
 from osler.data.curriculum import rows_per_micro_batch
@@ -26,7 +26,6 @@ from osler.data.sources import open_corpora
 from osler.files.hub import hub_files
 from osler.inference.load import load_model
 from osler.rl.config import GrpoConfig
-from osler.runs.command import run_name
 from osler.tasks.item import render_question
 from osler.tokenizer.bpe import EOS, Tokenizer
 from osler.train.config import TrainConfig

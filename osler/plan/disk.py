@@ -1,0 +1,72 @@
+"""The disk that a run takes: its shards and its checkpoints. Torch-free."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from osler.data.config import AnySource, ClinicData, HubData, PreparedData
+from osler.model.config import ModelConfig
+from osler.plan.estimate import Estimate, exact, total
+from osler.plan.memory import state_bytes
+from osler.train.config import TrainConfig
+
+WIDE_VOCABULARY = 1 << 16  # from this many tokens on a token takes four bytes and not two
+CLINIC_TOKENS = Estimate(45, 65, 90, "computed: 45 to 90 tokens a document of the clinic")
+BYTES_PER_TOKEN = Estimate(3.0, 4.5, 7.0, "assumed: 3 to 7 bytes of a file to a token")
+
+
+def checkpoint_bytes(model: ModelConfig, optimizer: str, precision: str) -> int:
+    """Return the bytes of a checkpoint: weights and moments."""
+    weights, _, moments = state_bytes(model, optimizer, precision)
+    return weights + moments
+
+
+def disk_of(config: TrainConfig, model: ModelConfig, tokens: Estimate) -> dict[str, Estimate]:
+    """Return the bytes of shards and checkpoints in the run folder, at most at any moment."""
+    size = checkpoint_bytes(model, config.optim.type, config.precision)
+    every, milestones = config.checkpoint.every_tokens, config.checkpoint.keep_every_tokens
+    saved = tokens.value // every or 1
+    kept = min(saved, config.checkpoint.keep_last) + (tokens.value // milestones if milestones else 0)
+    source = f"computed: {config.checkpoint.keep_last} newest, the best and a good one, and one that is being written"
+    parts = {"checkpoints": Estimate(kept * size, (kept + min(1, saved - 1)) * size, (kept + 3) * size, source)}
+    return {"data": shard_bytes(config, model, tokens), **parts}
+
+
+def shard_bytes(config: TrainConfig, model: ModelConfig, tokens: Estimate) -> Estimate:
+    """Return the bytes of the shards in the run folder."""
+    if isinstance(config.data, PreparedData):
+        return exact(0.0, "the shards lie where they are")
+    wide = 4 if model.vocab_size > WIDE_VOCABULARY else 2
+    found = [tokens_of(source).through(lambda count: count * (wide + 1)) for source in config.sources.values()]
+    everything = total(found)
+    if config.text is not None and config.text.disk_budget_gb is not None:
+        return everything.at_most(config.text.disk_budget_gb * 1e9)
+    if config.text is not None and config.text.streaming:
+        everything = replace(everything, source=f"{everything.source}; all of it is prepared, also what the run does not reach")
+    return everything
+
+
+def tokens_of(source: AnySource) -> Estimate:
+    """Return how many tokens a source has."""
+    if isinstance(source, ClinicData):
+        return CLINIC_TOKENS.times(source.passages + source.examples + source.cards + source.drills)
+    if isinstance(source, HubData) and not Path(source.place).exists():
+        from osler.data.named import SOURCES
+
+        known = SOURCES.get(source.name)
+        if known is not None and not source.subset:
+            size = known.tokens * 1e6
+            return Estimate(0.7 * size, size, 1.4 * size, "of the data sets' cards, about")
+        if sample := re.search(r"(\d+)BT$", source.subset):
+            return exact(float(sample[1]) * 1e9, "of the name of the sample")
+        return Estimate(0, 0, 0, f"unknown: how large {source.title} is")
+    files = files_bytes(Path(source.place))
+    return exact(files).over(BYTES_PER_TOKEN, BYTES_PER_TOKEN.source)
+
+
+def files_bytes(path: Path) -> float:
+    """Return the bytes of a file, or of all files in a folder; 0 where there is none."""
+    files = [path] if path.is_file() else path.rglob("*") if path.is_dir() else []
+    return float(sum(file.stat().st_size for file in files if file.is_file()))

@@ -1,0 +1,242 @@
+"""The peak memory of one process of a run, part by part, from the config alone. Torch-free.
+
+A part is what lies in memory at the moment of the peak: where a step turns from forward to backward, with all activations, or at
+its end, with all gradients. On a GPU it is what torch's allocator holds and what the driver takes; on a CPU it is the resident
+memory of the process, mapped libraries and everything else that it did before included, as ``perf/memory_peak_bytes`` counts it.
+
+What a layer keeps of a token follows from its operators (``layer_elements``) and was compared with ``bench_recompute.py`` and
+``plan_vs_actual.py`` on a CPU. Nothing was compared with a GPU yet. A row is never split over processes, so all of a row's tokens
+must fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from osler.model.config import ModelConfig, SparseAttentionConfig
+from osler.plan.estimate import Estimate, exact, total
+from osler.plan.speed import Arithmetic
+
+Mode = Literal["off", "selective", "full"]
+MODES: tuple[Mode, ...] = ("off", "selective", "full")
+MOST_ROWS = 4096
+INDEX_BYTES = 4  # of the number of a key
+UNTILED, TILED = (2048, 1 << 28), (4096, 400 << 20)  # the most tokens and bytes of a chunk of logits (ops/cross_entropy.py)
+ATTENTION_PIECE = 128  # queries that are computed at a time on a CPU (ops/attention.py)
+EVALUATED_TOKENS = 16_384  # of a forward pass of an evaluation (eval/likelihood.py)
+
+CUDA = Estimate(0.5e9, 0.8e9, 1.6e9, "assumed: CUDA's context, libraries and code; not measured by Osler")
+CPU_EAGER = Estimate(0.28e9, 0.33e9, 0.40e9, "measured: Python, torch and the run's other libraries")
+CPU_COMPILED = Estimate(0.42e9, 0.46e9, 0.55e9, "measured: Python, torch with its compiler, and the run's other libraries")
+CPU_LAYER = Estimate(0.005e9, 0.01e9, 0.02e9, CPU_COMPILED.source)
+GPU_GAPS = Estimate(0.02, 0.08, 0.20, "assumed: 2 to 20 % of what a step takes, as gaps between tensors and workspace")
+CPU_GAPS = Estimate(0.10, 0.32, 0.55, "measured: 10 to 55 % of what a step allocates, as gaps that the C library keeps")
+LOOSE = {
+    "activations": Estimate(0.9, 1.0, 1.15, "computed from the operators of a layer, give or take 15 %"),
+    "loss head": Estimate(0.8, 1.0, 1.2, "computed: a chunk of logits, the head and its gradient, give or take 20 %"),
+}
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A forward and backward pass of ``rows`` rows on one process, and what lies in memory beside it."""
+
+    model: ModelConfig
+    rows: int
+    seq_len: int
+    arithmetic: Arithmetic
+    on_cpu: bool = False
+    optimizer: str = "adamw"
+    accumulates: bool = False  # whether gradients of earlier passes lie there
+    document_mask: bool = False
+    shards: int = 1  # processes that share weights, gradients and optimizer (FSDP)
+    copies: bool = False  # whether a copy for a checkpoint lies in the process's memory
+    evaluates: bool = False  # whether the process also evaluates
+    teacher: ModelConfig | None = None  # that lies there too
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.seq_len
+
+    @property
+    def compiled(self) -> bool:
+        return self.arithmetic.compiled
+
+    @property
+    def width(self) -> int:
+        return self.arithmetic.width
+
+
+def parameters_of(model: ModelConfig) -> tuple[int, int, int]:
+    """Return how many numbers the matrices of the layers, the input embedding and the head have, padding rows included.
+
+    A head that is the embedding counts none.
+    """
+    rank = model.embed_rank
+    padded = model.padded_vocab_size
+    embedding = padded * model.hidden_size if rank is None else (padded + model.hidden_size) * rank
+    head = 0 if model.tie_embeddings else padded * model.hidden_size
+    plain = model.num_parameters - (model.vocab_size * (rank or model.hidden_size) + (rank or 0) * model.hidden_size)
+    return plain - (0 if model.tie_embeddings else model.vocab_size * model.hidden_size), embedding, head
+
+
+def state_bytes(model: ModelConfig, optimizer: str, precision: str) -> tuple[int, int, int]:
+    """Return the bytes of weights, of gradients and of the optimizer's moments of a whole model."""
+    layers, embedding, head = parameters_of(model)
+    parameters, width = layers + embedding + head, 2 if precision == "pure-bf16" else 4
+    moments = layers + 2 * (embedding + head) if optimizer == "muon" else 2 * parameters  # a matrix has one in Muon
+    return width * parameters, width * parameters, width * moments
+
+
+def keys_of(seq_len: int, on_cpu: bool) -> float:
+    """Return how many attention weights a head keeps of a token on a CPU, on average; a GPU's kernel keeps none."""
+    if not on_cpu:
+        return 0.0
+    return seq_len if seq_len < 2 * ATTENTION_PIECE else (seq_len + ATTENTION_PIECE) / 2
+
+
+def layer_elements(model: ModelConfig, mode: Mode, *, compiled: bool, weights_of_head: float = 0.0) -> float:
+    """Return how many numbers a layer keeps of a token for its backward pass.
+
+    ``weights_of_head`` are the attention weights of a head. Compiled code keeps less, because it computes again what is cheap.
+    """
+    hidden, wide = model.hidden_size, model.intermediate_size
+    queries, keys = model.query_size, model.kv_size
+    if mode == "full":
+        return hidden
+    if mode == "selective":  # the results of matrix products, and of a fused attention
+        return 3 * hidden + 2 * (queries + keys) + 2 * wide
+    attention = model.num_heads * weights_of_head
+    if compiled:
+        return 3 * hidden + 4 * queries + 3 * keys + 3 * wide + attention
+    return 6 * hidden + 4 * queries + 3 * keys + 4 * wide + attention
+
+
+def activation_bytes(one: Pass, mode: Mode) -> tuple[float, float]:
+    """Return the bytes that the layers keep of a pass, and those of the one layer that is computed again at a time."""
+    heads = 0.0 if chooses(one) else keys_of(one.seq_len, one.on_cpu)
+    whole = layer_elements(one.model, "off", compiled=one.compiled, weights_of_head=heads)
+    kept = one.model.num_layers * layer_elements(one.model, mode, compiled=one.compiled, weights_of_head=heads)
+    return one.tokens * kept * one.width, 0.0 if mode == "off" else one.tokens * whole * one.width
+
+
+def chooses(one: Pass) -> bool:
+    """Return whether sparse attention chooses keys in rows of this length."""
+    return isinstance(one.model.attention, SparseAttentionConfig) and one.seq_len > one.model.attention.top_k
+
+
+def mask_bytes(one: Pass, mode: Mode) -> int:
+    """Return the bytes of the document mask: one of a byte for the model, and for each layer that keeps it the kernel's copy.
+
+    Instead of a mask, sparse attention keeps the numbers of the chosen keys, in every layer unless all is computed again.
+    """
+    layers = one.model.num_layers
+    if chooses(one):
+        assert isinstance(one.model.attention, SparseAttentionConfig)
+        choices = one.model.num_kv_heads if one.model.attention.selection == "per_kv_group" else 1
+        return (1 if mode == "full" else layers) * one.tokens * choices * one.model.attention.top_k * INDEX_BYTES
+    if not one.document_mask:
+        return 0
+    copies = layers if mode == "off" else 1
+    return one.rows * one.seq_len**2 * (1 + (0 if one.on_cpu else copies * one.width))
+
+
+def copied_bytes(one: Pass) -> float:
+    """Return the bytes of the copies of the layers' matrices that a pass computes with.
+
+    They are in the dtype of the activations; in fp32 only matrices with the same input are copied, to be joined.
+    """
+    model = one.model
+    joined = model.hidden_size * (model.query_size + 2 * model.kv_size + 2 * model.intermediate_size) * model.num_layers
+    return float(one.width * (joined if one.width == 4 else parameters_of(model)[0]))
+
+
+def head_bytes(one: Pass) -> tuple[float, float]:
+    """Return the bytes of a chunk of logits, and those of the head's gradient and of its copy in the dtype of the features."""
+    rows = one.model.padded_vocab_size
+    rank = (one.model.embed_rank or one.model.hidden_size) if one.model.tie_embeddings else one.model.hidden_size
+    most_tokens, most_bytes = TILED if one.on_cpu and one.compiled else UNTILED
+    width = one.width if one.compiled else 4  # chunks of eager code are cut for fp32
+    chunk = min(one.tokens, max(64, min(most_tokens, most_bytes // (width * rows) // 64 * 64)))
+    wide = 0 if one.on_cpu else 8  # a CPU widens few logits at a time
+    return chunk * rows * (one.width + wide), rows * rank * (8 + one.width % 4) + 2 * one.tokens * rank * one.width
+
+
+def evaluation_bytes(one: Pass) -> float:
+    """Return the bytes of a forward pass of an evaluation, which is not compiled, and on a CPU in fp32."""
+    model, width = one.model, 4 if one.on_cpu else one.width
+    tokens = max(EVALUATED_TOKENS, one.seq_len)
+    feed_forward = 3 * model.hidden_size + 4 * model.intermediate_size
+    scores = 3 * model.num_heads * min(one.seq_len, ATTENTION_PIECE) if one.on_cpu else 0
+    return tokens * max(feed_forward, 3 * model.hidden_size + 3 * (model.query_size + 2 * model.kv_size) + scores) * width
+
+
+def memory_of(one: Pass, mode: Mode) -> dict[str, Estimate]:
+    """Return the parts of the peak memory of one process in bytes."""
+    weights, gradients, moments = (
+        number / one.shards for number in state_bytes(one.model, one.optimizer, one.arithmetic.precision)
+    )
+    layers = one.model.num_layers
+    block = parameters_of(one.model)[0] / layers
+    gathered = 2 * block * (one.width + 4) if one.shards > 1 else 0.0  # a block computes while the next one comes
+    kept, again = activation_bytes(one, mode)
+    copies, (logits, of_head) = copied_bytes(one), head_bytes(one)
+    turning = {
+        "gradients": gradients if one.accumulates else 0.0,
+        "weight copies": copies if mode == "off" else copies / layers,
+        "activations": kept + max(0.0, again - logits),  # the logits are gone when a layer is computed again
+        "mask": float(mask_bytes(one, mode)),
+        "loss head": logits + of_head,
+    }
+    ending = {"gradients": gradients, "weight copies": copies / layers, "activations": kept / layers + again}
+    step = max(turning, ending, key=lambda parts: sum(parts.values()))
+    beyond = max(0.0, evaluation_bytes(one) - sum(step.values())) if one.evaluates else 0.0
+    churned = sum(turning.values()) + sum(activation_bytes(one, "off")) - kept - max(0.0, again - logits)
+    copied = weights + moments if one.copies else 0.0
+    parts = {
+        "process": process_bytes(one),
+        "weights": exact(weights + gathered),
+        "optimizer": exact(moments),
+        **{name: LOOSE[name].times(number) if name in LOOSE else exact(number) for name, number in step.items()},
+        "evaluation": Estimate(0.8 * beyond, beyond, 1.3 * beyond, "computed: what an evaluation takes beyond a step"),
+        "saving": exact(copied, "computed: the copy that a checkpoint is written from"),
+        "teacher": exact(0.0 if one.teacher is None else one.teacher.num_parameters * one.width),
+        "gaps": CPU_GAPS.times(churned + beyond) if one.on_cpu else GPU_GAPS.times(sum(step.values()) + beyond),
+    }
+    return {name: part for name, part in parts.items() if part.high > 0}
+
+
+def process_bytes(one: Pass) -> Estimate:
+    """Return what a process takes before it has a model; a compiler keeps more the more layers it compiles."""
+    if not one.on_cpu:
+        return CUDA
+    return total([CPU_COMPILED, CPU_LAYER.times(one.model.num_layers)]) if one.compiled else CPU_EAGER
+
+
+def most_rows(one: Pass, mode: Mode, limit: float, beside: Mapping[str, Estimate] | None = None) -> int:
+    """Return the most rows of a pass that surely fit into ``limit`` bytes with ``beside``, at most ``MOST_ROWS``; 0: not one."""
+
+    def fits(rows: int) -> bool:
+        return total([*memory_of(replace(one, rows=rows), mode).values(), *(beside or {}).values()]).high <= limit
+
+    low, high = 0, 1
+    while high <= MOST_ROWS and fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def measured_memory(parts: Mapping[str, Estimate], measured: Estimate | None) -> dict[str, Estimate]:
+    """Return the parts of the memory, scaled to the sum that a probe measured, if there is one."""
+    if measured is None:
+        return dict(parts)
+    factor = measured.value / total(parts.values()).value
+    width = measured.high / measured.value, measured.low / measured.value
+    return {
+        name: Estimate(part.value * factor * width[1], part.value * factor, part.value * factor * width[0], measured.source)
+        for name, part in parts.items()
+    }

@@ -1,0 +1,169 @@
+"""The plan of pretraining and fine-tuning, from the config. Torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from osler.config.devices import Device
+from osler.data.curriculum import rows_per_micro_batch
+from osler.model.config import ModelConfig
+from osler.parallel.config import DeepSpeedConfig, FsdpConfig
+from osler.plan.disk import checkpoint_bytes, disk_of
+from osler.plan.estimate import Estimate, combined, exact
+from osler.plan.memory import MODES, Pass, measured_memory, memory_of, most_rows
+from osler.plan.notes import notes_of
+from osler.plan.plan import Measured, Plan, Where
+from osler.plan.speed import Arithmetic, Pace, Stretch, flops_per_second, step_seconds
+from osler.train.config import TrainConfig
+
+COMPILE_MIN_STEPS = 100  # as parallel/compile.py has it: shorter runs are not compiled
+CLOCK_SHARE = 0.97  # of max_minutes that training takes, as train/trainer.py has it
+STARTS = {
+    "gpu": Estimate(30, 120, 600, "assumed: libraries, tokenizer, first data, compilation"),
+    "cpu": Estimate(10, 45, 180, "assumed: libraries, tokenizer, data, compilation; more with many files"),
+}  # fmt: skip
+READING = Estimate(
+    0.2, 0.45, 1.2, "assumed: reading a token takes a third of the time of learning it, more where it is not compiled"
+)
+QUESTION_SECONDS = Estimate(0.002, 0.02, 0.2, "assumed: 2 to 200 ms for a question, drawn together with others")
+DISK_SPEED = Estimate(100e6, 400e6, 2e9, "assumed: a disk that writes 0.1 to 2 GB/s")
+
+
+def arithmetic_of(config: TrainConfig, device: Device) -> Arithmetic:
+    """Return what a run computes with on a device: what ``auto`` will choose there, if a compiler is installed."""
+    steps = config.total_steps if config.max_minutes is None else int(config.max_minutes * COMPILE_MIN_STEPS)
+    compiled = config.compile == "always" or (config.compile == "auto" and steps >= COMPILE_MIN_STEPS)
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if device.bf16 and (device.kind == "gpu" or compiled) else "fp32"
+    return Arithmetic(precision, compiled, config.recompute)
+
+
+def plan_training(
+    config: TrainConfig,
+    where: Where,
+    *,
+    name: str = "",
+    model: ModelConfig | None = None,
+    teacher: ModelConfig | None = None,
+    arithmetic: Arithmetic | None = None,
+    measured: Measured | None = None,
+) -> Plan:
+    """Return the plan of a supervised run. ``model`` is that of ``init_from``, ``teacher`` that of ``teacher.path``."""
+    model, measured = model or config.model, measured or Measured()
+    arithmetic = arithmetic or arithmetic_of(config, where.device)
+    pace = pace_of(config, model, teacher, arithmetic, where, measured)
+    start = measured.start_seconds or STARTS[where.device.kind]
+    tokens = exact(float(config.total_tokens))
+    if config.max_minutes is not None:
+        clock = CLOCK_SHARE * 60 * config.max_minutes
+        left = start.through(lambda seconds: max(0.0, clock - seconds))
+        one_step = pace.stretches[0].step_tokens  # a run makes one step, however late it begins
+        tokens = pace.tokens(left).through(lambda count: min(max(count, one_step), config.total_tokens))
+    training = pace.seconds(tokens.value)
+    if config.max_minutes is not None and tokens.low < config.total_tokens:
+        training = Estimate(min(training.low, left.low), min(training.value, left.value), left.high, "the clock (max_minutes)")
+    one = widest_pass(config, model, arithmetic, where, teacher)
+    plan = Plan(
+        name=name,
+        kind=config.kind,
+        where=where,
+        parameters=model.num_parameters,
+        tokens=tokens,
+        steps=tokens.through(lambda count: config.timeline.steps_for(int(count))),
+        flops=tokens.through(pace.flops),
+        pace=pace,
+        time={"start": start, "training": training, **beside_training(config, model, pace, tokens, measured)},
+        memory=measured_memory(memory_of(one, config.recompute), measured.memory_bytes),
+        rows=one.rows,
+        seq_len=one.seq_len,
+        recompute=config.recompute,
+        most_rows={mode: most_rows(one, mode, where.device.memory_bytes) for mode in MODES},
+        disk=disk_of(config, model, tokens),
+        not_planned=not_planned(config, teacher),
+    )
+    return replace(plan, notes=notes_of(plan, config, model, arithmetic))
+
+
+def pace_of(
+    config: TrainConfig, model: ModelConfig, teacher: ModelConfig | None, arithmetic: Arithmetic, where: Where, measured: Measured
+) -> Pace:
+    """Return how long the steps of each stage take."""
+    rate = flops_per_second(where.device, arithmetic, where.gpus)
+    stretches = []
+    for span in config.timeline.spans:
+        flops = float(model.flops_per_token(span.seq_len))
+        if teacher is not None:
+            flops += teacher.flops_per_token(span.seq_len) / 3  # a forward pass
+        seconds = measured.step_seconds.get(span.number)
+        if seconds is None:
+            seconds = step_seconds(flops * span.batch_tokens, rate, where.device, model.num_parameters)
+        stretches.append(Stretch(span.first_token, span.batch_tokens, seconds, flops))
+    return Pace(stretches)
+
+
+def beside_training(
+    config: TrainConfig, model: ModelConfig, pace: Pace, tokens: Estimate, measured: Measured
+) -> dict[str, Estimate]:
+    """Return the time of evaluations, exams and checkpoints."""
+    count = tokens.value
+    per_token = pace.seconds(count).times(1 / count)
+    times = {}
+    if evaluations := count // config.evaluation_tokens or 1:
+        sets = max(1, len(config.validation) or len(config.sources))
+        read = sets * config.evaluated_tokens(sets)
+        seconds = combined(lambda share, token: read * share * token, READING, per_token)
+        times["evaluations"] = (measured.evaluation_seconds or seconds).times(evaluations)
+    if config.exam.every_tokens:
+        exam = config.exam
+        questions = sum(task.limit or 1000 for task in exam.tasks) if exam.tasks else exam.items * len(exam.splits)
+        times["exams"] = QUESTION_SECONDS.times(questions * (count // exam.every_tokens or 1))
+    size = checkpoint_bytes(model, config.optim.type, config.precision)
+    last = exact(size).over(DISK_SPEED, "assumed: all but the last are written while training goes on, at 0.1 to 2 GB/s")
+    saves = count // config.checkpoint.every_tokens or 1
+    times["checkpoints"] = last if measured.save_seconds is None else measured.save_seconds.times(saves)
+    return times
+
+
+def widest_pass(
+    config: TrainConfig, model: ModelConfig, arithmetic: Arithmetic, where: Where, teacher: ModelConfig | None
+) -> Pass:
+    """Return the forward pass of one process that takes the most memory."""
+    passes = []
+    for span in config.timeline.spans:
+        share = -(-span.rows_per_batch // where.gpus)
+        rows = rows_per_micro_batch(share, span.seq_len, config.micro_batch_tokens)
+        passes.append((span.seq_len * rows, span.seq_len, rows, rows < share))
+    _, seq_len, rows, accumulates = max(passes)
+    on_cpu = where.device.kind == "cpu"
+    is_cut = isinstance(config.parallel, FsdpConfig) or (
+        isinstance(config.parallel, DeepSpeedConfig) and config.parallel.stage == 3
+    )
+    return Pass(
+        model=model,
+        rows=rows,
+        seq_len=seq_len,
+        arithmetic=arithmetic,
+        on_cpu=on_cpu,
+        optimizer=config.optim.type,
+        accumulates=accumulates,
+        document_mask=config.document_mask,
+        shards=where.gpus if is_cut else 1,
+        copies=on_cpu and config.checkpoint.in_background and config.checkpoint.every_tokens < config.total_tokens,
+        evaluates=True,
+        teacher=teacher,
+    )
+
+
+def not_planned(config: TrainConfig, teacher: ModelConfig | None) -> tuple[str, ...]:
+    """Return what the plan leaves out, in words."""
+    found = []
+    if config.teacher is not None and teacher is None:
+        found.append(
+            f"the teacher {config.teacher.path or '(not named)'}, whose model is not there: time and memory are without it"
+        )
+    if config.trains == "indexers":
+        found.append("trains=indexers: time and memory are those of training all weights, which is more")
+    if isinstance(config.parallel, DeepSpeedConfig):
+        found.append("what DeepSpeed keeps for itself")
+    return tuple(found)

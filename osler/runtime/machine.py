@@ -1,0 +1,57 @@
+"""What the system tells about this machine without torch: cores, memory, processor, GPUs. A container's limits count."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import re
+from pathlib import Path
+
+
+def usable_cores() -> int:
+    """Return the cores that this process may use: the machine's, less what affinity and a container's quota take away."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, period = [*_cgroup("cpu.max").split(), "max", "1"][:2]
+    return allowed if quota == "max" else min(allowed, max(1, int(quota) // int(period)))
+
+
+def memory_limit_bytes() -> int | None:
+    """Return how much memory a process may take here, a container's limit included; None where the system does not tell."""
+    total = physical_memory_bytes()
+    limit = _cgroup("memory.max")
+    return min(total, int(limit)) if total is not None and limit.isdigit() else total
+
+
+def physical_memory_bytes() -> int | None:
+    """Return the memory of the machine; None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def processor() -> tuple[str, frozenset[str]]:
+    """Return the name of the processor and, on Linux, what it can do, such as ``avx512f`` or ``amx_bf16``."""
+    name, flags = platform.processor() or platform.machine(), ""
+    with contextlib.suppress(OSError):
+        cpus = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        if found := re.search(r"^model name\s*:\s*(.*)", cpus, re.MULTILINE):
+            name = found[1].strip()
+        if found := re.search(r"^flags\s*:\s*(.*)", cpus, re.MULTILINE):
+            flags = found[1]
+    return name, frozenset(flags.split())
+
+
+def gpu_names() -> list[str]:
+    """Return the names of the NVIDIA GPUs that the driver lists; none on a system without ``/proc``."""
+    files = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    found = (re.search(r"^Model:\s*(.*)", file.read_text(errors="replace"), re.MULTILINE) for file in files)
+    return [match[1].strip() for match in found if match]
+
+
+def _cgroup(name: str) -> str:
+    try:
+        return (Path("/sys/fs/cgroup") / name).read_text().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,87 @@
+"""The estimated memory of a step against the measured one, and how it follows from the pass."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from osler.config.recipe import load_recipe
+from osler.config.schema import decode
+from osler.model.config import ModelConfig, SparseAttentionConfig
+from osler.plan.estimate import total
+from osler.plan.memory import MODES, Pass, mask_bytes, memory_of, most_rows, parameters_of, state_bytes
+from osler.plan.speed import Arithmetic
+
+MEASURED = Path(__file__).parents[2] / "benchmarks" / "results" / "bench_recompute.json"
+EAGER, COMPILED = Arithmetic("fp32", compiled=False, recompute="off"), Arithmetic("bf16", compiled=True, recompute="off")
+OF_STEP = ("gradients", "weight copies", "activations", "loss head")
+SMALL = ModelConfig(num_layers=4, max_seq_len=16_384)
+
+
+def model_of(name: str) -> ModelConfig:
+    return decode(ModelConfig, load_recipe(name)["model"])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_takes_about_what_was_measured(mode) -> None:
+    measured = json.loads(MEASURED.read_text())
+    shape = measured["shape"]
+    one = Pass(model_of(shape["recipe"]), shape["rows"], shape["seq_len"], EAGER, on_cpu=True)
+    parts = memory_of(one, mode)
+    step = sum(parts[name].value for name in OF_STEP if name in parts)
+    assert step == pytest.approx(measured["median"][mode]["step_bytes"], rel=0.15)
+    assert total(parts.values()).value == pytest.approx(measured["median"][mode]["process_bytes"], rel=0.15)
+
+
+@pytest.mark.parametrize("name", ["pure-tiny", "factorized-177m", "superbpe-270m", "synth-small"])
+def test_parameters_are_those_of_the_model(name) -> None:
+    import torch
+
+    from osler.model.transformer import Transformer
+
+    model = model_of(name)
+    with torch.device("meta"):
+        built = Transformer(model)
+    parameters = sum(parameter.numel() for parameter in built.parameters())
+    assert sum(parameters_of(model)) == parameters
+    assert state_bytes(model, "adamw", "bf16") == (4 * parameters, 4 * parameters, 8 * parameters)
+    assert sum(state_bytes(model, "adamw", "pure-bf16")) == 8 * parameters
+    assert state_bytes(model, "muon", "bf16")[2] < 8 * parameters
+
+
+def test_the_mask_of_documents_is_kept_in_every_layer_on_a_gpu() -> None:
+    one = Pass(SMALL, 1, 16_384, COMPILED, document_mask=True)
+    assert mask_bytes(one, "full") == 3 * 2**28, "a byte for the model, two for the kernel's copy"
+    assert mask_bytes(one, "off") == 9 * 2**28, "and one copy in every layer"
+    assert mask_bytes(replace(one, on_cpu=True), "off") == 2**28
+
+
+def test_sparse_attention_keeps_the_chosen_keys_and_no_mask() -> None:
+    model = replace(SMALL, attention=SparseAttentionConfig(top_k=2048))
+    one = Pass(model, 1, 16_384, COMPILED, document_mask=True)
+    assert mask_bytes(one, "selective") == 4 * mask_bytes(one, "full") == 2**29
+    assert mask_bytes(replace(one, seq_len=2048), "full") == 2048**2 * 3, "dense, because all keys are chosen"
+
+
+def test_more_recomputation_takes_less_and_allows_more_rows() -> None:
+    one, limit = Pass(model_of("pure-small"), 4, 2048, COMPILED), 24 * 2.0**30
+    sizes = [total(memory_of(one, mode).values()).value for mode in MODES]
+    rows = [most_rows(one, mode, limit) for mode in MODES]
+    assert sizes == sorted(sizes, reverse=True) and rows == sorted(rows) and rows[0] > 0
+    for mode, most in zip(MODES, rows, strict=True):
+        fits, one_more = (total(memory_of(replace(one, rows=count), mode).values()).high for count in (most, most + 1))
+        assert fits <= limit < one_more
+
+
+def test_shards_share_the_state_and_a_checkpoint_copies_it() -> None:
+    one = Pass(model_of("pure-small"), 1, 512, COMPILED)
+    alone, shared, saving = (
+        memory_of(one, "off"),
+        memory_of(replace(one, shards=8), "off"),
+        memory_of(replace(one, copies=True), "off"),
+    )
+    assert shared["optimizer"].value == alone["optimizer"].value / 8 and shared["weights"].value > alone["weights"].value / 8
+    assert saving["saving"].value == alone["weights"].value + alone["optimizer"].value and "saving" not in alone

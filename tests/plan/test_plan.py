@@ -1,0 +1,140 @@
+"""Plans of recipes: every shipped one has a plan, and it is honest about what does not fit."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from osler.cli.plan import plan, plans_of
+from osler.cli.show import decode_recipe
+from osler.config.devices import devices, find_device, peak_flops_of
+from osler.config.recipe import available_recipes, load_recipe
+from osler.config.schema import decode
+from osler.plan.estimate import Estimate
+from osler.plan.plan import HOUR, Measured, Plan, Where
+from osler.plan.planner import plan_of
+from osler.runtime.errors import UserError
+from osler.train.config import TrainConfig
+
+OPTIONS = {"gpu": None, "gpus": 1, "hours": None, "price": None}
+H100 = Where(find_device("h100"))
+TRAINED = [name for name in available_recipes() if "kind" in load_recipe(name)]
+
+
+def planned(recipe: str, *overrides: str, where: Where = H100) -> Plan:
+    return plans_of(recipe, overrides, where)[-1]
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_every_recipe_that_trains_has_a_plan(name) -> None:
+    recipe = load_recipe(name)
+    starts = ["init_from=pure-medium-large"] if recipe.get("init_from") == "" else []
+    for one in plans_of(name, starts, H100):
+        for estimate in (one.tokens, one.seconds, one.memory_bytes, one.disk_bytes, one.tokens_per_second, one.flops, one.usd):
+            assert estimate is not None and 0 <= estimate.low <= estimate.value <= estimate.high and estimate.source
+        assert one.parameters > 0 and one.fits in ("yes", "no", "unsure")
+
+
+def test_a_plan_needs_no_torch() -> None:
+    code = (
+        "import sys; from osler.cli.main import main; main(['plan', 'a100-1day', '--gpu', 'a100', '--hours', '24']);"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "15.0B tokens do not fit into 24 hours" in " ".join(done.stdout.split())
+    assert "even at 100 % of its peak" in " ".join(done.stdout.split())
+
+
+def test_the_published_day_on_an_a100_has_the_flops_of_far_fewer_tokens() -> None:
+    one = planned("a100-1day", where=Where(find_device("a100")))
+    per_token = decode_recipe(load_recipe("a100-1day")).model.flops_per_token(2048)
+    assert per_token == pytest.approx(2.626e9, rel=1e-3)
+    assert one.flops.value == 15e9 * per_token
+    within = one.tokens_within(24 * HOUR)
+    assert within.high < 24 * HOUR * 312e12 * 0.5 / per_token and within.low > 1e9
+    assert one.seconds.low > 2 * 24 * HOUR
+
+
+def test_a_clock_ends_the_run_and_decides_the_tokens() -> None:
+    one = planned("osler-20usd", "parallel.type=ddp", where=Where(find_device("h100"), gpus=8, price=2.5))
+    assert one.seconds.high < 1.2 * HOUR and one.tokens.low < one.tokens.value < one.tokens.high < 100e9
+    assert one.usd is not None and one.usd.value == pytest.approx(20, rel=0.05)
+    assert one.tokens_within(HOUR).value == pytest.approx(one.tokens.value, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "told"),
+    [
+        ("usmle-2day/pretrain", [], "head_dim 72: kernels of current GPUs compute it as 96"),
+        ("debug", ["model.head_dim=96"], "head_dim 96: kernels of current GPUs compute it as 128"),
+        ("debug", ["precision=fp8"], "precision=fp8 loses at hidden_size 512: nanochat measured"),
+        ("debug", ["model.attention={type: sparse, top_k: 300}"], "sparse attention costs more FLOPs than dense in rows of 512"),
+        ("debug", ["micro_batch_tokens=512"], "hardly fills a GPU"),
+        ("synth-8xh100", [], "does not fit: it takes"),
+    ],
+)
+def test_warnings_come_with_evidence(recipe, overrides, told) -> None:
+    assert any(told in note for note in planned(recipe, *overrides).notes)
+
+
+def test_what_is_told_to_fit_fits() -> None:
+    one = planned("synth-8xh100")
+    advice = next(note for note in one.notes if "What surely fits" in note)
+    micro, mode = (part.split("=")[1].strip(".") for part in advice.split("fits: ")[1].split())
+    assert planned("synth-8xh100", f"micro_batch_tokens={micro}", f"recompute={mode}").fits == "yes"
+
+
+def test_measurements_take_the_place_of_assumptions() -> None:
+    config = decode(TrainConfig, load_recipe("debug"))
+    step = Estimate(1.9, 2.0, 2.1, "measured")
+    measured = Measured(step_seconds={1: step}, memory_bytes=Estimate(0.9e9, 1e9, 1.1e9, "measured"))
+    one = plan_of(config, Where(find_device("cpu")), measured=measured)
+    assert one.time["training"].value == pytest.approx(2.0 * 10e6 / 32_768) and one.memory_bytes.value == pytest.approx(1e9)
+    assert one.tokens_per_second.low == pytest.approx(32_768 / 2.1)
+
+
+def test_a_stage_of_a_pipeline_has_the_model_of_the_one_that_it_starts_from() -> None:
+    plans = plans_of("quickstart", [], Where(find_device("cpu")))
+    assert [one.kind for one in plans] == ["pretrain", "sft", "grpo"] and len({one.parameters for one in plans}) == 1
+
+
+def test_devices_are_found_by_name_driver_or_file(tmp_path) -> None:
+    assert find_device("NVIDIA H100 80GB HBM3") is find_device("h100") and peak_flops_of("NVIDIA T400") is None
+    own = tmp_path / "own.yaml"
+    own.write_text("mine: {title: My card, tflops: 100, memory_gib: 12, bandwidth_gb: 500, usd: [0.1, 0.2]}")
+    assert planned("debug", where=Where(find_device(str(own)))).usd is not None
+    with pytest.raises(UserError, match="did you mean `h100`"):
+        find_device("h10")
+    own.write_text("{title: My card, tflop: 100}")
+    with pytest.raises(UserError, match="tflop"):
+        find_device(str(own))
+    with pytest.raises(UserError, match="cannot be read"):
+        find_device(str(tmp_path / "none.yaml"))
+
+
+def test_every_device_of_the_table_plans_and_prices_have_a_day() -> None:
+    config = decode(TrainConfig, load_recipe("debug"))
+    for device in devices().values():
+        assert plan_of(config, Where(device)).seconds.value > 0
+        assert (device.usd is None) == (device.seen == "")
+
+
+def test_what_cannot_be_planned_is_said(tmp_path) -> None:
+    with pytest.raises(UserError, match="is a model and no run"):
+        plan("pure-tiny", [], **OPTIONS)
+    with pytest.raises(UserError, match="init_from is not given, so its size is unknown"):
+        plan("grpo-medqa", [], **OPTIONS)
+    with pytest.raises(UserError, match="which recipe"):
+        plan(None, [], **OPTIONS)
+    text = plan("distill/sft", ["init_from=distill/pretrain", "teacher.path=runs/none"], **OPTIONS)
+    assert "Not planned: the teacher runs/none" in text
+
+
+def test_the_largest_micro_batch_never_fits_only_by_hope() -> None:
+    one = planned("usmle-2day/pretrain")
+    tight = replace(one, where=Where(find_device("rtx4090")))
+    assert one.fits == "yes" and tight.fits == "no"
