@@ -7,6 +7,7 @@ from osler.cli.help import (
     DISTILL_HELP,
     EVAL_HELP,
     EXPORT_HELP,
+    PLAN_HELP,
     PRUNE_HELP,
     QUANTIZE_HELP,
     SERVE_HELP,

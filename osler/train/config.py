@@ -100,7 +100,7 @@ class TrainConfig(RunConfig):
     packing: Literal["auto", "stream", "whole"] = "auto"
     # examples whose answer does not fit into a row with its question (sft, packing whole): refuse to begin, or drop them
     too_long: Literal["refuse", "drop"] = "refuse"
-    # whether attention stays inside a document; takes seq_len² bytes a row, and on a GPU more (`osler show` says how much)
+    # whether attention stays inside a document; takes seq_len² bytes a row, and on a GPU more (`osler plan` says how much)
     document_mask: bool = False
     # tokens in a row; with a curriculum in its longest rows, and in rows of held-out text. One process computes all of a row
     seq_len: PositiveInt = 128
