@@ -170,9 +170,9 @@ def struck(command: list[str], run: Path, size: int, seconds: float, rng: random
     codes = ended(children, run)
     if not any(codes):
         return ""
-    # What a way may end a process with: by the signal, after a save, by the crash, and 2 when another rank was lost.
+    # What a way may end a process with: by the signal, after a save, by the crash, and 75 when another rank was lost.
     allowed = {"kill": {-signal.SIGKILL}, "stage": {-signal.SIGKILL}, "term": {130, -signal.SIGTERM}, "crash": {1}}[way]
-    if codes[0 if way == "stage" else hit] not in allowed or not set(codes) <= {*allowed, 2, -signal.SIGTERM}:
+    if codes[0 if way == "stage" else hit] not in allowed or not set(codes) <= {*allowed, 75, -signal.SIGTERM}:
         raise SystemExit(f"{way} ended {run} with {codes}; see {run.with_suffix('.log')}")
     return f"{way} {faults[way].partition(':')[0]}" if way == "stage" else way
 

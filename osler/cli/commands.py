@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from osler.cli.command import Command, option
 from osler.cli.help import (
+    DEPLOY_HELP,
     DISTILL_HELP,
     EVAL_HELP,
     EXPORT_HELP,
@@ -17,6 +18,7 @@ from osler.cli.help import (
 )
 from osler.cli.options import (
     CHECKPOINT,
+    DEPLOYED,
     EVAL_ONLY,
     EXPORTED,
     ORIGIN,
@@ -329,6 +331,14 @@ COMMANDS: tuple[Command, ...] = (
             option("folders", nargs="+", metavar="DIR", help="two run folders or more, or checkpoints in them"),
             option("--out", default="compare.html", metavar="FILE", help="the page to write (default: compare.html)"),
         ),
+    ),
+    Command(
+        "deploy",
+        "Run a recipe on other machines: print its manifests, apply them, look after it, stop it",
+        "osler deploy render usmle-2day root=data --target k8s-job",
+        "osler.cli.deploy:run",
+        (option("verb", choices=("render", "apply", "status", "logs", "stop"), help="what to do"), RECIPE, *DEPLOYED),
+        DEPLOY_HELP,
     ),
     Command(
         "bench",

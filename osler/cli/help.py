@@ -68,3 +68,19 @@ SHORTER = """\
 a shorter one, that learns less:
   osler quickstart pretrain.total_tokens=400000 sft.total_tokens=200000 grpo.steps=5 exam.task.limit=50 --run runs/short
   osler show quickstart --explain     every field, and what it means"""
+
+DEPLOY_HELP = """\
+  osler deploy apply usmle-2day root=data --target k8s-job --gpus 8 --image example.org/osler:cuda --token HF_TOKEN
+  osler deploy status usmle-2day --target k8s-job     (then logs, with --follow, and stop)
+
+target      what it is
+k8s-job     one machine: a Job of Kubernetes
+jobset      several: a JobSet
+trainjob    several: a TrainJob of Kubeflow's Trainer
+k8s-server  the trained model behind OpenAI's API, at /v1 of a Service
+slurm       a batch script, for a folder that the machines share; call it there
+skypilot    a managed job on spot machines, with a bucket as volume
+dstack      a task on spot machines, with a volume that has to be there
+
+The recipe travels in the manifest. Its relative paths begin at the top of the volume, where the run folder is runs/NAME. What was
+evicted is started again and goes on; what has to be mended (exit code 2) stays ended. stop keeps the volume."""

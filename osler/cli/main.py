@@ -31,7 +31,8 @@ Train a small language model from scratch until it answers medical questions.
 Exit codes:
   0    done
   1    an error in Osler, with a traceback, or damage that `checkpoint verify` or `data inspect` found
-  2    something to mend, told in one paragraph: a wrong option, a full disk, a loss that stays NaN, a lost process of the run
+  2    something to mend, told in one paragraph: a wrong option, a full disk, a loss that stays NaN
+  75   another process of the run was lost; the same command goes on from the newest checkpoint
   130  stopped by Ctrl-C, SIGTERM, SIGUSR1 or a terminal that closes (SIGHUP): training finishes its step and saves, and the
        same command goes on. A second Ctrl-C leaves at once; the run then goes on from its last checkpoint."""
 REMEDIES = {
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return dispatch(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
         complain(f"osler: {error}", is_reporter(str(error)) if error.is_reporter is None else error.is_reporter)
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         complain("osler: interrupted", not is_silent("LOCAL_RANK"))
         return 130

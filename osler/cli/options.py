@@ -57,3 +57,42 @@ SERVER = (
     ),
     option("--log-requests", action="store_true", default=argparse.SUPPRESS, help="tell path, status and tokens of each request"),
 )
+
+DEPLOYED = (
+    option(
+        "--target",
+        required=True,
+        choices=("k8s-job", "jobset", "trainjob", "k8s-server", "slurm", "skypilot", "dstack"),
+        help="what the machines are driven by; see below",
+    ),
+    *(
+        option(flag, type=kind, default=argparse.SUPPRESS, metavar=metavar, help=meaning)
+        for flag, kind, metavar, meaning in (
+            ("--name", str, "NAME", "of the run and of all that is made for it (default: the recipe's)"),
+            ("--machines", int, "N", "machines that train together (default: 1)"),
+            ("--gpus", int, "N", "GPUs of each machine; 0: CPU cores (default: 1)"),
+            ("--processes", int, "N", "processes of each machine (default: one for each GPU)"),
+            ("--gpu-name", str, "NAME", "what skypilot and dstack rent (default: H100)"),
+            ("--cpus", int, "N", "cores of each machine (default: 8)"),
+            ("--memory-gb", int, "N", "memory of each machine (default: 64)"),
+            ("--shm-gb", int, "N", "shared memory, which is a part of it (default: 8)"),
+            ("--disk-gb", int, "N", "size of the volume (default: 200)"),
+            ("--volume", str, "NAME", "that holds runs and data, and outlives them (default: osler)"),
+            ("--image", str, "IMAGE", "what the Dockerfile built, where the machines find it (default: osler:cuda)"),
+            ("--namespace", str, "NAME", "of Kubernetes (default: default)"),
+            ("--secret", str, "NAME", "of Kubernetes, which holds the tokens (default: osler-tokens)"),
+            ("--grace-seconds", int, "S", "to finish a step and save when it is asked to stop (default: 120)"),
+            ("--max-failures", int, "N", "crashes after which Kubernetes gives up; evictions are none (default: 3)"),
+        )
+    ),
+    option(
+        "--token",
+        dest="tokens",
+        action="append",
+        default=argparse.SUPPRESS,
+        metavar="VARIABLE",
+        help="a variable with a token, such as HF_TOKEN; its name alone is written; may be given several times",
+    ),
+    option("--out", metavar="FILE", help="render: write the manifests there"),
+    option("--follow", action="store_true", help="logs: go on until it ends"),
+)

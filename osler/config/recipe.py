@@ -238,7 +238,7 @@ def _yaml_classes() -> tuple[Any, Any]:
 
         def represent_text(self, text: str) -> Any:
             # PyYAML loses these three line breaks in any style but double quotes.
-            style = '"' if re.search("[\x85\u2028\u2029]", text) else None
+            style = '"' if re.search("[\x85\u2028\u2029]", text) else "|" if "\n" in text else None
             return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
     Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_integer)

@@ -27,6 +27,7 @@ T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # a rank that hangs in a step is given up after this
 HOST_TIMEOUT = timedelta(days=1)  # the others wait as long as rank 0 needs to prepare the data
 REPORT_TIMEOUT = timedelta(seconds=10)  # to reach the store when an error is reported
+EXIT_LOST = 75  # other processes were lost, so that the same command goes on; as EX_TEMPFAIL of sysexits.h
 ERROR_KEY = "user_error"  # in the store that the processes meet at
 
 
@@ -196,6 +197,8 @@ def joined(device: str) -> Iterator[World]:
             or f"Rank {here.rank} of {here.size} lost the others: one of them ended or cannot be reached ({first_line}). "
             "Its last message says why; the same command goes on from the newest checkpoint."
         )
+        if left is None:
+            lost.exit_code = EXIT_LOST
         lost.is_reporter = is_reporter(left or "lost", store)
         raise lost from error
 

@@ -1,0 +1,119 @@
+"""Targets that run a shell script: Slurm, and rented machines by SkyPilot and dstack.
+
+Each machine writes the recipe beside the run and calls the same command as in Kubernetes, in the folder of the volume.
+"""
+
+import shlex
+from typing import Any
+
+from osler.deploy.workload import VOLUME, Meeting, Workload
+from osler.runtime.stop import EXIT_STOPPED
+from osler.runtime.world import EXIT_LOST
+
+END = "END_OF_RECIPE"
+SLURM_MEETING = Meeting("$SLURM_NODEID", "$MASTER_ADDR")
+SKYPILOT_MEETING = Meeting("$SKYPILOT_NODE_RANK", '$(head -n 1 <<< "$SKYPILOT_NODE_IPS")')
+DSTACK_MEETING = Meeting("$DSTACK_NODE_RANK", "$DSTACK_MASTER_NODE_IP")
+
+
+def recipe_file(workload: Workload) -> str:
+    """Return where the script writes the recipe."""
+    return f"{workload.run_folder}.recipe.yaml"
+
+
+def script(workload: Workload, meeting: Meeting) -> list[str]:
+    """Return the lines that write the recipe, and the command, which is the last line."""
+    words = workload.command(recipe_file(workload), meeting)
+    command = " ".join(f'"{word}"' if "$" in word else shlex.quote(word) for word in words)
+    written = [f"cat > {recipe_file(workload)} <<'{END}'", *workload.recipe_text.splitlines(), END]
+    return ["mkdir -p runs", *written, command]
+
+
+def slurm(workload: Workload) -> str:
+    """A batch script for a folder that all machines share; ``sbatch`` is called there."""
+    deployment = workload.deployment
+    *preparation, command = script(workload, SLURM_MEETING)
+    options = {
+        "job-name": workload.name,
+        "nodes": deployment.machines,
+        "ntasks-per-node": 1,
+        **({"gpus-per-node": deployment.gpus} if deployment.gpus else {}),
+        "cpus-per-task": deployment.cpus,
+        "mem": f"{deployment.memory_gb}G",
+        "output": log_file(workload),
+        "open-mode": "append",
+        "signal": f"TERM@{deployment.grace_seconds}",  # before the time is up, to the processes but not to this script
+    }
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            *(f"#SBATCH --{name}={value}" for name, value in options.items()),
+            "#SBATCH --requeue",
+            *preparation,
+            f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={deployment.grace_seconds}",
+            'export MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"',
+            f"srun --kill-on-bad-exit=0 bash -c {shlex.quote(f'exec {command}')}",
+            "code=$?",
+            "# The time was up and the run has saved: it goes on when its turn comes again. A cancelled job is not RUNNING.",
+            'state="$(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID")"',
+            f'if [ "$code" = {EXIT_STOPPED} ] && [ "$state" = RUNNING ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
+            'exit "$code"',
+            "",
+        ]
+    )
+
+
+def log_file(workload: Workload) -> str:
+    """Return the file into which Slurm writes what the run says."""
+    return f"{workload.name}.log"
+
+
+def skypilot(workload: Workload) -> dict[str, Any]:
+    """A managed job on machines that may be taken away, with a bucket as its volume."""
+    deployment = workload.deployment
+    gpus = {"accelerators": f"{deployment.gpu_name}:{deployment.gpus}"} if deployment.gpus else {}
+    return {
+        "name": workload.name,
+        "num_nodes": deployment.machines,
+        "resources": {
+            **gpus,
+            "cpus": f"{deployment.cpus}+",
+            "memory": f"{deployment.memory_gb}+",
+            "disk_size": deployment.disk_gb,
+            "image_id": f"docker:{deployment.image}",
+            "use_spot": True,
+            "job_recovery": {"recover_on_exit_codes": [EXIT_LOST, EXIT_STOPPED]},  # machines that are taken away aside
+        },
+        "file_mounts": {VOLUME: {"name": deployment.volume, "mode": "MOUNT_CACHED"}},
+        **({"secrets": dict.fromkeys(deployment.tokens)} if deployment.tokens else {}),
+        "run": "\n".join([f"cd {VOLUME}", *_shutdown(workload), *script(workload, SKYPILOT_MEETING), ""]),
+    }
+
+
+def dstack(workload: Workload) -> dict[str, Any]:
+    """A task on spot machines, with a volume that has to be there."""
+    deployment = workload.deployment
+    gpus = {"gpu": f"{deployment.gpu_name}:{deployment.gpus}"} if deployment.gpus else {}
+    return {
+        "type": "task",
+        "name": workload.name,
+        "image": deployment.image,
+        "nodes": deployment.machines,
+        "volumes": [f"{deployment.volume}:{VOLUME}"],
+        "working_dir": VOLUME,
+        **({"env": list(deployment.tokens)} if deployment.tokens else {}),
+        "commands": ["\n".join([*_shutdown(workload), *script(workload, DSTACK_MEETING)])],
+        "resources": {
+            **gpus,
+            "cpu": f"{deployment.cpus}..",
+            "memory": f"{deployment.memory_gb}GB..",
+            "shm_size": f"{deployment.shm_gb}GB",
+        },
+        "spot_policy": "spot",
+        "stop_duration": deployment.grace_seconds,
+        "retry": {"on_events": ["no-capacity", "interruption"], "duration": "3d"},
+    }
+
+
+def _shutdown(workload: Workload) -> list[str]:
+    return [f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={workload.deployment.grace_seconds}"]

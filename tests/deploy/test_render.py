@@ -1,0 +1,143 @@
+"""Manifests: what they are, that Kubernetes knows every key of them, and what is refused before a machine costs money."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import schemas
+import yaml
+from kubelet import decided
+
+from osler.cli.main import main
+from osler.deploy import kubernetes
+from osler.deploy.launch import exit_code_of
+from osler.deploy.targets import TARGETS
+
+GOLDEN = Path(__file__).parent / "golden"
+RECIPE = str(GOLDEN / "recipe.yaml")
+OPTIONS = {  # `osler deploy render tests/deploy/golden/recipe.yaml --target TARGET OPTIONS --out tests/deploy/golden/TARGET.yaml`
+    "k8s-job": ["--gpus", "2", "--token", "HF_TOKEN"],
+    "jobset": ["--machines", "2", "--gpus", "8"],
+    "trainjob": ["--machines", "2", "--gpus", "8", "--name", "pair"],
+    "k8s-server": [],
+    "slurm": ["--machines", "2", "--gpus", "8"],
+    "skypilot": ["--machines", "2", "--gpus", "8", "--token", "HF_TOKEN"],
+    "dstack": ["--token", "HF_TOKEN"],
+}
+
+
+@pytest.fixture
+def render(capsys):
+    def run(recipe: str, target: str, *words: str) -> str:
+        assert main(["deploy", "render", recipe, "--target", target, *words]) == 0, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_target_is_rendered_as_before(target, render, tmp_path):
+    text = render(RECIPE, target, *OPTIONS[target])
+    assert text == (GOLDEN / f"{target}.yaml").read_text()
+    if target == "slurm":
+        assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+        return
+    for manifest in yaml.safe_load_all(text):
+        if "apiVersion" in manifest:
+            schemas.check(manifest)
+
+
+def test_a_misspelt_key_is_found_at_any_depth(render):
+    """So the check of the manifests can fail."""
+    for target in ("k8s-job", "jobset", "trainjob", "k8s-server"):
+        for manifest in yaml.safe_load_all(render(RECIPE, target, *OPTIONS[target])):
+            text = json.dumps(manifest)
+            for key in ("volumeMounts", "resources", "onExitCodes", "storage", "immutable", "targetPort", "maxRestarts", "torch"):
+                if f'"{key}": ' in text and key != "storage":
+                    with pytest.raises(ValueError):
+                        schemas.check(json.loads(text.replace(f'"{key}": ', f'"{key}s": ')))
+
+
+def test_the_secret_is_a_template_without_a_value(render, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_not_to_be_seen")
+    text = render(RECIPE, "k8s-job", "--gpus", "2", "--token", "HF_TOKEN", "--token", "WANDB_API_KEY")
+    commented = [line.removeprefix("# ") for line in text.splitlines() if line.startswith("# ")]
+    secret = yaml.safe_load("\n".join(commented[2:]))
+    schemas.check(secret)
+    assert secret["stringData"] == {"HF_TOKEN": "", "WANDB_API_KEY": ""}
+    for target in TARGETS:
+        assert "hf_not_to_be_seen" not in render(RECIPE, target, *OPTIONS[target], *(["--token", "HF_TOKEN"] * 2))
+
+
+def test_a_pipeline_is_one_job_and_its_last_stage_is_served(render):
+    ddp = [f"{stage}.parallel.type=ddp" for stage in ("pretrain", "sft", "grpo")]
+    manifests = {item["kind"]: item for item in yaml.safe_load_all(render("quickstart", "k8s-job", "--gpus", "2", *ddp))}
+    command = manifests["Job"]["spec"]["template"]["spec"]["containers"][0]["command"]
+    assert command[-4:] == ["pipeline", "/etc/osler/recipe.yaml", "--run-dir", "runs/quickstart"]
+    assert list(yaml.safe_load(manifests["ConfigMap"]["data"]["recipe.yaml"]))[-4:] == ["pretrain", "sft", "grpo", "exam"]
+    served = {item["kind"]: item for item in yaml.safe_load_all(render("quickstart", "k8s-server"))}["Deployment"]
+    assert served["spec"]["template"]["spec"]["containers"][0]["command"][:3] == ["osler", "serve", "runs/quickstart/grpo"]
+
+
+def test_what_is_rendered_is_the_recipe_that_was_checked(render, tmp_path):
+    base = tmp_path / "base.yaml"
+    base.write_text("{kind: pretrain, total_tokens: 5, data: {type: clinic}}")
+    (tmp_path / "Mine_2.yaml").write_text("{base: base.yaml, seed: 3}")
+    text = render(str(tmp_path / "Mine_2.yaml"), "k8s-job", "total_tokens=7")
+    recipe = next(item for item in yaml.safe_load_all(text) if item["kind"] == "ConfigMap")
+    assert recipe["metadata"]["name"] == "mine-2" and recipe["immutable"] is True
+    assert yaml.safe_load(recipe["data"]["recipe.yaml"]) == {
+        "kind": "pretrain", "total_tokens": 7, "data": {"type": "clinic"}, "seed": 3,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["debug", "total_token=5"], "total_token: unknown key; did you mean `total_tokens`?"),
+        (["no-such-recipe"], "there is no recipe `no-such-recipe`"),
+        ([], "which recipe?"),
+        (["pure-tiny"], "pure-tiny is a model alone: add kind=pretrain"),
+        (["debug", "--gpus", "-1"], "gpus: must be at least 0"),
+        (["debug", "--gpus", "8"], "8 processes share the run, and the recipe is for one: add parallel.type=ddp"),
+        (["quickstart", "--gpus", "8"], "add pretrain.parallel.type=ddp sft.parallel.type=ddp grpo.parallel.type=ddp"),
+        (["debug", "parallel.type=ddp", "--machines", "2"], "--target k8s-job is one machine"),
+        (["debug", "device=cuda", "--gpus", "0"], "device=cuda, but the machines have --gpus 0"),
+        (["debug", "--name", "My_Run"], "My_Run is no name for machines"),
+        (["debug", "--name", "a" * 41], "at most 40"),
+        (["debug", "monitor.webhook=https://example.org/hooks/1"], "monitor.webhook is a secret"),
+        (["debug", "monitor.alert_command=curl https://me:word@host"], "monitor.alert_command is a secret"),
+        (["debug", "--follow"], "`osler deploy render` has no --follow"),
+    ],
+)
+def test_what_could_not_run_is_refused_before_a_machine_costs_money(words, told, capsys):
+    assert main(["deploy", "render", *words, "--target", "k8s-job"]) == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("codes", "disrupted", "action"),
+    [
+        ([130], True, "Ignore"),  # evicted, and saved
+        ([137], True, "Ignore"),  # evicted, and killed before it had saved
+        ([2], True, "Ignore"),
+        ([130], False, "Ignore"),  # the pod was deleted
+        ([2], False, "FailJob"),  # a wrong recipe
+        ([2, 75, -15], False, "FailJob"),  # torchrun told the others to end
+        ([75, 75], False, "Ignore"),  # another machine was evicted
+        ([75, -9], False, "Count"),  # the system killed one for its memory
+        ([1, 75], False, "Count"),
+        ([-6, -6], False, "Count"),  # NCCL gave up
+    ],
+)
+def test_an_eviction_is_started_again_and_a_wrong_recipe_is_not(codes, disrupted, action, render):
+    for target in ("k8s-job", "jobset"):
+        text = render(RECIPE, target, *OPTIONS[target])
+        spec = list(yaml.safe_load_all(text))[-1]["spec"]
+        if target == "jobset":
+            rule = spec["failurePolicy"]["rules"][0]
+            assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+            spec = spec["replicatedJobs"][0]["template"]["spec"]
+        assert spec["podFailurePolicy"]["rules"][1]["onExitCodes"]["containerName"] == kubernetes.CONTAINER
+        assert decided(spec, exit_code_of(codes), disrupted=disrupted) == action
