@@ -194,6 +194,7 @@ def test_configs_and_cli_do_not_load_torch():
         "osler.config.schema",
         "osler.config.recipe",
         "osler.cli.show",
+        "osler.cli.deploy",
         "osler.cli.main",
         "osler.cli.commands",
         "osler.cli.options",

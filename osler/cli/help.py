@@ -70,7 +70,7 @@ a shorter one, that learns less:
   osler show quickstart --explain     every field, and what it means"""
 
 DEPLOY_HELP = """\
-  osler deploy apply usmle-2day root=data --target k8s-job --gpus 8 --image example.org/osler:cuda --token HF_TOKEN
+  osler deploy apply usmle-2day root=data --target k8s-job --image example.org/osler:cuda --token HF_TOKEN
   osler deploy status usmle-2day --target k8s-job     (then logs, with --follow, and stop)
 
 target      what it is
