@@ -30,9 +30,9 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 CONFIG_JSON = "config.json"  # in a folder of Hugging Face's, and in no checkpoint
 TENSORS_SUFFIX = ".safetensors"
-BEST = "best.json"  # in the root (the folder of a run's checkpoints), beside them
+BEST = "best.json"  # in the root, which is the folder of a run's checkpoints
 HIDDEN = ".tmp-"  # the names of folders that are being written or deleted begin with it
-# A checkpoint's name ends with this while another of its step takes its place; it is a full checkpoint all the while.
+# A checkpoint's name ends with this while another checkpoint of the same step takes its place; it stays complete until then.
 REPLACED_SUFFIX = ".replaced"
 FOLDER_NAME = re.compile(r"step-(\d{9,})(\.replaced)?")
 
@@ -115,8 +115,8 @@ def verify(path: str | Path, names: Collection[str] | None = None, *, pause: Cal
     problems, manifest = _check_names_and_sizes(folder)
     is_readable = True
     for name, record in manifest.files.items() if manifest else ():
-        is_unwanted = names is not None and name.endswith(TENSORS_SUFFIX) and name.removesuffix(TENSORS_SUFFIX) not in names
-        if name in problems or is_unwanted:
+        is_left_out = names is not None and name.endswith(TENSORS_SUFFIX) and name.removesuffix(TENSORS_SUFFIX) not in names
+        if name in problems or is_left_out:
             continue
         try:
             if sha256_file(folder / name, pause) != record.sha256:
@@ -131,7 +131,7 @@ def verify(path: str | Path, names: Collection[str] | None = None, *, pause: Cal
 
 
 def known_problems(folder: Path) -> list[str] | None:
-    """Return what ``verify`` found in this process; None if it has not read every file, or the folder changed since."""
+    """Return what ``verify`` found in this process; None if it has not read every file, or the folder has changed since then."""
     return _verified.get(_signature(folder))
 
 
@@ -216,7 +216,7 @@ def root_of(path: str | Path) -> Path:
 
 
 def refuse_checkpoint(path: str | Path) -> None:
-    """Raise UserError when a run folder is a checkpoint or a folder of checkpoints, or lies inside one."""
+    """Raise UserError for a path that is to be a run folder and is a checkpoint, a folder of checkpoints, or inside one."""
     given, real = Path(path), Path(path).resolve()
     for folder in (given, *given.parents, real, *real.parents):
         match = FOLDER_NAME.fullmatch(folder.name) if folder.parent.name == "checkpoints" else None
@@ -233,7 +233,7 @@ def refuse_checkpoint(path: str | Path) -> None:
 
 
 def by_age(root: Path) -> list[Entry]:
-    """Return all checkpoints, newest first; folders without a readable manifest come before them, to be reported."""
+    """Return all checkpoints, newest first. Folders without a readable manifest come first of all, because they are reported."""
     found = []
     for path in root.iterdir() if root.is_dir() else ():
         match = FOLDER_NAME.fullmatch(path.name)
@@ -246,7 +246,7 @@ def by_age(root: Path) -> list[Entry]:
 
 
 def newest_good(root: str | Path) -> tuple[Path | None, Damaged]:
-    """Return the newest checkpoint that verifies (None if none does), and the newer ones that do not, to be reported."""
+    """Return the newest checkpoint that verifies (None if none does), and the damaged ones that are newer, to be reported."""
     damaged: Damaged = []
     for entry in by_age(Path(root)):
         problems = verify(entry.path)
@@ -265,8 +265,8 @@ def describe_damaged(damaged: Damaged) -> str:
 def newest_checkpoint(root: Path, on_damage: Callable[[Damaged], object] = lambda damaged: None) -> Path | None:
     """Return the checkpoint to continue from, and warn when newer ones are damaged; None when none was saved.
 
-    ``on_damage`` is called with the damaged ones. Raises UserError when all are, because starting over silently would throw the
-    run away.
+    ``on_damage`` is called with the damaged ones. Raises UserError when all are damaged, because starting over silently would
+    throw the run away.
     """
     found, damaged = newest_good(root)
     if damaged:
@@ -294,9 +294,9 @@ def best_checkpoint(root: str | Path) -> Best | None:
 
 
 def mark_best(path: Path, metric: str, value: float | None) -> None:
-    """Record that a checkpoint is the best so far. Rotation keeps it, and no longer the best before it.
+    """Record that a checkpoint is the best so far. Rotation then keeps it instead of the one that was the best before.
 
-    If the disk refuses, this function only warns, since the checkpoint is safe. The best before it then stays marked.
+    If the disk refuses, this function only warns, since the checkpoint itself is safe; the earlier best one stays marked.
     """
     try:
         fault("save-best")
@@ -316,9 +316,9 @@ def rotate(
     """Delete checkpoints that need not be kept, and return those that proved to be damaged.
 
     ``newest`` is kept; it was verified when it was saved. Also kept are the best, the milestones, the last ``keep_last`` good
-    ones, and for a rollback the newest good one up to ``good_step``. To find the good ones, checkpoints are read before anything
-    is deleted, each once in a process; ``pause`` is called after each block. A checkpoint that cannot be read is kept, because
-    it may be readable later.
+    ones, and for a rollback the newest good one up to ``good_step``. To find good checkpoints, their files are read before
+    anything is deleted, each once in a process; ``pause`` is called after each block. A checkpoint that cannot be read is kept,
+    because it may be readable later.
     """
     damaged: Damaged = []
     try:
@@ -326,7 +326,7 @@ def rotate(
         kept = {newest} | ({marked.path} if marked else set())
         entries = by_age(root)
         whole = [entry for entry in entries if looks_whole(entry.path) and not entry.path.name.endswith(REPLACED_SUFFIX)]
-        good_steps: list[int] = []  # of the last good checkpoints, and of the one for a rollback
+        good_steps: list[int] = []  # steps of the last good checkpoints, and of the one for a rollback
         for entry in whole:
             if entry.milestone:
                 kept.add(entry.path)
@@ -353,7 +353,7 @@ def rotate(
 
 
 def remove(folder: Path) -> None:
-    """Delete a folder, if it exists, so that a kill half way leaves a hidden remnant and not a torn checkpoint."""
+    """Delete a folder, if it exists; a kill half way leaves a hidden remnant instead of a torn checkpoint."""
     hidden = folder.with_name(f"{HIDDEN}removed-{folder.name}")
     with suppress(FileNotFoundError):
         folder.rename(hidden)

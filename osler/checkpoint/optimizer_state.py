@@ -47,7 +47,7 @@ def restore_optimizer(
     """Restore what ``flatten_optimizer`` returned; the optimizer's next step is then the same bit for bit.
 
     Tensors are copied to the devices of the parameters. Raises UserError, before anything is changed, when the checkpoint belongs
-    to other parameters or groups them otherwise.
+    to other parameters or groups them in another way.
     """
     parameters = dict(named_parameters)
     names = {id(parameter): name for name, parameter in parameters.items()}
@@ -67,7 +67,7 @@ def restore_optimizer(
         for key, value in saved_entries.items():
             if isinstance(value, dict):
                 tensor = tensors[value["tensor"]]
-                if tensor.shape == parameter.shape:  # it takes the memory order of its parameter
+                if tensor.shape == parameter.shape:  # copied, to have the memory layout of its parameter
                     like = torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False)
                     entries[key] = like.copy_(shard_like(tensor, parameter))
                 else:

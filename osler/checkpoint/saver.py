@@ -1,11 +1,11 @@
 """Saves the checkpoints of a run while it trains. The trainer waits for a copy in memory and not for the disk.
 
 The tensors are copied into buffers that are kept from save to save. One thread then writes, flushes, reads back and rotates;
-this takes nearly all of a save's time. From a GPU the copies are only queued: the writer waits for them, and the next step cannot
-overtake them, because it is queued behind them on the same stream. When the CPU trains, hashing would take cores away from it,
-so the writer uses a small share of one core until somebody waits for it. One save is in flight at most, since a second would
-need a second set of buffers. The price is memory on the host for a copy of weights and moments. Beside a GPU the memory is
-pinned, and torch rounds each tensor up to a power of two.
+this takes nearly all of a save's time. Copies from a GPU are only queued: the writer waits for them, and the next step cannot
+overtake them, because it is queued after them on the same stream. When the CPU trains, hashing would take cores away from
+training, so the writer uses a small share of one core until somebody waits for it. At most one save is in flight, since a second
+would need a second set of buffers. The price is host memory for a copy of weights and moments; for a GPU this memory is pinned,
+and torch rounds each tensor up to a power of two.
 
 The last save of a process runs in the foreground, because no training is left to overlap with. It writes the tensors themselves
 (sharded ones were gathered into the buffers). The bytes on the disk are the same. Call ``wait`` before relying on a checkpoint.
@@ -68,8 +68,8 @@ class Saver:
     def to_host(self, part: str, name: str, tensor: Tensor) -> Tensor:
         """Copy a tensor into its buffer on the host, without waiting for a GPU, and return the buffer.
 
-        ``part`` names the tensor's file in the checkpoint. ``save`` does this with all tensors that are not in their buffers.
-        Call it between ``wait`` and ``save`` for tensors that were gathered for the checkpoint, to free the device from them.
+        ``part`` names the tensor's file in the checkpoint. ``save`` copies all tensors that are not in their buffers yet. Call
+        this between ``wait`` and ``save`` for tensors that were gathered for the checkpoint, to free the device of them.
         """
         buffer = self._buffers.get((part, name))
         if buffer is tensor:
@@ -89,7 +89,7 @@ class Saver:
         last: bool = False,
         **contents: Any,
     ) -> None:
-        """Save a checkpoint with the further ``contents`` of ``store.save``, then rotate; ``rotate`` explains ``good_step``.
+        """Save a checkpoint; ``contents`` are further arguments of ``store.save``. Then rotate; see ``rotate`` for ``good_step``.
 
         The tensors may change after this returns, the contents may not. If the disk refuses, this warns; a save in the background
         warns with the next ``wait``. Raises UserError instead when the save is the ``last`` of this process, because its content
@@ -103,19 +103,19 @@ class Saver:
             self._finish(partial(write, tensors=tensors), needed=last)
             return
         copies = {part: {name: self.to_host(part, name, own) for name, own in named.items()} for part, named in tensors.items()}
-        event = None if self._gpu is None else torch.cuda.current_stream(self._gpu).record_event()
+        copied = None if self._gpu is None else torch.cuda.current_stream(self._gpu).record_event()
 
         def work() -> Damaged:
-            if event is not None:
-                event.synchronize()
-            return write(tensors=copies, pause=self._pause(1.0 if event is not None else CPU_SHARE))
+            if copied is not None:
+                copied.synchronize()
+            return write(tensors=copies, pause=self._pause(CPU_SHARE if copied is None else 1.0))
 
         self._hurry.clear()
         self._in_flight = self._writer.submit(work)
 
     def _write(self, step: int, good_step: int | None, *, pause: Callable[[], None] = no_pause, **contents: Any) -> Damaged:
         for log in self.logs:
-            with suppress(OSError):  # there is no such file, or the disk will refuse the checkpoint too
+            with suppress(OSError):  # the log may not exist, and a disk that fails will refuse the checkpoint too
                 fsync_file(log)
         saved = store.save(self.root, step, pause=pause, **contents)
         return rotate(self.root, saved, self.keep_last, good_step, pause=pause)
@@ -165,7 +165,7 @@ class Saver:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Wait for the save in flight, whatever ends the run.
 
-        At a second Ctrl-C the save stops after its block and leaves a hidden folder, which the next save removes.
+        At a second Ctrl-C the save stops after its current block and leaves a hidden folder, which the next save removes.
         """
         if kind is None or not issubclass(kind, KeyboardInterrupt):
             self.wait()

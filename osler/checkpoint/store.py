@@ -2,7 +2,7 @@
 
 ``root/step-000000123/`` holds one ``<name>.safetensors`` per tensor dictionary, ``state.json``, further files as bytes, and
 ``manifest.json``. A save writes all of it into a hidden folder, flushes every file, writes the manifest last, renames the folder
-and flushes the root; then it reads everything back. There is no pickle anywhere. Contents come back bit for bit. One
+and flushes the root; then it reads everything back. Nothing is pickled. Contents come back bit for bit. One
 process saves into a root at a time.
 
 A file of tensors (https://huggingface.co/docs/safetensors) is eight bytes with the length of the header, a JSON header, then the
@@ -72,8 +72,8 @@ def save(
 
     ``tensors`` maps names of files to named tensors. ``state`` must be JSON with string keys. Rotation never deletes a
     ``milestone``. A checkpoint of the same step is replaced; the old one stays until the new one is complete on the disk.
-    ``pause`` is called after each block that was written or read back. Raises CheckpointSaveError when the disk is full or fails.
-    The half-written folder is removed then, and the older checkpoints stay.
+    ``pause`` is called after each block that was written or read back. When the disk is full or fails, the half-written folder is
+    removed, older checkpoints stay, and CheckpointSaveError is raised.
     """
     contents = {STATE: json.dumps(state, indent=1).encode("utf-8"), **(files or {})}
     final = root / folders.folder_name(step)
@@ -86,7 +86,7 @@ def save(
         _write_folder(temporary, tensors, contents, Manifest(step, sequence, {}, milestone), pause)
         if final.exists():
             aside = final.with_name(final.name + folders.REPLACED_SUFFIX)
-            if aside.exists() and folders.verify(final, pause=pause):  # a kill cut a replacement short: keep the good one
+            if aside.exists() and folders.verify(final, pause=pause):  # a kill interrupted a replacement: keep the good one
                 folders.remove(final)
             else:
                 folders.remove(aside)
@@ -145,11 +145,11 @@ def write_tensors(
 
 
 def _blocks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
-    """Yield the header and then the tensors; tensors that share memory are written once per name.
+    """Yield the header and then the tensors; memory that several names share is written for each of them.
 
     Raises TypeError for a tensor that is sparse or of a dtype without a name in the format.
     """
-    # Wide types first, so that every tensor is aligned to the size of its elements without holes.
+    # Wide types come first, so that every tensor is aligned to the size of its elements without gaps.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     start = 0
@@ -175,7 +175,7 @@ def _tidy(root: Path) -> None:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)  # a remnant that another process is reading does no harm
     for path in root.glob(f".{folders.BEST}.*.tmp"):
-        with suppress(OSError):  # a leftover that cannot be deleted is no reason not to save
+        with suppress(OSError):  # a save need not fail because a leftover cannot be deleted
             path.unlink()
     for aside in root.glob(f"*{folders.REPLACED_SUFFIX}"):
         final = aside.with_name(aside.name.removesuffix(folders.REPLACED_SUFFIX))

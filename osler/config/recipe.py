@@ -112,7 +112,7 @@ def _set(node: Any, keys: Sequence[str], value: Any) -> None:
         if number == len(keys):
             if key == "type" and old != value:
                 node.clear()
-            node[key] = merge({name: old}, {name: value})[name]
+            node[key] = merge({name: old}, {name: value})[name]  # merges mappings, replaces anything else
         elif old is None:
             node[key] = {}
         place += name if isinstance(key, int) else f"{'.' * bool(place)}{name}"
@@ -146,14 +146,14 @@ def _laid_over_bases(content: Mapping[str, Any], path: Path, users: tuple[Path, 
 def _find(name: str, *, folder: Path | None = None, user: str = "", others: Iterable[str] = ()) -> Path:
     """Return the file of the recipe or base called ``name``.
 
-    ``folder`` is the folder of the recipe that asks for it; the messages of errors begin with ``user``.
+    ``folder`` is the folder of the recipe that asks for it; error messages begin with ``user``.
     """
     given = Path(name).expanduser()
     is_file_name = given.suffix in (".yaml", ".yml")
-    named = [(folder or Path()) / given] if is_file_name else [RECIPES / f"{name}.yaml", (folder or RECIPES) / f"{name}.yaml"]
-    for candidate in named:
-        if candidate.is_file():
-            return candidate.resolve()
+    places = [(folder or Path()) / given] if is_file_name else [RECIPES / f"{name}.yaml", (folder or RECIPES) / f"{name}.yaml"]
+    for place in places:
+        if place.is_file():
+            return place.resolve()
     if is_file_name:
         shipped = f"; Osler's own recipe has no ending: `{given.with_suffix('')}`" if (RECIPES / given).is_file() else ""
         raise UserError(f"{user}there is no recipe file {given}{shipped}")

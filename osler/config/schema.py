@@ -56,7 +56,7 @@ def config(cls: type[T]) -> type[T]:
 
 
 class Without(NamedTuple):
-    """Mark a list of sections that have no use for some of their fields; those fields are not shown."""
+    """Mark a list of sections that do not use some of their fields; those fields are not shown."""
 
     fields: tuple[str, ...]
 
@@ -105,7 +105,7 @@ def tagged_members(annotation: Any) -> dict[str, Any]:
 
 
 def useless_in(annotation: Any) -> tuple[str, ...]:
-    """Return the fields for which the sections in a list have no use."""
+    """Return the fields that the sections in a list do not use."""
     metadata = get_args(annotation)[1:] if get_origin(annotation) is Annotated else ()
     return next((item.fields for item in metadata if isinstance(item, Without)), ())
 
@@ -190,7 +190,7 @@ def _adapter(cls: Any) -> Any:
 
 
 def _complete(annotation: Any, given: Any, default: Any = None) -> Any:
-    """Return the given value of a field, completed at every depth with the field's default where that default has its type."""
+    """Return a field's given value, completed at every depth from the default if both have the same ``type``."""
     members = members_of(annotation)
     if isinstance(given, list) and len(members) == 1 and get_origin(members[0]) in (list, tuple):
         return [_complete(get_args(members[0])[0], item) for item in given]

@@ -34,16 +34,16 @@ class _Place:
     number: int = -1
     request: Request | None = None  # None: the row is free
     drawn: int = 0  # an upper bound of the tokens drawn, exact after ``collect``
-    tokens: Prompt = ()  # tokens that the cache has: of a running row its prompt, of a finished one all but the last
+    tokens: Prompt = ()  # tokens in the cache: of a running row its prompt, of a finished one all but the last
     told: int = 0  # tokens that ``news`` has returned
 
 
 class Batch:
     """At most ``max_rows`` rows of at most ``slots`` tokens, of which at most ``new_tokens`` are drawn; other requests wait.
 
-    The batch grows when requests wait. When none waits, it shrinks to the smallest power of two that holds the rows that run.
-    Sampling masks, which are large, are kept for training; without ``keeps_masks`` no completion has them. Rows that run wait
-    while others join; ``join_tokens`` are the most tokens of prompts that join at a step, unless one prompt has more (None: all).
+    The batch grows when requests wait. When none waits, it shrinks to the smallest power of two that holds the running rows.
+    Sampling masks, which are large, are kept for training; without ``keeps_masks`` no completion has them. Running rows wait
+    while others join. So prompts of at most ``join_tokens`` in all (None: any) join at a step, or one prompt that is longer.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Batch:
         self._rows: Rows
 
     def __bool__(self) -> bool:
-        """Whether there is a request that was not collected."""
+        """Return whether there is a request that was not collected."""
         return bool(self._waiting) or any(place.request is not None for place in self._places)
 
     def add(self, request: Request) -> int:
@@ -183,17 +183,17 @@ class Batch:
         joining = [self._waiting.popleft() for _ in free]
         requests = [request for _, request in joining]
         device, vocab_size = self.decoder.device, self.decoder.config.vocab_size
-        numbers: dict[Prompt, list[int]] = {}  # where each prompt is in ``requests``
-        for number, request in enumerate(requests):
-            numbers.setdefault(request.prompt, []).append(number)
+        indices: dict[Prompt, list[int]] = {}  # where each prompt is in ``requests``
+        for index, request in enumerate(requests):
+            indices.setdefault(request.prompt, []).append(index)
         row_R, logits_RV = torch.tensor(free, device=device), torch.empty(len(free), vocab_size, device=device)
         filled: list[tuple[Tensor, KVCache, Tensor]] = []
-        for prompts, past in self._prefills(list(numbers)):
+        for prompts, past in self._prefills(list(indices)):
             cache, logits_PV = self.decoder.prefill(prompts, past)
-            pairs = [(number, index) for index, prompt in enumerate(prompts) for number in numbers[prompt]]
-            number_R, index_R = torch.tensor(pairs, device=device).T
-            logits_RV[number_R] = logits_PV[index_R]
-            filled.append((row_R[number_R], cache, index_R))
+            pairs = [(index, place) for place, prompt in enumerate(prompts) for index in indices[prompt]]
+            request_R, prompt_R = torch.tensor(pairs, device=device).T
+            logits_RV[request_R] = logits_PV[prompt_R]
+            filled.append((row_R[request_R], cache, prompt_R))
             if past is None:  # prompts that start from a row came first, because this overwrites rows
                 self._fill(filled)
         self._fill(filled)
@@ -206,7 +206,7 @@ class Batch:
         self._collect_sampling()
 
     def _count_joining(self, most: int) -> int:
-        """Return how many of the requests that wait join now, ``most`` at most."""
+        """Return how many waiting requests join now, ``most`` at most; one joins even if it has more than ``join_tokens``."""
         lengths = [len(request.prompt) for _, request in islice(self._waiting, most)]
         if self._join_tokens is None:
             return len(lengths)
@@ -214,8 +214,8 @@ class Batch:
 
     def _fill(self, filled: list[tuple[Tensor, KVCache, Tensor]]) -> None:
         """Move prompts from the caches that they filled to their rows."""
-        for row_R, cache, index_R in filled:
-            self._cache.put(row_R, cache, index_R)
+        for row_R, cache, prompt_R in filled:
+            self._cache.put(row_R, cache, prompt_R)
         filled.clear()
 
     def _prefills(self, prompts: Sequence[Prompt]) -> Iterator[tuple[list[Prompt], KVCache | None]]:
@@ -224,7 +224,7 @@ class Batch:
         for row, place in enumerate(self._places):
             rows_by_beginning.setdefault(place.tokens[:_WORTH_SHARING], []).append(row)
         parts: dict[int | None, list[Prompt]] = {}  # by the row that they start from
-        shared: dict[int | None, int] = {}  # tokens that the row has in common with all prompts of its part
+        shared: dict[int | None, int] = {}  # tokens at the beginning of that row and of all prompts of the part
         for prompt in prompts:
             rows = rows_by_beginning.get(prompt[:_WORTH_SHARING], [])
             count, best = max(((_num_equal(prompt[:-1], self._places[row].tokens), row) for row in rows), default=(0, -1))
@@ -239,6 +239,6 @@ class Batch:
 
 
 def _num_equal(first: Prompt, second: Prompt) -> int:
-    """Return how many tokens both have in common at their beginning."""
+    """Return how many tokens both have in common at their beginning; bisection compares whole tuples, which is fast."""
     shorter = min(len(first), len(second))
     return bisect_left(range(1, shorter + 1), True, key=lambda count: first[:count] != second[:count])

@@ -38,7 +38,7 @@ def generate(checkpoint: str, prompt: str, sampling: SamplingParams, stop: Seque
 
 @contextlib.contextmanager
 def telling_after() -> Iterator[Callable[[str], object]]:
-    """Give a function that keeps sentences, and say them behind the block, so that none stands in the text that it prints."""
+    """Yield a function that collects sentences, and print them after the block, so that none interrupts what it prints."""
     kept: list[str] = []
     yield kept.append
     for sentence in kept:
@@ -60,13 +60,13 @@ def chat(checkpoint: str, sampling: SamplingParams, stop: Sequence[str] = (), *,
     for number, line in enumerate(terminal_lines() if interactive else piped_lines()):
         if not interactive:
             print(f"{PROMPT}{line}")
-        of_line = replace(sampling, seed=sampling.seed + number)
+        line_sampling = replace(sampling, seed=sampling.seed + number)
         try:
             with telling_after() as tell:
                 if ready.answers_questions:
-                    show_answer(stream_answer(engine, ready.tokenizer, line, of_line, stop, reasoning=reasoning, tell=tell))
+                    show_answer(stream_answer(engine, ready.tokenizer, line, line_sampling, stop, reasoning=reasoning, tell=tell))
                 else:
-                    show_text(continue_text(engine, ready.tokenizer, line, of_line, stop, tell=tell))
+                    show_text(continue_text(engine, ready.tokenizer, line, line_sampling, stop, tell=tell))
         except UserError as error:
             say(f"{error}")  # the question may be too long, and the next one may fit
         except KeyboardInterrupt as request:
@@ -163,7 +163,7 @@ def continue_text(
 ) -> Iterator[str]:
     """Yield what the model writes after ``text``, which follows an end-of-text token, as documents do in training.
 
-    ``tell`` gets a sentence when the model's ``max_seq_len`` ends it.
+    ``tell`` gets a sentence when the model's ``max_seq_len`` cuts the text.
     """
     prompt = [tokenizer.eos_id, *tokenizer.encode(text)]
     for piece in pieces(engine, tokenizer, prompt, sampling, {tokenizer.eos_id}, stop, tell):
@@ -183,7 +183,7 @@ def stream_answer(
 ) -> Iterator[tuple[str, str]]:
     """Yield the reply to ``question`` as it is drawn: pieces of "thinking" (with ``reasoning``), then of the "answer".
 
-    ``tell`` gets a sentence when the model's ``max_seq_len`` ends it.
+    ``tell`` gets a sentence when the model's ``max_seq_len`` cuts the reply.
     """
     part = "thinking" if reasoning else "answer"
     prompt = encode_prompt(tokenizer, question, reasoning=reasoning)

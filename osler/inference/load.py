@@ -98,12 +98,12 @@ class LoadedModel:
 
     @property
     def shards(self) -> Path | None:
-        """The folder with the shards that it was trained on, where that is known."""
+        """The folder with the shards that the model was trained on; None where that is not known."""
         in_run = None if self.run is None else self.run.root / "data"
         return Path(self._data["path"]) if self._data.get("type") == "prepared" else in_run
 
     def context(self, new_tokens: int = 0, *, template: bool = True) -> Context:
-        """Return what the model reads with, and how much, where it is to write ``new_tokens``."""
+        """Return the room that the model has for a prompt and ``new_tokens`` after it, and the tokenizer that counts them."""
         return Context(self.tokenizer, self.model.config.max_seq_len, new_tokens, template)
 
     def describe(self) -> str:

@@ -22,7 +22,7 @@ from osler.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-TOLERATED = 1.25  # times as long as in training: a few answers end a little later than any that was learned
+TOLERATED = 1.25  # rows up to this many times as long as in training give no warning: a few answers exceed all that were learned
 
 
 class Request(NamedTuple):
@@ -102,15 +102,15 @@ def check_request(config: ModelConfig, request: Request, name: str = "The prompt
 
 @dataclass
 class _Lengths:
-    """How many rows a process has read, how many were longer than in training, and whether a warning was given."""
+    """How many rows a process has read, how many were longer than in training, and whether it has warned of them."""
 
     rows: int = 0
     longer: int = 0
-    is_told: bool = False
+    has_warned: bool = False
 
 
 @cache
-def _lengths_read(trained_seq_len: int) -> _Lengths:
+def _lengths_read(trained_seq_len: int) -> _Lengths:  # cached, so one record per length of training
     return _Lengths()
 
 
@@ -119,8 +119,8 @@ def warn_of_untrained(trained_seq_len: int, length: int) -> None:
     lengths = _lengths_read(trained_seq_len)
     lengths.rows += 1
     lengths.longer += length > trained_seq_len
-    if length > TOLERATED * trained_seq_len and not lengths.is_told:
-        lengths.is_told = True
+    if length > TOLERATED * trained_seq_len and not lengths.has_warned:
+        lengths.has_warned = True
         logger.warning(
             f"The model was trained on rows of at most {trained_seq_len:,} tokens and reads one of {length:,} now "
             f"({lengths.longer:,} of {lengths.rows:,} rows so far were longer than in training). It never learned positions so "
@@ -142,7 +142,7 @@ class Rows:
         *,
         mask_places: int,
     ) -> None:
-        """Rows keep sampling masks, which are large, for their first ``mask_places`` tokens."""
+        """Rows keep their sampling masks, which are large, for their first ``mask_places`` tokens alone."""
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(rows, *shape, dtype=dtype, device=device)

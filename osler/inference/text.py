@@ -22,7 +22,7 @@ _CONTEXT, _MOST_CONTEXT = 8, 32  # tokens that are decoded again with the next o
 class TextStream:
     """The text of one row, token by token. It is cut into parts by markers, and ends before the first of the ``stops``.
 
-    ``decoded`` and ``shown`` count the characters of the present part that are known, and that ``add`` has returned.
+    ``decoded`` counts the characters of the present part that are certain, ``shown`` those of them that ``add`` has returned.
     """
 
     def __init__(self, tokenizer: Tokenizer, markers: Set[int], stops: Sequence[str] = ()) -> None:
@@ -33,14 +33,14 @@ class TextStream:
     def _begin(self) -> None:
         self.decoded = self.shown = 0
         self._ids: list[int] = []  # the last tokens
-        self._length = 0  # characters of their text that are in ``decoded``
+        self._length = 0  # characters of these tokens' text that are in ``decoded``
         self._waiting = ""  # text that may be the beginning of a stop string
 
     def add(self, token: int) -> str:
-        """Return the text that is certain with one more token; a marker, which is no text, makes all of its part certain.
+        """Return the text that is certain with one more token. A marker is no text; it makes all text of its part certain.
 
-        A character that never gets all of its bytes is a replacement character before the next marker. What comes after a stop
-        string is no text.
+        A character that lacks bytes when a marker comes is returned as a replacement character. What comes after a stop string
+        is no text.
         """
         if self.is_stopped:
             return ""
@@ -58,7 +58,8 @@ class TextStream:
             self._length = len(self.tokenizer.decode(self._ids))
         found = [self._waiting.index(stop) for stop in self.stops if stop in self._waiting]
         self.is_stopped = bool(found)
-        certain = min(found) if found else len(self._waiting) - (0 if is_marker else _possible_stop(self._waiting, self.stops))
+        held_back = 0 if is_marker else _possible_stop(self._waiting, self.stops)
+        certain = min(found, default=len(self._waiting) - held_back)
         said, self._waiting = self._waiting[:certain], self._waiting[certain:]
         self.shown += len(said)
         return said
@@ -77,7 +78,7 @@ def pieces(
     stops: Sequence[str] = (),
     tell: Callable[[str], object] = logger.warning,
 ) -> Iterator[str | int]:
-    """Yield text as soon as it is certain, and markers as ids; at the end, unless a stop string came, -1.
+    """Yield text as soon as it is certain and markers as ids, then -1 at the end unless a stop string came.
 
     New tokens are cut to what the model's ``max_seq_len`` leaves, and ``tell`` gets a sentence when this ends the text.
     """

@@ -1,7 +1,7 @@
 """The model as sampling runs it: whole prompts once, then one token of every row at a time against a cache.
 
-It is ``transformer.py`` on copies of the weights that are laid out for few tokens at a time; ``attention.py`` and ``layers.py``
-have the parts. Shapes: P prompts, B rows, T prompt tokens, D hidden, V vocabulary.
+It is ``transformer.py`` on copies of the weights, laid out for few tokens at a time; its parts are in ``attention.py`` and
+``layers.py``. Shapes: P prompts, B rows, T prompt tokens, D hidden, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -45,13 +45,13 @@ class Decoder:
         return self._cache_class(self.config, rows, slots, dtype, self.device)
 
     def prefill(self, prompts: Sequence[Sequence[int]], past: KVCache | None = None) -> tuple[KVCache, Tensor]:
-        """Return a cache that prompts fill, for ``KVCache.put``, and the logits after their last tokens, [P, V] fp32."""
+        """Return a cache filled by prompts, for ``KVCache.put``, and the logits after their last tokens, [P, V] fp32."""
         cache, x_PTD = self.read(prompts, past)
         last_P = cache.length_B - (0 if past is None else past.filled) - 1
         return cache, self.logits(x_PTD[torch.arange(len(prompts), device=self.device), last_P])
 
     def read(self, prompts: Sequence[Sequence[int]], past: KVCache | None = None) -> tuple[KVCache, Tensor]:
-        """Return a cache that prompts fill, and the hidden states after each token that follows ``past``, [P, T, D].
+        """Return a cache filled by prompts, and the hidden states after each token that follows ``past``, [P, T, D].
 
         ``past`` is a cache of one row with the first tokens of all prompts; every prompt has more tokens. Shorter prompts are
         padded on the right, where causal attention never looks.
@@ -77,7 +77,8 @@ class Decoder:
 
         A row that runs must have a free slot.
         """
-        rope, cached, x_BD = self._rope_at(cache.length_B), cache.open_step(), self._embedded(token_B)
+        rope, cached = self._rope_at(cache.length_B), cache.open_step()
+        x_BD = self._embedded(token_B)
         for attention, feed_forward in self._layers:
             x_BD = x_BD + attention.step(x_BD, rope, cached)
             x_BD = x_BD + feed_forward(x_BD)

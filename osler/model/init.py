@@ -7,12 +7,12 @@
 | q, k, v, gate, up             | uniform, std 1 / sqrt(hidden_size)                                                          |
 | o_proj, down_proj             | zero (each block starts as the identity), or normal scaled by 1 / sqrt(2 * num_layers)      |
 | lm_head                       | zero (first loss is exactly ln(vocab_size)), or normal, std 1 / sqrt(hidden_size)           |
-| indexer                       | uniform, std 1 / sqrt(hidden_size), after all others: a sparse model starts as the dense one |
+| indexer                       | uniform, std 1 / sqrt(hidden_size); drawn after all others, which start as in a dense model  |
 | norm weights                  | one; those of QK-norm ``qk_norm_init``                                                      |
 
-``attention_init="mirrored"`` then overwrites q_proj with k_proj of its group and o_proj with half of v_projᵀ: heads start by
-looking at tokens like theirs and copying them (arXiv 2305.09828). ``"induction"`` also wires an induction head by hand (arXiv
-2209.11895), because a small model that must copy from its context spends most of its training before one forms by chance.
+``attention_init="mirrored"`` then overwrites q_proj with k_proj of its group and o_proj with half of v_projᵀ: at the start each
+token attends to tokens like itself and copies them (arXiv 2305.09828). ``"induction"`` also wires an induction head by hand
+(arXiv 2209.11895), because a small model that must copy from its context trains for long before one forms by chance.
 
 Draws come from a CPU generator in parameter order, so a seed means the same model everywhere. Where weights are cut over ranks,
 every rank draws all of them, one parameter at a time, and keeps its parts.
@@ -29,9 +29,9 @@ from osler.model.config import ModelConfig
 from osler.model.rope import apply_rope, rope_tables
 from osler.runtime.sharded import put_whole, whole
 
-NEIGHBOUR_PAIRS = 4  # fastest RoPE pairs in use: enough to tell one position back from its neighbours
+NEIGHBOUR_PAIRS = 4  # fastest RoPE pairs in use: enough to tell the position before from other positions
 INDEXER_SEED = 1_000_003  # added to the seed, so that indexers repeat no number of the other weights
-MATCH_DISTANCE = 50  # tokens over which a matching head must not be turned by more than a radian
+MATCH_DISTANCE = 50  # tokens over which RoPE must not turn a pair of the matching head by more than a radian
 
 
 def init_weights(model: nn.Module, config: ModelConfig, seed: int) -> None:
@@ -67,20 +67,20 @@ def init_indexers(model: nn.Module, config: ModelConfig, seed: int) -> None:
 def _draw(kind: str, shape: torch.Size, config: ModelConfig, generator: torch.Generator) -> Tensor:
     if kind.endswith("norm"):
         return torch.full(shape, config.qk_norm_init if kind in ("q_norm", "k_norm") else 1.0)
-    width, fan_in = 1 / math.sqrt(config.hidden_size), shape[-1]
-    residual = 0.0 if config.residual_init == "zero" else 1 / math.sqrt(fan_in * 2 * config.num_layers)
+    hidden_std, fan_in = 1 / math.sqrt(config.hidden_size), shape[-1]
+    residual_std = 0.0 if config.residual_init == "zero" else 1 / math.sqrt(fan_in * 2 * config.num_layers)
     normal_stds = {
         "embed_tokens": 1 / math.sqrt(config.embed_rank or config.hidden_size) if config.tie_embeddings else 1.0,
         "embed_proj": 1 / math.sqrt(fan_in),
-        "lm_head": 0.0 if config.head_init == "zero" else width,
-        "o_proj": residual,
-        "down_proj": residual,
+        "lm_head": 0.0 if config.head_init == "zero" else hidden_std,
+        "o_proj": residual_std,
+        "down_proj": residual_std,
     }
     if kind in normal_stds:
         std = normal_stds[kind]
         return torch.randn(shape, generator=generator) * std if std else torch.zeros(shape)
     # Uniform has no outliers; sqrt(3) gives it the standard deviation of the table.
-    bound = math.sqrt(3) * width
+    bound = math.sqrt(3) * hidden_std
     return torch.rand(shape, generator=generator) * (2 * bound) - bound
 
 
@@ -98,13 +98,13 @@ def _mirror(layer: Attention, config: ModelConfig) -> None:
 def _wire_induction(
     embedding: Tensor, first: Attention, second: Attention, config: ModelConfig, generator: torch.Generator
 ) -> None:
-    """Make the first key/value head of two layers find where this token stood before, and copy what came after it.
+    """Make the first key/value head of two layers find where the present token stood before, and copy the token after it.
 
     The hidden vector gets three parts: a constant, ``head_dim`` places for "the token before me", and the token itself. The first
     layer's head looks one position back by the constant alone: its keys are a fixed vector in the fastest RoPE pairs, its queries
     the same vector turned by one position. It writes a projection of the token there into the reserved places. In the second
-    layer the queries are that projection of the token itself, in the slow RoPE pairs; the keys are the reserved places, and what
-    is found is added to the token part.
+    layer the queries are that projection of the present token, in the slow RoPE pairs, and the keys are the reserved places. The
+    token that is found is added to the token part.
     """
     size, hidden = config.head_dim, config.hidden_size
     groups = config.num_heads // config.num_kv_heads  # query heads that share the key/value head share the work

@@ -1,7 +1,7 @@
 """Keys and values of past tokens in one allocation for many rows, each at its own position.
 
-``bias_BKS``, which attention adds to its scores, hides the slots that a row has not filled, so rows begin and end at any step.
-Attention reads as far as the fullest row. Shapes: L layers, B rows, K key/value heads, C = B * K, S slots, H
+``bias_BKS``, which attention adds to its scores, hides the slots that a row has not filled, so rows can begin and end at any
+step. Attention reads as far as the fullest row. Shapes: L layers, B rows, K key/value heads, C = B * K, S slots, H
 head size, R some of the rows.
 """
 
@@ -44,7 +44,7 @@ class KVCache:
         self.bias_BKS = torch.full(shape[1:4], -torch.inf, dtype=dtype, device=device)
         self.length_B = torch.zeros(rows, dtype=torch.int64, device=device)  # tokens of a row, and the position of its next token
         self._first_BK = torch.arange(0, rows * shape[2] * slots, slots, device=device).view(rows, shape[2])
-        self.filled = 0  # no running row has more tokens; a step reads this many slots
+        self.filled = 0  # slots that a step reads; no running row has more tokens
 
     def put(self, row_R: Tensor, other: KVCache, from_R: Tensor) -> None:
         """Overwrite rows with rows of another cache, which may have another number of slots."""

@@ -2,10 +2,10 @@
 
     weight ~ code * scale        codes from -128 to 127, or from -8 to 7 and two to a byte; scales in fp16
 
-The model itself does not know of it: weights are written out in full when a checkpoint is loaded, so everything that reads a
-checkpoint takes a quantised one, and computes as fast as before. What becomes smaller is the file. Of a group, the weight that is
-farthest from zero gets the lowest code, and so decides the scale and its sign; a slightly smaller scale, which cuts that weight,
-is taken where the squared error of the group is less. Vectors (norms) and the index of sparse attention stay as they are.
+The model itself does not know of it: loading a checkpoint restores whole weights, so everything that reads a checkpoint takes a
+quantised one and computes as fast as before. Only the file becomes smaller. In each group the weight that is farthest from zero
+gets the lowest code, which decides the scale and its sign. A slightly smaller scale, which cuts that weight, is taken where it
+makes the group's squared error less. Vectors (norms) and the index of sparse attention stay as they are.
 Shapes: O rows, I columns, G groups of a row, S columns of a group.
 """
 

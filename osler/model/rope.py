@@ -47,7 +47,7 @@ def yarn_frequencies(frequencies: Tensor, theta: float, scaling: YarnConfig) -> 
 def apply_rope(x_BTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each (i, i + H/2) pair of the last dimension; ``cos`` and ``sin`` broadcast against ``x`` and have its dtype.
 
-    Each half of ``x`` is computed by itself, because a compiler makes slow code of halves that change places first.
+    Each half of ``x`` is computed by itself, because compilers make slow code of a rotation that swaps the halves first.
     """
     left, right = x_BTNH.chunk(2, dim=-1)
     cos, sin = (table[..., : left.shape[-1]] for table in (cos, sin))
@@ -55,7 +55,7 @@ def apply_rope(x_BTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def thinned_tables(cos: Tensor, sin: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
-    """Return tables [..., pairs] for a narrower head, from plain or rolled ones: every few of the frequencies.
+    """Return tables [..., pairs] for a narrower head, from plain or rolled ones, with evenly spaced ones of their frequencies.
 
     Where the widths divide, these are the frequencies that ``rope_tables`` gives the narrower head.
     """

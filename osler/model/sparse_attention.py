@@ -1,13 +1,13 @@
 """Attention to the keys that a small index chooses (DeepSeek Sparse Attention), for training and decoding.
 
 It is ``attention.py`` with an indexer beside it. A token attends to ``top_k`` keys; the formulas and the two ways to compute them
-are in ``ops/sparse_attention.py``. Rows that are no longer than ``top_k`` are attended to densely, because all keys are chosen.
+are in ``ops/sparse_attention.py``. Rows of at most ``top_k`` tokens are attended to densely, because all keys are chosen.
 
-The indexer reads the detached input of the layer, and learns from its distance (KL) to the attention that the layer makes of the
-same keys, which is detached too. So the language-model loss leaves the indexer alone and the KL leaves the model alone. In the
-warm-up (``warms_up``) the layer attends densely and the KL is over all keys. A copy of the model for evaluation or
-sampling has no warm-up: its attention is sparse. Without gradients nothing is measured. Decoding keeps the index's keys beside
-keys and values, scores all of them in each step, and reads the chosen ones.
+The indexer reads the detached input of the layer. It learns from the KL between its own distribution and the layer's attention
+over the same keys, which is detached too. So the language-model loss leaves the indexer alone and the KL leaves the model alone.
+In the warm-up (``warms_up``) the layer attends densely and the KL is over all keys. A copy of the model for evaluation or
+sampling has no warm-up: its attention is sparse. Without gradients nothing is measured. Decoding caches the index's keys beside
+keys and values, scores all of them in each step, and reads only the keys and values that are chosen.
 
 Shapes as in ``attention.py`` and ``ops/sparse_attention.py``.
 """
@@ -47,7 +47,7 @@ def sparse_config(config: ModelConfig) -> SparseAttentionConfig:
 
 
 class Indexer(nn.Module):
-    """Projects the input of a layer to what the index knows of it. The keys have a LayerNorm whose scale is in ``q_proj``."""
+    """Projects the input of a layer to its index. The keys have a LayerNorm without a scale, because ``q_proj`` can learn it."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Indexer(nn.Module):
         return self.index(q_BTE, k_BTI, F.linear(wide(x_BTD), wide(self.weights_proj.weight)), rope)
 
     def index(self, q_BTE: Tensor, k_BTI: Tensor, weight_BTE: Tensor, rope: tuple[Tensor, Tensor]) -> Index:
-        """Return the index of projected tokens; ``rope`` are tables of the model's heads, plain or rolled."""
+        """Return the index of projected tokens; ``rope`` holds the tables of the model's heads, plain or rolled."""
         size = self.config.index_head_dim
         k_BTI = F.layer_norm(wide(k_BTI), (size,)).to(k_BTI.dtype)
         qk_BTMI = torch.cat([q_BTE, k_BTI], dim=-1).unflatten(-1, (-1, size))  # M: all heads of the queries, and the key
@@ -74,7 +74,7 @@ class Indexer(nn.Module):
 
 
 class SparseCache(KVCache):
-    """Keys and values of past tokens, and the keys of the index, in fp32 where those are."""
+    """Keys and values of past tokens, and the keys of the index, all in one dtype."""
 
     def __init__(self, config: ModelConfig, rows: int, slots: int, dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__(config, rows, slots, dtype, device)
@@ -100,7 +100,7 @@ class SparseAttention(Attention):
 
     @staticmethod
     def mask_of(document_BT: Tensor) -> Tensor:
-        """Return where the document of each token begins, int64 [B, T]; equal ids follow one another."""
+        """Return the place in its row where the document of each token begins, int64 [B, T]; a document's ids are adjacent."""
         begins_BT = F.pad(document_BT[:, 1:] != document_BT[:, :-1], (1, 0), value=True)
         return (begins_BT * torch.arange(document_BT.shape[1], device=document_BT.device)).cummax(1).values
 
@@ -159,7 +159,8 @@ class DecodeSparseAttention(DecodeAttention):
         return self._o_proj(out_BNTH.transpose(1, 2).flatten(2))
 
     def step(self, x_BD: Tensor, rope: tuple[Tensor, Tensor], cached: CacheStep) -> Tensor:
-        new, stored_BSI = self._index(x_BD[:, None], (rope[0][:, None], rope[1][:, None])), cached.index_BSI[self.layer]
+        new = self._index(x_BD[:, None], (rope[0][:, None], rope[1][:, None]))
+        stored_BSI = cached.index_BSI[self.layer]
         row_B = torch.arange(len(x_BD), device=x_BD.device)
         stored_BSI.index_put_((row_B, cached.place_B), new.k_BSI[:, 0].to(stored_BSI.dtype))
         keys_BSI = stored_BSI[:, : cached.k_CHS[self.layer].shape[-1]]  # as far as the cache is filled

@@ -24,7 +24,7 @@ def attention_reference(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, *, mask:
 
 
 def attention(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """Compute :func:`attention_reference` in the form that is fastest on the device; queries that see no key are undefined."""
+    """Compute :func:`attention_reference` in the form that is fastest on the device; each query must see a key."""
     if q_BNTH.is_cuda:
         groups = q_BNTH.shape[1] // k_BKTH.shape[1]
         if mask is not None and groups > 1:  # the kernel that takes a mask and saves memory has no grouped form
@@ -35,7 +35,7 @@ def attention(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, *, mask: Tensor | 
     length = q_BNTH.shape[2]
     if mask is not None or length < 2 * CAUSAL_PIECE:
         return _grouped_attention(q_BNTH, k_BKTH, v_BKTH, mask)
-    # A piece of the queries sees no key behind its last query, so that corner of the square is not computed.
+    # No query of a piece sees a key after the last query, so the scores of those keys are not computed.
     pieces = [slice(start, min(start + CAUSAL_PIECE, length)) for start in range(0, length, CAUSAL_PIECE)]
     out = [_grouped_attention(q_BNTH[:, :, p], k_BKTH[:, :, : p.stop], v_BKTH[:, :, : p.stop], None) for p in pieces]
     return torch.cat(out, dim=2)
@@ -56,9 +56,10 @@ def _grouped_attention(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: Ten
 
 
 class _GroupedAttention(torch.autograd.Function):
-    """The queries of a group share one dimension, M = G * T. Weights are divided by their sum after the product with the values.
+    """Attention of queries whose heads and tokens share one dimension, M = G * T, in a group of query heads.
 
-    So the weights are written once, in the compute dtype, and the backward pass needs neither the exponential nor the mask.
+    Weights are divided by their sum after the product with the values. So they are written once, in the compute dtype, and the
+    backward pass needs neither the exponential nor the mask.
     """
 
     @staticmethod
@@ -85,5 +86,5 @@ class _GroupedAttention(torch.autograd.Function):
         grad_out = grad_wide.to(dtype)
         grad_weights = (grad_out @ v_BKSH.transpose(-1, -2)).to(wide)
         grad_scores = (weights_BKMS.to(wide) * (grad_weights - shift_BKM1) * q_BKMH.shape[-1] ** -0.5).to(dtype)
-        grad_k, grad_v = (left.transpose(-1, -2) @ right for left, right in ((grad_scores, q_BKMH), (weights_BKMS, grad_out)))
-        return grad_scores @ k_BKSH, grad_k, grad_v, None, None
+        grad_q, grad_k = grad_scores @ k_BKSH, grad_scores.transpose(-1, -2) @ q_BKMH
+        return grad_q, grad_k, weights_BKMS.transpose(-1, -2) @ grad_out, None, None

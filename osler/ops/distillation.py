@@ -27,8 +27,8 @@ from osler.ops.cross_entropy import (
 )
 from osler.ops.labels import IGNORED
 
-LIVE_TENSORS = 8  # so many tensors of the size of a chunk's fp32 logits exist at once
-LEAST_LOG = -1e9  # stands for the logarithm of 0 where it is multiplied by 0
+LIVE_TENSORS = 8  # tensors of the size of a chunk's fp32 logits that exist at once
+LEAST_LOG = -1e9  # stands for the logarithm of 0 where that is multiplied by 0
 
 
 class Mix(NamedTuple):
@@ -73,15 +73,15 @@ def linear_distillation(
     return torch.stack([ce, kl, loss])
 
 
-def _of_logits(
+def _sums_and_gradient(
     logits_CV: Tensor, teacher_CV: Tensor, label_C: Tensor, scale_C: Tensor, mix: Mix
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the sums of cross-entropy and KL, and the gradient of the loss with respect to the logits of the student."""
     share, temperature, vocab_size = mix
-    student, taught = (without_padding(wide(logits), vocab_size) for logits in (logits_CV, teacher_CV))
+    student, teacher = (without_padding(wide(logits), vocab_size) for logits in (logits_CV, teacher_CV))
     log_softmax = student.log_softmax(-1)
     log_q = log_softmax if temperature == 1 else (student / temperature).log_softmax(-1)
-    log_p = (taught / temperature).log_softmax(-1)
+    log_p = (teacher / temperature).log_softmax(-1)
     p = log_p.exp()
     ce = -(log_softmax.gather(1, label_C[:, None]).squeeze(1) * scale_C).sum()
     # Padding rows have probability 0 in both: 0 * (-inf + inf) must not become NaN.
@@ -91,17 +91,19 @@ def _of_logits(
     return ce, kl, (error * scale_C[:, None]).to(logits_CV.dtype)
 
 
-def _of_chunk(logits_CV: Tensor, teacher_CV: Tensor, label_C: Tensor, scale_C: Tensor, mix: Mix) -> tuple[Tensor, Tensor, Tensor]:
-    """Do the same as ``_of_logits``, on a CPU by blocks of rows that stay in the cache; a compiler fuses the operations."""
+def _chunk_sums_and_gradient(
+    logits_CV: Tensor, teacher_CV: Tensor, label_C: Tensor, scale_C: Tensor, mix: Mix
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Do the same as ``_sums_and_gradient``, uncompiled on a CPU by blocks of rows that stay in the cache."""
     rows = max(1, BLOCK_LOGITS.get(logits_CV.device.type, logits_CV.numel()) // logits_CV.shape[1])
     if torch.compiler.is_compiling() or rows >= logits_CV.shape[0]:
-        return _of_logits(logits_CV, teacher_CV, label_C, scale_C, mix)
+        return _sums_and_gradient(logits_CV, teacher_CV, label_C, scale_C, mix)
     sums = []
     parts = (each.split(rows) for each in (logits_CV, teacher_CV, label_C, scale_C))
-    for block, taught, label, scale in zip(*parts, strict=True):
-        *found, error = _of_logits(block, taught, label, scale, mix)
+    for block, teacher, label, scale in zip(*parts, strict=True):
+        *block_sums, error = _sums_and_gradient(block, teacher, label, scale, mix)
         block.copy_(error)
-        sums.append(torch.stack(found))
+        sums.append(torch.stack(block_sums))
     ce, kl = torch.stack(sums).sum(0)
     return ce, kl, logits_CV
 
@@ -124,11 +126,11 @@ class _LinearDistillation(torch.autograd.Function):
         ce, kl = scale.new_zeros(()), scale.new_zeros(())
         grad_chunks: list[Tensor] = []
         rows = (features, teacher_features, labels, scale)
-        for x, taught, label, scale_C in zip(*(each.split(chunk_tokens) for each in rows), strict=True):
+        for x, teacher_x, label, scale_C in zip(*(each.split(chunk_tokens) for each in rows), strict=True):
             if grad_chunks and torch.compiler.is_compiling():
                 x = in_turn(x, [grad_chunks[-1], grad_head])
-            ce_C, kl_C, error = _of_chunk(x @ head.T, taught @ teacher_head.T, label, scale_C, mix)
-            ce, kl = ce + ce_C, kl + kl_C
+            chunk_ce, chunk_kl, error = _chunk_sums_and_gradient(x @ head.T, teacher_x @ teacher_head.T, label, scale_C, mix)
+            ce, kl = ce + chunk_ce, kl + chunk_kl
             grad_chunks.append(error @ head)
             add_weight_gradient(grad_head, error, x)
             del error  # else the logits of two chunks would be in memory

@@ -3,7 +3,9 @@
 A row's token is the one under which its uniform number falls in the cumulative distribution. Two levels of sums (blocks of 64
 tokens, then one block) make that a single pass over the vocabulary, in float64 so that rare tokens keep their probability. The
 numbers are a counter-based hash of (seed, row, position) (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3"), so
-what a row draws depends neither on the rows that share its batch nor on earlier draws. Shapes: B rows, V vocabulary.
+what a row draws depends neither on the rows that share its batch nor on earlier draws.
+
+Shapes: B rows, V vocabulary, N blocks, b tokens of a block, K largest logits.
 """
 
 from __future__ import annotations
@@ -52,22 +54,22 @@ def row_uniform(seed: int, row_B: Tensor, position_B: Tensor) -> Tensor:
 class RowSampling(NamedTuple):
     """The sampling parameters of rows, as tensors [B, 1], or [1, 1] where all rows share them.
 
-    The host knows what no row needs, so that it is not computed.
+    The fields that are no tensors tell the host what no row needs, so that it is not computed.
     """
 
     temperature_B1: Tensor  # 1 for a greedy row
-    greedy_B1: Tensor
+    greedy_B1: Tensor  # bool
     top_k_B1: Tensor
     top_p_B1: Tensor
     min_p_B1: Tensor
     penalty_B1: Tensor
     all_greedy: bool
     some_greedy: bool
-    is_warm: bool  # whether a row has another temperature than 1
-    truncates: bool
-    most_top_k: int  # V where some row has no top_k
-    penalises: bool
-    top_logprobs: int  # the most that a row asks for
+    scales: bool  # whether a row has a temperature other than 0 and 1
+    truncates: bool  # whether a row has top_k, top_p or min_p
+    most_top_k: int  # the largest top_k; V where some row has none
+    penalises: bool  # whether a row has a repetition penalty
+    top_logprobs: int  # the most alternatives that a row asks for
     bias_BV: Tensor | None  # added to the logits; None where no row has a bias
     presence_B1: Tensor
     frequency_B1: Tensor
@@ -98,7 +100,7 @@ class RowSampling(NamedTuple):
             column([row.repetition_penalty for row in rows]),
             all_greedy=all(greedy),
             some_greedy=any(greedy),
-            is_warm=any(row.temperature not in (0, 1) for row in rows),
+            scales=any(row.temperature not in (0, 1) for row in rows),
             truncates=any(row.truncates(vocab_size) for row in rows),
             most_top_k=max(top_k),
             penalises=any(row.repetition_penalty != 1 for row in rows),
@@ -129,8 +131,9 @@ def sample(
     """Draw one token per row.
 
     ``logits_BV`` is fp32, -inf where a token must never be drawn; ``u_B`` is in [0, 1); ``seen_BV`` (bool) says which tokens the
-    repetition penalty is for, ``count_BV`` how often each was drawn before. ``logp_B`` is at the temperature, over the mask.
-    Temperature 0 takes the likeliest token, ignores truncation, and reports the log-probability at temperature 1.
+    repetition penalty is for, ``count_BV`` how often each was drawn before. The log-probability that is returned is at the
+    temperature and over the mask. Temperature 0 takes the likeliest token, ignores truncation, and returns the log-probability
+    at temperature 1.
     """
     if sampling.bias_BV is not None:
         logits_BV = logits_BV + sampling.bias_BV
@@ -142,7 +145,7 @@ def sample(
         logits_BV = logits_BV - sampling.presence_B1 * (count_BV > 0) - sampling.frequency_B1 * count_BV
     if sampling.all_greedy:
         return _likeliest(logits_BV)
-    scaled_BV = logits_BV / sampling.temperature_B1 if sampling.is_warm else logits_BV
+    scaled_BV = logits_BV / sampling.temperature_B1 if sampling.scales else logits_BV
     mask_BV = sampling_mask(scaled_BV, sampling)
     if mask_BV is not None:
         scaled_BV = scaled_BV.masked_fill(~mask_BV, -torch.inf)
@@ -191,9 +194,9 @@ def _first_above(end_BN: Tensor, target_B1: Tensor) -> Tensor:
 def sampling_mask(scaled_BV: Tensor, sampling: RowSampling) -> Tensor | None:
     """Return the tokens that may be drawn (bool), or None for all of them; ``scaled_BV`` are logits divided by the temperature.
 
-    The ``top_k`` likeliest tokens are renormalised. Of these the fewest likeliest that together reach ``top_p`` stay, without
-    those below ``min_p`` times the highest. At least one token stays, and exactly ``top_k`` when only that is given (an arbitrary
-    choice among equal logits at the border).
+    The probabilities of the ``top_k`` likeliest tokens are renormalised. From the likeliest down, tokens stay until they sum to
+    ``top_p``, and only while they have ``min_p`` times the highest probability. At least one token stays, and exactly ``top_k``
+    when only that is given (which of several equal logits at the border stays is arbitrary).
     """
     if not sampling.truncates:
         return None
@@ -202,8 +205,8 @@ def sampling_mask(scaled_BV: Tensor, sampling: RowSampling) -> Tensor | None:
     mask_BK = (values_BK > -torch.inf) & (rank_K < sampling.top_k_B1)
     probability_BK = values_BK.double().masked_fill(~mask_BK, -torch.inf).softmax(-1)
     # A row without top_p keeps its tail, whose probabilities are lost in the rounding of the sum.
-    reaches_BK = (probability_BK.cumsum(-1) - probability_BK < sampling.top_p_B1) | (sampling.top_p_B1 >= 1)
-    mask_BK &= reaches_BK & (probability_BK >= sampling.min_p_B1 * probability_BK[:, :1])
+    in_top_p_BK = (probability_BK.cumsum(-1) - probability_BK < sampling.top_p_B1) | (sampling.top_p_B1 >= 1)
+    mask_BK &= in_top_p_BK & (probability_BK >= sampling.min_p_B1 * probability_BK[:, :1])
     mask_BK[:, 0] = True
     return torch.zeros_like(scaled_BV, dtype=torch.bool).scatter_(-1, index_BK, mask_BK)
 

@@ -5,23 +5,26 @@ from typing import Annotated
 
 from osler.config.schema import Fraction, Ge, Gt, Le, NonNegativeInt, PositiveFloat, PositiveInt, config
 
-COLDEST = 1e-30  # a logit divided by less may leave the range of fp32, and what is drawn is not a number
+COLDEST = 1e-30  # the smallest temperature above 0: a logit divided by less may be too large for fp32
 
 
 @config
 class SamplingParams:
-    """The defaults draw from the model's own distribution; a row ends with a stop token or after ``max_new_tokens``."""
+    """How the tokens of a row are drawn; a row ends with a stop token or after ``max_new_tokens``.
+
+    The defaults draw from the model's own distribution.
+    """
 
     max_new_tokens: PositiveInt = 128  # tokens of a completion at most, its stop token included
     temperature: float = 1.0  # 0 takes the likeliest token
-    top_k: PositiveInt | None = None  # draw from so many likeliest tokens; None: from all
+    top_k: PositiveInt | None = None  # draw from this many of the likeliest tokens; None: from all
     top_p: Annotated[float, Gt(0), Le(1)] = 1.0  # draw from the fewest likeliest tokens that have this share of the probability
     min_p: Fraction = 0.0  # draw no token whose probability is below this share of the likeliest one's
     repetition_penalty: PositiveFloat = 1.0  # above 1, tokens that were in the prompt or were drawn become less likely
-    presence_penalty: Annotated[float, Ge(-2), Le(2)] = 0.0  # is taken from the logit of a token that was drawn before
-    frequency_penalty: Annotated[float, Ge(-2), Le(2)] = 0.0  # is taken from a logit for each time that its token was drawn
+    presence_penalty: Annotated[float, Ge(-2), Le(2)] = 0.0  # subtracted from the logit of a token that was drawn before
+    frequency_penalty: Annotated[float, Ge(-2), Le(2)] = 0.0  # subtracted from a logit for each time that its token was drawn
     logit_bias: tuple[tuple[int, float], ...] = ()  # tokens, and what is added to their logits before anything else
-    top_logprobs: NonNegativeInt = 0  # of every drawn token, report so many of the likeliest tokens in its place
+    top_logprobs: NonNegativeInt = 0  # how many of the likeliest tokens are reported at the place of every drawn token
     stop_ids: tuple[int, ...] = ()  # tokens that end a row
     seed: int = 0  # the same seed gives a row the same random numbers, whatever shares its batch
 

@@ -1,14 +1,14 @@
 """Attention to a few chosen keys, and the index that chooses them (DeepSeek Sparse Attention, DeepSeek-V3.2-Exp report, 2025).
 
-The index scores every key s that a query t sees, and the ``top_k`` best are attended to exactly:
+The index scores every key s that a query t sees, and exact attention is computed over the ``top_k`` best keys:
 
-    I[t, s] = sum_j w[t, j] * relu(q[t, j] . k[s])
+    score[t, s] = sum_j w[t, j] * relu(q[t, j] . k[s])
 
 The last ``window`` keys and the first token of the document are always among them. The index learns from
-KL(p || softmax(I)) alone, where p is the attention averaged over heads, without a gradient. ``mask_attention`` is the plain
-reference: it computes all scores and hides those that were not chosen. ``gather_attention`` computes only the chosen ones, some
-queries at a time, and again in the backward pass, so its memory is linear in length. ``all_keys`` compares the index with
-attention to everything.
+KL(p || softmax(score)) alone, where p is the attention averaged over heads, without a gradient. ``mask_attention`` is the plain
+reference: it computes attention to all keys and hides those that were not chosen. ``gather_attention`` computes only the chosen
+ones, some queries at a time, and again in the backward pass, so its memory is linear in length. ``index_measured`` compares the
+index with attention to every key.
 
 The loops over queries are custom operators, because a compiler would unroll them. On a GPU ``index_add_`` sums in no fixed order,
 so gradients repeat only to rounding there. A choice over a block of queries would let a query see the future, so there is none.
@@ -29,13 +29,13 @@ from osler.ops.cross_entropy import wide
 # Elements of the largest tensor of a chunk. On a CPU larger ones leave its caches. On a GPU, where no size was measured, small
 # ones cost more in calls than in arithmetic.
 CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
-RECENCY = 2.0**-40  # added to a score for each position: of keys without any hit the latest is chosen, the same one everywhere
+RECENCY = 2.0**-40  # added to a score for each position, so that among keys without a hit every path chooses the latest ones
 RECALL_QUERIES = 64  # queries of a row whose attention to all keys is computed, to know how much of it falls on the chosen ones
 NUM_MEASURED = 3
 
 
 class Index(NamedTuple):
-    """What the index knows of a row: a query and weights for each token that looks, a key for each token that is looked at."""
+    """What the index knows of a row: queries and weights of the tokens that attend, and keys of the tokens attended to."""
 
     q_BRTJI: Tensor
     k_BSI: Tensor
@@ -53,13 +53,16 @@ class Choice(NamedTuple):
 
 
 def index_scores(index: Index) -> Tensor:
-    """Return I [B, R, T, S] in fp32, for every key, also those behind the query."""
+    """Return the scores of every key, also of keys after the query, fp32 [B, R, T, S]."""
     q_B11MI, keys_B11SI = index.q_BRTJI.flatten(1, 3)[:, None, None], index.k_BSI[:, None, None]
     return _scores(q_B11MI, keys_B11SI, index.weight_BRTJ)[0]
 
 
 def _scores(q: Tensor, keys: Tensor, weight_BRCJ: Tensor) -> tuple[Tensor, Tensor]:
-    """Return I, and the hits relu(q . k): of queries [B, R, C, J, I] with their keys, or [B, 1, 1, R * C * J, I] with all."""
+    """Return the scores and the hits relu(q . k).
+
+    Queries are [B, R, C, J, I] where each has keys of its own, [B, 1, 1, R * C * J, I] where all have the same keys.
+    """
     hits = (q @ keys.transpose(-1, -2)).relu()
     return (weight_BRCJ[..., None, :] @ wide(hits).view(*weight_BRCJ.shape, -1)).squeeze(-2), hits
 
@@ -86,19 +89,20 @@ def choose(index: Index, first_BT: Tensor, choice: Choice) -> Tensor:
 
 @torch.library.custom_op("osler::choose", mutates_args=())
 def _choose(q_BRTJI: Tensor, k_BSI: Tensor, weight_BRTJ: Tensor, first_BT: Tensor, top_k: int, window: int) -> Tensor:
-    keys, behind = k_BSI.shape[1], k_BSI.shape[1] - q_BRTJI.shape[2]
-    chosen_BRTX = _no_choice(q_BRTJI, k_BSI, weight_BRTJ, first_BT, top_k, window).fill_(-1)
+    keys = k_BSI.shape[1]
+    past = keys - q_BRTJI.shape[2]  # keys before the first query
+    chosen_BRTX = _empty_choice(q_BRTJI, k_BSI, weight_BRTJ, first_BT, top_k, window).fill_(-1)
     for part in _chunks(q_BRTJI.shape[2], q_BRTJI[:, :, 0, :, 0].numel() * keys, k_BSI.device):
-        seen = behind + part.stop  # no query of the chunk sees a later key
+        seen = past + part.stop  # no query of the chunk sees a later key
         scores_BRCS = index_scores(Index(q_BRTJI[:, :, part], k_BSI[:, :seen], weight_BRTJ[:, :, part]))
-        place_C1 = torch.arange(behind + part.start, seen, device=k_BSI.device)[:, None]
+        place_C1 = torch.arange(past + part.start, seen, device=k_BSI.device)[:, None]
         best = best_keys(scores_BRCS, place_C1, first_BT[:, None, part, None], Choice(top_k, window))
         chosen_BRTX[:, :, part, : best.shape[-1]] = best
     return chosen_BRTX
 
 
 @_choose.register_fake
-def _no_choice(q_BRTJI: Tensor, k_BSI: Tensor, weight_BRTJ: Tensor, first_BT: Tensor, top_k: int, window: int) -> Tensor:
+def _empty_choice(q_BRTJI: Tensor, k_BSI: Tensor, weight_BRTJ: Tensor, first_BT: Tensor, top_k: int, window: int) -> Tensor:
     return q_BRTJI.new_empty(*q_BRTJI.shape[:3], min(top_k, k_BSI.shape[1]), dtype=torch.int32)
 
 
@@ -111,7 +115,7 @@ def _chunks(queries: int, elements_per_query: int, device: torch.device) -> Iter
 
 
 def mask_attention(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, index: Index, chosen_BRTX: Tensor) -> tuple[Tensor, Tensor]:
-    """Return attention to the chosen keys, and measurements [B, T, M] of which the KL has a gradient, to the index alone."""
+    """Return attention to the chosen keys, and measurements [B, T, M]; of these the KL has a gradient, to the index alone."""
     choices, groups = chosen_BRTX.shape[1], q_BNTH.shape[1] // k_BKSH.shape[1]
     keys = k_BKSH.shape[2]
     slots_BRTX = chosen_BRTX.long().masked_fill(chosen_BRTX < 0, keys)
@@ -158,7 +162,7 @@ class _Chunk(NamedTuple):
     k_BRCXI: Tensor
     weight_BRCJ: Tensor
     row_BKCX: Tensor  # where the keys are in [B * K * S]
-    index_row_BRCX: Tensor  # and those of the index in [B * S]
+    index_row_BRCX: Tensor  # where the keys of the index are in [B * S]
     is_key_BRCX: Tensor
 
     @property
@@ -246,9 +250,9 @@ def _gather_backward(grad_BNTH: Tensor, grad_kl_BT: Tensor, saved: list[Tensor])
         scores_BRCX, hits = _scores(chunk.q_BRCJI, chunk.k_BRCXI, chunk.weight_BRCJ)
         share_BRCX = scores_BRCX.masked_fill(~chunk.is_key_BRCX, -torch.inf).softmax(-1)
         grad_index = (share_BRCX - chunk.averaged(weights_BKCGX)) * grad_kl_BT[:, None, part, None] / choices
-        parts = _scores_backward(grad_index, chunk.q_BRCJI, chunk.k_BRCXI, chunk.weight_BRCJ, hits)
-        grad_q_index[:, :, part], grad_weight[:, :, part] = parts[0], parts[2]
-        _add_rows(grad_k_index, chunk.index_row_BRCX, parts[1])
+        gradients = _scores_backward(grad_index, chunk.q_BRCJI, chunk.k_BRCXI, chunk.weight_BRCJ, hits)
+        grad_q_index[:, :, part], grad_k_rows, grad_weight[:, :, part] = gradients
+        _add_rows(grad_k_index, chunk.index_row_BRCX, grad_k_rows)
     return [grad_q, grad_k.to(dtype), grad_v.to(dtype), grad_q_index, grad_k_index.to(dtype), grad_weight]
 
 
@@ -282,20 +286,20 @@ def _gather_gradients(ctx: Any, grad_BNTH: Tensor, _: Tensor, grad_BTM: Tensor) 
 _gather.register_autograd(_gather_gradients, setup_context=_save)
 
 
-# -- attention to all keys, and what the index makes of it -------------------------------------------------------------
+# -- the index compared with attention to all keys ---------------------------------------------------------------------
 
 
 def index_measured(q_BNTH: Tensor, k_BKTH: Tensor, index: Index, first_BT: Tensor) -> Tensor:
-    """Return the measurements [B, T, M] of an index against attention to every key; the KL has a gradient to the index alone.
+    """Compare an index with attention to every key: return measurements [B, T, M]; the KL has a gradient to the index alone.
 
-    It computes some queries at a time, so its memory is linear in length, though its time is not.
+    Some queries are computed at a time, so memory is linear in length, though time is not.
     """
     measured: Tensor = _all_keys(q_BNTH.detach(), k_BKTH.detach(), *index, first_BT)
     return measured
 
 
 class _Compared(NamedTuple):
-    """Attention of some queries to all keys up to the last of them, averaged over the heads of a choice, and index scores."""
+    """Of some queries, the attention to all keys up to the last query, averaged over the heads of a choice, and index scores."""
 
     part: slice
     p_BRCS: Tensor
@@ -317,7 +321,7 @@ def _compared(tensors: list[Tensor]) -> Iterator[_Compared]:
 
 
 def is_seen(place: Tensor, first: Tensor, keys: int) -> Tensor:
-    """Return which of the keys are in the document of a query and not behind it; see ``best_keys``."""
+    """Return which keys are in the query's document and not after the query; see ``best_keys``."""
     key_S = torch.arange(keys, device=place.device)
     return (key_S <= place) & (key_S >= first)
 
@@ -334,7 +338,7 @@ def attention_shares(q_BNCH: Tensor, k_BKSH: Tensor, is_seen_B1CS: Tensor, choic
 def _all_keys(
     q_BNTH: Tensor, k_BKTH: Tensor, q_BRTJI: Tensor, k_BTI: Tensor, weight_BRTJ: Tensor, first_BT: Tensor
 ) -> Tensor:
-    measured_BTM = _nothing_measured(q_BNTH)
+    measured_BTM = _empty_measured(q_BNTH)
     place_T = torch.arange(q_BNTH.shape[2], device=q_BNTH.device)
     distance_B1T = (place_T - first_BT)[:, None] / 2
     for each in _compared([q_BNTH, k_BKTH, q_BRTJI, k_BTI, weight_BRTJ, first_BT]):
@@ -344,7 +348,7 @@ def _all_keys(
 
 
 @_all_keys.register_fake
-def _nothing_measured(q_BNTH: Tensor, *_: Tensor) -> Tensor:
+def _empty_measured(q_BNTH: Tensor, *_: Tensor) -> Tensor:
     dtype = torch.promote_types(q_BNTH.dtype, torch.float32)
     return q_BNTH.new_empty(q_BNTH.shape[0], q_BNTH.shape[2], NUM_MEASURED, dtype=dtype)
 
@@ -358,10 +362,10 @@ def _all_keys_backward(grad_kl_BT: Tensor, saved: list[Tensor]) -> list[Tensor]:
         share_BRCS = scores_BRCS.masked_fill(~is_seen_B1CS, -torch.inf).softmax(-1)
         grad_BRCS = (share_BRCS - p_BRCS) * grad_kl_BT[:, None, part, None] / q_BRTJI.shape[1]
         q_B11MI, k_B11SI = q_BRTJI[:, :, part].flatten(1, 3)[:, None, None], k_BTI[:, None, None, : part.stop]
-        parts = _scores_backward(grad_BRCS, q_B11MI, k_B11SI, weight_BRTJ[:, :, part], hits)
-        grad_q[:, :, part] = parts[0].view_as(q_BRTJI[:, :, part])
-        grad_k[:, : part.stop] += parts[1][:, 0, 0]
-        grad_weight[:, :, part] = parts[2]
+        gradients = _scores_backward(grad_BRCS, q_B11MI, k_B11SI, weight_BRTJ[:, :, part], hits)
+        grad_q_B11MI, grad_k_B11SI, grad_weight[:, :, part] = gradients
+        grad_q[:, :, part] = grad_q_B11MI.view_as(q_BRTJI[:, :, part])
+        grad_k[:, : part.stop] += grad_k_B11SI[:, 0, 0]
     return [grad_q, grad_k.to(k_BTI.dtype), grad_weight]
 
 
@@ -379,9 +383,9 @@ _all_keys.register_autograd(_all_keys_gradients, setup_context=lambda ctx, input
 
 @torch.no_grad()
 def recall(q_BNTH: Tensor, k_BKTH: Tensor, index: Index, first_BT: Tensor, choice: Choice) -> Tensor:
-    """Return for each token which share of attention to all keys falls on those that the index chooses, [B, T].
+    """Return for each token the share of its attention to all keys that falls on the keys that the index chooses, [B, T].
 
-    One query of every few is measured (``RECALL_QUERIES`` of a row) and stands for those before it.
+    About ``RECALL_QUERIES`` queries of a row are measured; each stands for those between it and the one before.
     """
     queries = q_BNTH.shape[2]
     step = max(1, queries // RECALL_QUERIES)

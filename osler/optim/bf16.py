@@ -38,9 +38,9 @@ def random_bits(key: Tensor, first: int, count: int) -> tuple[Tensor, Tensor, Te
 
 
 def round_stochastic(x: Tensor, bits: Tensor) -> Tensor:
-    """Round fp32 to bf16, up where the part that is cut off plus ``bits`` (integers below 2**16) carries over.
+    """Round fp32 to bf16, away from zero where the part that is cut off plus ``bits`` (integers below 2**16) carries over.
 
-    "Up" is away from zero. Infinity stays; a NaN may become any number.
+    Infinity stays; a NaN may become any number.
     """
     word = (x.view(torch.int32) + bits.to(torch.int32)) & ~_LOW_16
     return word.view(torch.float32).to(torch.bfloat16)
@@ -49,8 +49,8 @@ def round_stochastic(x: Tensor, bits: Tensor) -> Tensor:
 class Fp32GradientSums:
     """Adds up in fp32 the gradients that several backward passes give bf16 parameters.
 
-    Hooks do this before an engine sends a gradient to other ranks. Within ``accumulating`` a gradient goes into its sum and is
-    freed. The next pass outside adds its own gradient to the sum and leaves the total, rounded once.
+    Hooks do this before an engine sends a gradient to other ranks. Within ``accumulating`` each gradient is added to the sum of
+    its parameter and freed. The next pass outside of it adds its own gradient, and the total, rounded once, becomes the gradient.
     """
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
@@ -61,7 +61,7 @@ class Fp32GradientSums:
 
     @contextmanager
     def accumulating(self, outer: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
-        """Sum gradients during a backward pass that is not the step's last; the engine's own context ``outer`` is entered too."""
+        """Sum gradients in a backward pass that is not the step's last, inside the engine's own context ``outer``."""
         self.is_accumulating = True
         try:
             with outer():
@@ -106,7 +106,7 @@ class Bf16AdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient, without waiting for the device."""
-        assert closure is None, "the gradients are there when the step is made"
+        assert closure is None, "gradients are computed before the step"
         places = [(group, parameter) for group in self.param_groups for parameter in group["params"]]
         for number, (group, parameter) in enumerate(places):
             if parameter.grad is not None:

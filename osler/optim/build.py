@@ -13,7 +13,7 @@ from osler.optim.config import AdamWConfig, MuonConfig
 from osler.optim.muon import Muon
 from osler.optim.schedule import momentum_at, weight_decay_scale
 
-# Norms come first, because modules of the other groups contain norms too; everything that is left is a matrix.
+# Norms come first, because their names may match the other patterns too; everything that is left is a matrix.
 GROUPS = (
     ("vectors", re.compile(r"norm\.weight$")),
     ("embeddings", re.compile(r"embed_tokens|embed_proj|lm_head")),
@@ -29,18 +29,18 @@ def group_of(parameter_name: str) -> str:
 def grouped(
     model: nn.Module, matrices: Mapping[str, Any], embeddings: Mapping[str, Any], vectors: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Return the groups of trained parameters, but no empty one, with settings; ``base_lr`` keeps the peak learning rate."""
+    """Return the groups that have trained parameters, each with its settings and its peak learning rate as ``base_lr``."""
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups = []
     for name, settings in {"matrices": matrices, "embeddings": embeddings, "vectors": vectors}.items():
-        parameters = [parameter for of, parameter in trained if group_of(of) == name]
+        parameters = [parameter for parameter_name, parameter in trained if group_of(parameter_name) == name]
         if parameters:
             groups.append({"params": parameters, "name": name, "base_lr": settings["lr"], **settings})
     return groups
 
 
 def build_adamw(model: nn.Module, config: AdamWConfig, seed: int, _: dist.ProcessGroup | None) -> torch.optim.Optimizer:
-    """Build fused AdamW, or for weights in bf16 the AdamW that rounds stochastically; ranks share no work of either."""
+    """Build fused AdamW, or the AdamW that rounds stochastically if weights are in bf16. Ranks share no work of either."""
     embedding_lr = config.lr if config.embedding_lr is None else config.embedding_lr
     matrices = {"lr": config.lr, "weight_decay": config.weight_decay}
     embeddings, vectors = {"lr": embedding_lr, "weight_decay": 0.0}, {"lr": config.lr, "weight_decay": 0.0}
@@ -75,7 +75,7 @@ def build_optimizer(
 def set_hyperparameters(
     optimizer: torch.optim.Optimizer, config: AdamWConfig | MuonConfig, lr_scale: float, tokens: int, total_tokens: int
 ) -> None:
-    """Set all that changes from step to step: learning rates, the weight decay of matrices, and Muon's momentum."""
+    """Set what changes from step to step: learning rates, the weight decay of matrices, and Muon's momentum."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * lr_scale
         if group["name"] == "matrices":

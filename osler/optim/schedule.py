@@ -63,7 +63,7 @@ class LinearWeightDecay:
 
 @config
 class LrWeightDecay:
-    """Decay in proportion to the learning rate. A step multiplies the decay by the learning rate once more."""
+    """Decay in proportion to the learning rate, by which a step multiplies the decay once more."""
 
     type: Literal["follow_lr"] = "follow_lr"
 

@@ -1,8 +1,8 @@
 """Activation checkpointing: the backward pass computes activations of a block again, which saves memory (arXiv 1604.06174).
 
 ``full`` keeps only a block's input, which costs a third more arithmetic. ``selective`` (arXiv 2205.05198) also keeps the results
-of projections and of a fused attention, but nothing of attention made of plain matmuls (on a CPU), whose scores would be the
-largest tensor. Without a compiler the gradients are the same to the bit.
+of projections and of a fused attention, but nothing of attention made of plain matmuls (on a CPU), because its scores would be
+the largest tensor. Without a compiler the gradients are the same to the bit.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ KEPT = [
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.osler.choose.default,  # this and index_all_keys score all keys, and their results are small
+    torch.ops.osler.choose.default,  # this and index_all_keys score all keys, which is slow, and their results are small
     torch.ops.osler.gather_attention.default,
     torch.ops.osler.index_all_keys.default,
 ]
@@ -33,14 +33,14 @@ def set_recompute(model: Transformer, mode: str) -> None:
     if mode == "off":
         return
     # Blocks draw no random numbers, so no generator's state is needed.
-    again: Callable[..., Tensor] = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    recomputed: Callable[..., Tensor] = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     if mode == "selective":
-        again = partial(again, context_fn=partial(create_selective_checkpoint_contexts, KEPT))
+        recomputed = partial(recomputed, context_fn=partial(create_selective_checkpoint_contexts, KEPT))
     # This goes inside the block, so that a compiler sees it and the hooks of FSDP stay outside.
     for block in model.layers:
-        block.forward = partial(_run, again, block.forward)
+        block.forward = partial(_run, recomputed, block.forward)
 
 
-def _run(again: Callable[..., Tensor], forward: Callable[..., Tensor], *args: Any) -> Tensor:
-    # Without gradients no backward pass follows.
-    return again(forward, *args) if torch.is_grad_enabled() else forward(*args)
+def _run(recomputed: Callable[..., Tensor], forward: Callable[..., Tensor], *args: Any) -> Tensor:
+    # Without gradients no backward pass follows, so there is nothing to recompute.
+    return recomputed(forward, *args) if torch.is_grad_enabled() else forward(*args)

@@ -1,4 +1,4 @@
-"""All use of ``torch.compile``: whether it works here and is worth its time, what is compiled, how many shapes are kept.
+"""All use of ``torch.compile``: whether it works here and is worth its time, what is compiled, and for how many shapes.
 
 Shapes are static, because a training step has one shape in each stage of a curriculum, and code for a known shape is faster.
 """
@@ -39,9 +39,9 @@ def should_compile(mode: str, device: torch.device, *, steps: int) -> bool:
 
 
 def compile_loss(loss: SummedLoss, *, by_block: bool) -> None:
-    """Compile ``loss`` in place, anew for every shape: as one graph, or ``by_block``: each block, and what follows the last one.
+    """Compile ``loss`` in place, once for every shape: as one graph, or ``by_block`` each block and what follows the last one.
 
-    Blocks then share one graph, and ranks can exchange a block's gradient while the block before it still computes.
+    All blocks then share one graph, and ranks can exchange a block's gradient while the block before it still computes.
     """
 
     def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -78,7 +78,7 @@ def compile_works(device: torch.device) -> tuple[bool, str]:
 
     x = torch.ones(64, device=device)
     try:
-        # The cache outlives a compiler that was removed, so this asks for the compiler and starts with an empty cache.
+        # Compiled code in the cache would hide that the compiler is gone, so ask for the compiler and start with an empty cache.
         cpp_builder.get_cpp_compiler()
         with fresh_cache():
             result = torch.compile(tiny, fullgraph=True)(x)
@@ -94,8 +94,8 @@ def compile_works(device: torch.device) -> tuple[bool, str]:
 def remove_empty_libraries(cache: Path) -> None:
     """Remove the libraries without content from torch's cache of compiled code.
 
-    A process that is killed while it links leaves one, and every later run would fail to load it. What is younger than
-    ``LINKING_SECONDS`` may be in the making by another process, and stays.
+    A process that is killed while it links leaves one, and every later run would fail to load it. A file that is younger than
+    ``LINKING_SECONDS`` stays, because another process may be linking it.
     """
     for library in cache.rglob("*.so"):
         with contextlib.suppress(FileNotFoundError):  # another process does the same

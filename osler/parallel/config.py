@@ -1,4 +1,4 @@
-"""How several processes train one model together: a recipe sets the ``type``, and options of it if need be. Torch-free."""
+"""How several processes train one model together; a recipe chooses the ``type``. Torch-free."""
 
 from typing import Annotated, Literal
 
@@ -14,7 +14,7 @@ class NoParallelConfig:
 
 @config
 class DdpConfig:
-    """Every process holds the whole model and its optimizer, and gradients are averaged. The fastest where that fits."""
+    """Every process holds the whole model and optimizer, and gradients are averaged. The fastest type if memory allows it."""
 
     type: Literal["ddp"] = "ddp"
 

@@ -23,7 +23,7 @@ from osler.runtime.world import World
 
 
 def apply_ddp(loss: ModelLoss, config: DdpConfig, world: World) -> ParallelEngine:
-    """Wrap the loss, so that DDP sees one forward pass from tokens to a number."""
+    """Wrap the loss in DDP, which thus sees one forward pass from tokens to a number."""
     # The buffers are tables, equal on all ranks, and need not be sent in every step; torch 2.13 renamed the option.
     known = inspect.signature(DistributedDataParallel).parameters
     options: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}

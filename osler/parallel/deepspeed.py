@@ -28,7 +28,7 @@ from osler.runtime.world import World
 
 logger = logging.getLogger(__name__)
 
-# Keys of DeepSpeed's own JSON that a recipe decides.
+# Keys of DeepSpeed's own JSON that the recipe sets.
 DECIDED = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"}
 DECIDED |= {"optimizer", "scheduler", "bf16", "fp16"}
 

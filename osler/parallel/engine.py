@@ -37,7 +37,7 @@ def switched_off(switch: Callable[[bool], Any]) -> Iterator[None]:
 class ParallelEngine:
     """Training on one process, or by a strategy that leaves averaged gradients in ``parameter.grad``."""
 
-    leaves_gradients = True  # in ``parameter.grad``, from the backward pass to the update
+    leaves_gradients = True  # whether ``parameter.grad`` has the gradient from the backward pass to the update
 
     def __init__(self, loss: LossFunction, world: World | None = None, accumulating: Accumulating = nullcontext) -> None:
         """``loss`` sums over this rank's rows. Within ``accumulating()`` a backward pass leaves its gradient on the rank."""
@@ -59,8 +59,8 @@ class ParallelEngine:
     ) -> tuple[Tensor, Tensor]:
         """Clip the gradients and make the optimizer's step, which its kernel skips when a gradient is not finite.
 
-        The gradients of ``apart`` are clipped by themselves. Return the norm of the others before clipping, and 1 for a skipped
-        step; both stay on the device.
+        The gradients of ``apart`` are clipped by a norm of their own. Return the norm of the other gradients before clipping, and
+        1 for a skipped step, else 0; both stay on the device.
         """
         norms = [
             whole(torch.nn.utils.clip_grad_norm_(part, self.clip_norm, foreach=True)) for part in (parameters, apart) if part

@@ -64,7 +64,7 @@ def parallelize(
 
 
 def check_strategy(config: ParallelConfig, processes: int) -> None:
-    """Raise UserError for several processes that would each train the same model alone, and for DeepSpeed where it cannot run."""
+    """Raise UserError when several processes would each train the same model alone, or where DeepSpeed cannot run."""
     if processes > 1 and isinstance(config, NoParallelConfig):
         raise UserError(
             f"{processes} processes were started and parallel.type is none, so each would train the same model alone: set "

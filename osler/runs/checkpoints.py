@@ -53,7 +53,7 @@ def verify_checkpoints(path: str) -> int:
         print("".join(f"  {problem}\n" for problem in problems), end="")
         run = RunFolder(checkpoint.absolute().parent.parent)
         if problems:
-            with suppress(OSError):  # a new time makes the run that verified it once read it again
+            with suppress(OSError):  # with a new time the run reads the folder again, if it has verified it before
                 os.utime(checkpoint)
             if checkpoint.absolute().parent == run.checkpoints and run.config.is_file():
                 write_damage(EventLog(run.events), [(checkpoint, problems)])
@@ -69,5 +69,3 @@ def _found(path: str) -> tuple[Path, list[Entry]]:
     if not entries:
         raise UserError(f"There is no checkpoint in {root}.")
     return root, entries
-
-

@@ -47,7 +47,7 @@ class Request:
 
     @property
     def back_to(self) -> int | None:
-        """The step that the run goes back to."""
+        """The step that the run goes back to; ``from_step`` means another thing for a branch and for --eval-only."""
         return self.from_step if self.branch is None and not self.eval_only else None
 
 
@@ -57,9 +57,9 @@ class Job:
 
     config_class: type[RunConfig]
     default_name: Callable[[Any], str]  # the name of a run whose config has no recipe
-    check: Callable[[Any, RunFolder, store.Loaded | None], None]  # checks a start, from the checkpoint if any
+    check: Callable[[Any, RunFolder, store.Loaded | None], None]  # checks a start, from the checkpoint if there is one
     check_branch: Callable[[Any, store.Loaded], None]  # checks that this config can continue from another run's checkpoint
-    check_processes: Callable[[Any, int], None]  # checks that so many processes can share the run
+    check_processes: Callable[[Any, int], None]  # checks that this number of processes can share the run
     train: Callable[[Any, RunFolder, World], bool]  # returns False when the run was asked to stop
     next_steps: Callable[[Any, RunFolder], str]  # says what to do with a finished run
     # measures the checkpoint of a step (None: the newest) and returns what to print
@@ -73,9 +73,9 @@ def carry_out(job: Job, request: Request) -> int:
     folder = RunFolder(Path(request.run_dir or Path("runs") / name))
     refuse_checkpoint(folder.root)
     has_origin = config.init_from is not None or config.branch_from is not None
-    of_model = [given for given in request.overrides if given.startswith(("model.", "model="))]
-    is_sparse = bool(of_model) and config.model.attention.type == "sparse"
-    if has_origin and not all(is_sparse and given.startswith("model.attention") for given in of_model):
+    model_overrides = [given for given in request.overrides if given.startswith(("model.", "model="))]
+    is_sparse = bool(model_overrides) and config.model.attention.type == "sparse"
+    if has_origin and not all(is_sparse and given.startswith("model.attention") for given in model_overrides):
         logger.warning(
             "model.* changes nothing here but a sparse model.attention, because the model comes from the checkpoint that the run "
             "starts from. (context.max_seq_len=... makes its context longer.)"
@@ -90,7 +90,7 @@ def carry_out(job: Job, request: Request) -> int:
             if world.is_first:
                 print(scores)
         return 0
-    with joined(config.device) as world:  # connected first, so that an error of all ranks is told once
+    with joined(config.device) as world:  # connected before the checks, so that an error of all ranks is printed once
         job.check_processes(config, world.size)
         with taken(folder, world):
             if request.back_to is not None:

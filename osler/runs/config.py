@@ -24,9 +24,9 @@ class CheckpointConfig:
 class RecoveryConfig:
     """When a run in trouble goes back to its last good checkpoint and continues with later data, and when it gives up."""
 
-    # steps in a row with a non-finite gradient that send the run back, when the next line of metrics is due
+    # this many steps in a row with a non-finite gradient send the run back, when the next line of metrics is due
     max_skipped_steps: PositiveInt = 20
-    max_rollbacks: NonNegativeInt = 2  # times that a run goes back, in all; then it ends with a diagnosis
+    max_rollbacks: NonNegativeInt = 2  # times that a run goes back, in all; after that it ends with a diagnosis
     spike: SpikeConfig = SpikeConfig()
 
 
@@ -34,12 +34,12 @@ class RecoveryConfig:
 class RunConfig:
     """The part of a configuration that all kinds of training share."""
 
-    kind: str  # of run; the command sets it
+    kind: str  # pretrain, sft or grpo; the command sets it
     description: str = ""  # for the reader; changes nothing
     seed: Seed = 0
     init_from: str | None  # run folder or checkpoint to start from
-    # checkpoint of another run to go on from, with its optimizer and its place in the data; --branch sets it, and takes the
-    # config of that run
+    # checkpoint of another run that this run continues, with its optimizer and its place in the data; --branch sets it, and takes
+    # the config of that run
     branch_from: str | None = None
     optim: OptimConfig = AdamWConfig()
     schedule: ScheduleConfig = ConstantConfig()
@@ -47,7 +47,7 @@ class RunConfig:
     precision: str = "auto"
     recompute: Literal["off", "selective", "full"] = "off"  # activations computed again in the backward pass, to save memory
     device: str = "auto"  # auto, cpu, cuda or cuda:N
-    # evaluations in a row without a better result that end the run; null: none do
+    # the run ends after this many evaluations in a row without a better result; null: it does not
     early_stopping_patience: PositiveInt | None = None
     checkpoint: CheckpointConfig = CheckpointConfig()
     recovery: RecoveryConfig = RecoveryConfig()
@@ -55,13 +55,13 @@ class RunConfig:
     monitor: MonitorConfig = MonitorConfig()
 
     def model_from(self, model: ModelConfig, trained_seq_len: int) -> ModelConfig:
-        """Return the shape of the model of a run that starts from ``model``, trained on rows of so many tokens."""
+        """Return the shape of the model of a run that starts from ``model``, trained on rows of ``trained_seq_len`` tokens."""
         return model
 
     def trained_after(self, trained_seq_len: int) -> int:
-        """Return the longest rows that the weights have learned after a run that started from weights of ``trained_seq_len``."""
+        """Return the longest rows, in tokens, that the weights have learned after this run; before it ``trained_seq_len``."""
         return trained_seq_len
 
     def numbers(self, model: ModelConfig | None = None) -> dict[str, str]:
-        """Return what follows from the config, for a person; ``model`` is that of a run that does not begin with new weights."""
+        """Return what follows from the config, for a person; ``model`` is the shape that the run starts from, None for new."""
         raise NotImplementedError

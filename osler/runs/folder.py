@@ -1,4 +1,4 @@
-"""Claims a run folder, reads its config, and tells whether a config and a checkpoint are of the run in it."""
+"""Claims a run folder, reads its config, and tells whether a config and a checkpoint belong to the run in it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-MOST_NAMED = 5  # things, such as differences between two configs, that an error spells out
+MOST_NAMED = 5  # how many things, such as differences between two configs, an error names
 # These settings may differ from one start to the next, because they change a run's results by rounding at most.
 GIVEN_ANEW = (
     "parallel", "loader_workers", "micro_batch_tokens", "recompute", "checkpoint.in_background", "monitor",
@@ -55,15 +55,15 @@ def taken(folder: RunFolder, world: World = World()) -> Iterator[None]:  # noqa:
 
 
 def claim(folder: RunFolder, config: Any) -> None:
-    """Write ``config.yaml``, which makes the folder this run's. One that is there is kept.
+    """Write ``config.yaml``, which makes the folder this run's. A ``config.yaml`` that is there is kept.
 
-    Call this after all checks of what a person may have got wrong, so that a mistake can be corrected in the same folder. Into a
-    ``config.yaml`` that is kept go the new paths of files that have moved, and with ``allow_data_change`` the data given now.
+    Call this after all checks of what a person may have got wrong, so that a mistake can be corrected in the same folder. A file
+    that is kept gets the new paths of files that have moved, and with ``allow_data_change`` the data given now, but no more.
     """
     moved = refuse_another(folder, config)
     wanted = encode(config)
     if not folder.config.exists():
-        given_once = {"allow_data_change": False} if "allow_data_change" in wanted else {}  # it holds for one start
+        given_once = {"allow_data_change": False} if "allow_data_change" in wanted else {}  # the permission is for one start
         write_atomic(folder.config, dump_yaml(wanted | given_once))
         return
     if moved:
@@ -76,7 +76,7 @@ def claim(folder: RunFolder, config: Any) -> None:
 def refuse_another(folder: RunFolder, config: Any) -> dict[str, str]:
     """Raise UserError when the folder holds a run with another config.
 
-    Paths of files may differ, the contents of the files may not. Return the keys of such paths, each with a phrase about both.
+    Paths of files may differ, the contents of the files may not. Return the keys of paths that differ, each with a phrase.
     """
     if not folder.config.exists():
         return {}
@@ -100,7 +100,7 @@ def _free_sections(config: Any) -> tuple[str, ...]:
 
 
 def differences(config: Any, stored: Mapping[str, Any], source: str, leave_out: Sequence[str] = GIVEN_ANEW) -> dict[str, str]:
-    """Return the differences between a config and a ``stored`` one from ``source``: dotted key to a phrase, the kind first."""
+    """Return the differences of a config from a ``stored`` one, read from ``source``: phrases by dotted key, ``kind`` first."""
     wanted, there = encode(config), dict(stored)
     if there.get("kind") == wanted["kind"]:  # a field that the run's Osler did not have yet gets its default
         there = encode(decode(type(config), there, source=source))
@@ -137,11 +137,11 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def stored_config(cls: type[T], run_dir: str | None, overrides: Sequence[str]) -> T:
-    """Return the config that a run was started with, for ``--resume``. Overrides may change what may differ between starts."""
+    """Return the config that a run was started with, for ``--resume``; overrides change only what may differ between starts."""
     if run_dir is None:
         raise UserError("--resume needs --run FOLDER: the run to go on with.")
     refuse_checkpoint(run_dir)
-    # Lists are given whole, and ``refuse_another`` checks what changed in them.
+    # A list may be given whole here; ``refuse_another`` checks later what changed in it.
     keys = {given: given.partition("=")[0] for given in overrides}
     may_change = {key for key in keys.values() if key in WHOLE or _is_within(key, GIVEN_ANEW) or PLACES.fullmatch(key)}
     refused = [given for given, key in keys.items() if key not in may_change]
@@ -158,7 +158,7 @@ def stored_config(cls: type[T], run_dir: str | None, overrides: Sequence[str]) -
 
 
 def read_config(folder: RunFolder) -> dict[str, Any]:
-    """Return the run's ``config.yaml`` as plain values; raises UserError, which says how to mend it, when it is damaged."""
+    """Return the run's ``config.yaml`` as plain values; raises UserError, with how to mend it, when it is damaged."""
     try:
         stored = load_yaml(folder.config.read_text(encoding="utf-8"), str(folder.config))
         problem = "is empty" if stored is None else "is no configuration"

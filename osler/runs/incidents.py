@@ -1,9 +1,9 @@
 """Incidents of a run and the response to them: skipped steps, loss spikes, rollbacks.
 
 A gradient that is not finite costs its step and nothing else. When that happens many times in a row, or the loss spikes and
-``recovery.spike.action`` says so, the run goes back to the last checkpoint from before the trouble and skips the data since
-then. The position in the data is that of the step plus ``data_offset``. A run that has gone back too often, or that has no such
-checkpoint yet, ends with a diagnosis. All ranks decide from the same numbers, so they decide alike.
+``recovery.spike.action`` is rollback, the run goes back to the last checkpoint from before the trouble and skips the data since
+then. The place in the data is then that of the step plus ``data_offset``. A run that has gone back too often, or that has no such
+checkpoint yet, ends with a diagnosis. All ranks see the same numbers, so they decide alike.
 
 Resume is exact: a checkpoint keeps all of this, and one is written at once after a rollback. The loop reads ``cause`` and rolls
 back only when a line of metrics is due, so an interruption does not move a rollback. (A signal saves an extra checkpoint, so the
@@ -30,7 +30,7 @@ from osler.runtime.files import read_json
 
 logger = logging.getLogger(__name__)
 
-STEPS_BEFORE = 5  # a diagnosis shows the numbers of so many good steps before an incident
+STEPS_BEFORE = 5  # a diagnosis shows the numbers of this many good steps before an incident
 # Attributes of ``Incidents`` that a checkpoint keeps, besides ``spikes`` and ``before``.
 KEPT = ("good_step", "skipped_in_a_row", "first_skipped", "not_finite_in_a_row", "cause", "rollbacks", "data_offset")
 
@@ -39,8 +39,8 @@ class Incidents:
     """Watches the numbers of every step, reports and records what is wrong with them, and rolls the run back.
 
     ``details`` returns the details of a step (1, 2 ...) as JSON: ``tokens``, ``lr``, and the ids of its questions or the numbers
-    of its rows. The numbers do not count the ``data_offset``, which is given beside them. Every rank has an instance; only rank 0
-    writes and logs.
+    of its rows, not counting the ``data_offset``, which is given beside them. Every rank has an instance; only rank 0 writes and
+    logs.
     """
 
     def __init__(self, config: RunConfig, run: Run, details: Callable[[int], Mapping[str, Any]]) -> None:
@@ -51,17 +51,17 @@ class Incidents:
         self.spikes = SpikeWindow(self.limits.spike)
         self.before: deque[list[Any]] = deque(maxlen=STEPS_BEFORE)  # step, loss and gradient norm of the last good steps
         self.skipped_in_a_row = 0
-        self.first_skipped = 0  # the first of the skipped steps in a row; steps without a token to learn may come between them
+        self.first_skipped = 0  # the first of the skipped steps in a row, between which there may be steps without learned tokens
         self.not_finite_in_a_row = 0  # steps in a row that skipped at least one update
         self.cause: str | None = None  # why the run has to go back
         self.rollbacks = 0
-        self.data_offset = 0  # how far the data is ahead of the steps: tokens in train/, steps in rl/
+        self.data_offset = 0  # data skipped by rollbacks: tokens in train/, steps in rl/
         self.good_step: int | None = None  # the step of the last checkpoint from before any trouble
 
     def observe(self, step: int, loss: float, grad_norm: float, *, skipped: bool, drift: float | None = None) -> None:
         """Check the numbers of a finished step; steps come in order. ``skipped``: all updates of the step were skipped.
 
-        Spikes are looked for in ``drift``, a part of the loss, or in the whole loss when it is None.
+        Spikes are sought in ``drift``, a part of the loss, or in the whole loss when it is None.
         """
         if math.isfinite(grad_norm):
             self.not_finite_in_a_row = 0
@@ -185,9 +185,9 @@ class Incidents:
 
 
 def last_good(root: Path, good_step: int | None) -> tuple[Path | None, Damaged]:
-    """Return the checkpoint of ``good_step``, or if it is lost the last good one before it, and the damaged ones.
+    """Return the checkpoint of ``good_step``, or if that is lost the last good one before it (None: none), and the damaged ones.
 
-    The checkpoint is None if there is no good one.
+    A checkpoint is good here if it is undamaged and from before any trouble.
     """
     damaged: Damaged = []
     for entry in sorted(by_age(root), key=lambda entry: entry.step, reverse=True):

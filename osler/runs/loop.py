@@ -54,7 +54,7 @@ class Trainer(ABC):
     """Base class of the trainers that ``Loop`` drives."""
 
     config: RunConfig
-    unit = "steps"  # the unit of ``position`` and ``total``
+    unit = "steps"  # in which ``position`` and ``total`` count
     best_metric = ""  # decides which checkpoint is the best; lower is better when its name ends with "loss"
 
     def __init__(self, config: RunConfig, run: Run, learner: Learner, *, total: int, lines_every: int = 1) -> None:
@@ -187,7 +187,7 @@ class Loop:
             closing(trainer),
         ):
             self.run.events = self.run_logger.events
-            # One is due before the first step, and after a kill between a checkpoint and its evaluation.
+            # It is due before the first step, or after a kill between a checkpoint and its evaluation.
             if trainer.due().evaluation:
                 lines = partial(read_metrics, folder.metrics, having="eval/seconds")
                 if trainer.step not in self.world.broadcast_from_first(lambda: {line.step for line in lines()}):
@@ -228,7 +228,7 @@ class Loop:
         due = trainer.due()
         if due.save or due.milestone or due.evaluation or stopping:
             self.save()
-            stopping = self._agree_to_stop()  # once more, because saving takes its time
+            stopping = self._agree_to_stop()  # a signal may have come while the checkpoint was saved
         if stopping and not trainer.done:
             self.world.broadcast_from_first(lambda: self.saver.wait(needed=True))
             return False
@@ -283,7 +283,7 @@ class Loop:
         self.world.broadcast_from_first(save)
 
     def restore(self, loaded: store.Loaded, *, is_branch: bool = False) -> None:
-        """Resume from a checkpoint of this run, or with ``is_branch`` of another run, whose early stop does not count here."""
+        """Resume from a checkpoint of this run, or of another run if ``is_branch``; that run's early stop does not count here."""
         changes = self.run.events if self.trainer.config.allow_data_change else None
         check_fingerprints(loaded, self.run.fingerprints, changes=changes)
         self._load(loaded)
@@ -338,7 +338,7 @@ class Loop:
     def _stop_early_if_due(self) -> None:
         """Make this step the last when the latest ``early_stopping_patience`` evaluations were no better than an earlier one.
 
-        The checkpoint of the step is written anew, as that of a last step, and says that the run ends there.
+        The checkpoint of the step is saved again as a last one, which says that the run ends there.
         """
         trainer, patience = self.trainer, self.trainer.config.early_stopping_patience
         if patience is None or trainer.done:

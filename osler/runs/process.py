@@ -94,7 +94,7 @@ class Run:
     folder: RunFolder
     world: World
     files: Mapping[str, bytes] = field(default_factory=dict)
-    more_files: Callable[[], Mapping[str, bytes]] = dict  # files that become known later
+    more_files: Callable[[], Mapping[str, bytes]] = dict  # files that become known while the run trains
     fingerprints: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

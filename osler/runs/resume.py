@@ -1,14 +1,14 @@
 """Resume: ``find_start`` finds the checkpoint that a process continues from, ``resume`` restores a trainer and its loop from it.
 
 A process continues from the newest good checkpoint of the run, from an earlier one (going back), from one of another run (a
-branch), or from none: step 0. The place in the data needs no restoring, because it is computed from the step
+branch), or from none (the run begins at step 0). The place in the data needs no restoring, because it is computed from the step
 (``data/order.py``).
 
 Going back (``--from-step``) sets aside everything that the run wrote after a checkpoint. This checkpoint is then the newest, and
 the run is, bit for bit, as if it had been stopped there.
 
-A branch (``--branch``) is a new run that continues from a checkpoint of another, with its optimizer and data position. Its
-``branch_from`` names that checkpoint, which is needed until the new run has saved one. The rest is an ordinary resume.
+A branch (``--branch``) is a new run that continues from a checkpoint of another, with its optimizer and its place in the data.
+``branch_from`` in its config names that checkpoint, which is needed until the new run has saved one. The rest is as in a resume.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def find_start(
 ) -> Start:
     """Check that the folder may hold this run, and return where it continues: at the checkpoint of step ``back_to`` if given.
 
-    All ranks return the same. Raises UserError when the folder holds another run, or when ``check_branch`` refuses a branch that
-    begins. Raises it also when the ranks found different checkpoints, because their machines do not share the disk of the folder.
+    All ranks return the same. Raises UserError when the folder holds another run, and when ``check_branch`` refuses a new branch.
+    Raises it also when the ranks found different checkpoints, because their machines do not share the disk of the folder.
     """
     refuse_another(run.folder, config)
     check_trackers(config.monitor)
@@ -123,7 +123,7 @@ def warn_of_endless_warmup(schedule: ScheduleConfig, total_tokens: int, total: s
 
 
 def find_step(root: Path, step: int) -> Entry:
-    """Return the good checkpoint of a step. Raises UserError with the steps there are when it is missing or damaged."""
+    """Return the good checkpoint of a step. Raises UserError with the steps that exist when it is missing or damaged."""
     entries = folders.by_age(root)
     what = f"There is no checkpoint of step {step} in {root}"
     for entry in entries:
@@ -139,11 +139,11 @@ def find_step(root: Path, step: int) -> Entry:
 def go_back(folder: RunFolder, step: int) -> None:
     """Take a run back to the checkpoint of ``step``, and move later checkpoints, metrics and events to another folder.
 
-    The newest checkpoint moves first, so a kill half way leaves a run that was stopped at one of the checkpoints.
+    The newest checkpoint moves first. So a kill half way leaves the run as if it had been stopped at one of the checkpoints.
     """
     rewinds = [event.step for event in read_events(folder.events) if event.kind == REWIND]
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and rewinds[-1:] == [step]:
-        return  # torchrun repeats the command after a failure, and to go back once is enough
+        return  # torchrun repeats the command after a failure, and the run has gone back already
     target = find_step(folder.checkpoints, step)
     others = [entry for entry in folders.by_age(folder.checkpoints) if entry.path != target.path]
     later = [entry for entry in others if entry.step > target.step or entry.sequence > target.sequence]
@@ -219,7 +219,7 @@ def config_in(loaded: store.Loaded) -> dict[str, Any]:
 
 
 def refuse_weights_alone(checkpoint: store.Loaded) -> None:
-    """Raise UserError for a checkpoint that no run has saved, in which there is nothing to go on with."""
+    """Raise UserError for a checkpoint of weights alone, which no run saved: there is no training to continue."""
     if made_by := checkpoint.state.get(MADE_BY):
         raise UserError(
             f"{checkpoint.path} was made by `osler {made_by['command']}` and has weights alone, no optimizer and no place in the "

@@ -32,7 +32,7 @@ def running(module: str, *arguments: str, env: dict[str, str] | None = None) -> 
 
 
 def end_with_parent() -> None:
-    """In the child: start a thread that ends this process when its standard input closes, and drops what still comes there."""
+    """In the child: start a thread that ends this process when its standard input closes, and discards all input until then."""
 
     def wait() -> None:
         while os.read(0, 1):  # not through sys.stdin, whose lock this thread would hold while the program ends

@@ -1,7 +1,7 @@
-"""The abilities of this machine: its device, the fastest number format, the peak speed, the memory; and timing on it.
+"""The abilities of this machine: its device, fastest number format, peak speed and memory. It also has the clocks for timing.
 
-What can be tried is tried: bf16 is timed against fp32, once in a process. A run stores what it resolved, because two trials on a
-busy machine may disagree, and a resumed run must not change its arithmetic.
+Whether bf16 pays is tried, not looked up: it is timed against fp32, once in a process. A run stores what it resolved, because
+two trials on a busy machine may disagree, and a resumed run must not change its arithmetic.
 """
 
 import ctypes

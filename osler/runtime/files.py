@@ -54,7 +54,7 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | str | Iterable[byte
 
 
 def new_path(path: str | os.PathLike[str], option: str = "--out") -> Path:
-    """Return a path to write at; raises UserError when something is there already that is not an empty folder."""
+    """Return a path to write at; raises UserError when a file or a folder that is not empty is there already."""
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} is there already: name a new one with {option}.")
@@ -101,8 +101,8 @@ def locked(folder: Path, option: str | None = "--run") -> Iterator[None]:
 
     The message names the ``option`` that chooses another folder, if there is one.
 
-    The lock is the system's, on the folder itself. It ends with the process, where a lock file that a killed run left behind
-    would keep it from being resumed. Without such locks (Windows, some network disks) nothing is locked.
+    The lock is the system's, on the folder itself, so it ends with the process. A lock file would stay behind when a run is
+    killed and keep it from being resumed. Where the system has no such locks (Windows, some network disks) nothing is locked.
     """
     if fcntl is None:
         yield
@@ -208,7 +208,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def no_pause(num_bytes: int = 0) -> None:
-    """Do nothing. A caller may give a function in its place that leaves other processes time, or makes room for ``num_bytes``."""
+    """Do nothing: the default where a caller may pass a function that lets others work, or makes room for ``num_bytes``."""
 
 
 def sha256_file(path: str | os.PathLike[str], pause: Callable[[], None] = no_pause) -> str:

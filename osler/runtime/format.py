@@ -110,7 +110,7 @@ def _round(value_: float) -> str:
 
 
 def _in_units(value_: float) -> tuple[str, str]:
-    """Return a number in the largest of `UNITS` that it reaches, to three figures, and the letter; below 999.5 whole and ""."""
+    """Return a number to three figures in the largest of `UNITS` that it reaches, and the letter; below 999.5 whole, without."""
     for unit, letter in UNITS:
         scaled = abs(value_) / unit
         if scaled >= 0.9995:

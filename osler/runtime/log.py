@@ -153,7 +153,7 @@ def log_to_terminal() -> None:
 def complain(text: str, is_reporter: bool = True) -> None:
     """Write to stderr why the program ends, if this process is the one that reports it."""
     if is_reporter:
-        with contextlib.suppress(OSError, ValueError):  # nobody is there to be told
+        with contextlib.suppress(OSError, ValueError):  # stderr may be closed
             print(text, file=sys.stderr, flush=True)
 
 

@@ -1,10 +1,11 @@
 """Other work on the same CPUs: measure it, and let OpenMP's threads sleep instead of spin during such work.
 
-The threads of a team wait for each other thousands of times a second. Spinning is the fastest way on an idle machine and the
-slowest beside other work: a spinning thread has used up its share of a CPU when it could resume
+The threads of a team wait for each other thousands of times a second. Spinning is the fastest way to wait on an idle machine. It
+is the slowest beside other work, because a thread that spins uses up its share of a CPU before it can resume
 (``benchmarks/bench_neighbour.py``). GNU's OpenMP (libgomp, which torch brings on Linux) spins only for a moment while it has more
-threads than there are CPUs, so idle Python threads hold teams of their own while other processes are busy. The team that computes
-keeps its size, so no bit of a result changes. On other systems, or when the user set one of ``OWN_SETTINGS``, nothing happens.
+threads than there are CPUs. So while other processes are busy, extra Python threads keep idle teams of their own. The team that
+computes keeps its size, so no bit of a result changes. On other systems, or when the user set one of ``OWN_SETTINGS``, nothing
+happens.
 """
 
 import os
@@ -17,7 +18,7 @@ from typing import NamedTuple
 
 OWN_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 POLL_SECONDS = 0.5
-CROWDED_CPUS = 0.2  # the CPUs are crowded when this process's threads and others' busy CPUs exceed them by more than this
+CROWDED_CPUS = 0.2  # the CPUs are crowded when own threads and CPUs busy with other work exceed the CPUs by more than this
 CALM_POLLS = 4  # calm polls in a row before the threads spin again
 PARALLEL_NUMEL = 1 << 20  # an operation on this many elements uses the whole team
 

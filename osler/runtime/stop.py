@@ -25,7 +25,7 @@ REQUESTS = [  # SIGHUP last, so that it can be left out; Windows has only the fi
     signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)
 ]
 
-_entered: list[StopFlag] = []  # those whose context is entered
+_entered: list[StopFlag] = []  # flags whose context is entered now
 _ending = False  # whether this process was asked to stop, and is about to end
 _last_interrupt = (0, 0.0)  # the number of the last signal that interrupted this process, and its time.monotonic()
 
@@ -35,7 +35,7 @@ class Terminated(KeyboardInterrupt):
 
 
 class AskedToStop(Exception):
-    """An evaluation, or the wait for data, ended early on every rank, because the run was asked to stop; it has no result."""
+    """The run was asked to stop, so an evaluation or a wait for data ended early on every rank, without a result."""
 
 
 def asked() -> bool:

@@ -27,8 +27,8 @@ T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # a rank that hangs in a step is given up after this
 HOST_TIMEOUT = timedelta(days=1)  # the others wait as long as rank 0 needs to prepare the data
 REPORT_TIMEOUT = timedelta(seconds=10)  # to reach the store when an error is reported
-EXIT_LOST = 75  # other processes were lost, so that the same command goes on; as EX_TEMPFAIL of sysexits.h
-ERROR_KEY = "user_error"  # in the store that the processes meet at
+EXIT_LOST = 75  # other processes were lost, and the same command goes on; EX_TEMPFAIL of sysexits.h
+ERROR_KEY = "user_error"  # its entry in the store through which the processes met
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class World:
         self.all_reduce_min(0)
 
     def all_reduce_min(self, *values: int) -> list[int]:
-        """Return the least that any rank gives, for each of the values; does not wait for a GPU."""
+        """Return the least that any rank gives for each of the values; does not wait for a GPU."""
         return self._all_reduce(values, "int64", "MIN")
 
     def all_reduce_sum(self, *values: float) -> list[float]:
