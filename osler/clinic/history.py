@@ -3,9 +3,9 @@
 - "needle": one visit shows a finding that one of four conditions has, and the question asks for the diagnosis.
 - "copy": at one visit the patient says one of four phrases, and the question asks for it. This needs no knowledge.
 
-The other visits show findings of all conditions but the four, or nothing of the four phrases. The four are drawn alike, and any
-of them may be the right one, so without the telling visit no option is likelier than another. A case is the same in every
-history that is made of it, however long the history is and wherever the telling visit stands.
+No other visit shows a finding of the four conditions, or one of the four phrases. The four are drawn alike, and any of them may
+be the right one, so without the telling visit no option is likelier than another. A case is the same in every history that is
+made of it, however long the history is and wherever the telling visit stands.
 """
 
 import random

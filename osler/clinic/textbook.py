@@ -13,7 +13,7 @@ from typing import Any
 
 from osler.clinic.facts import FACT_RELATIONS, Condition, conditions_by_name, phrase_pool, split_combos, wordings
 
-CANONICAL_SHARE = 0.4  # of relation sentences and finding sentences have the canonical wording
+CANONICAL_SHARE = 0.4  # share of the sentences of relations and findings that have the canonical wording
 
 CARD_SIZES = (4, 4, 4, 5, 6)  # mostly as many phrases as an exam item has options
 

@@ -22,7 +22,7 @@ class DistillConfig:
     # the questions; a split that models are examined on is allowed, and named in every row
     task: TaskConfig
     samples: PositiveInt = 8  # answers drawn to each question, each with its options in another order
-    keep: PositiveInt = 2  # at most so many right answers of a question are kept, none with the reasoning of another
+    keep: PositiveInt = 2  # right answers of a question that are kept at most; no two of them have the same reasoning
     reasoning: bool | None = None  # think before the answer; null: as the teacher was trained
     max_new_tokens: PositiveInt = 128  # thinking and answer together
     temperature: float = 0.7  # higher: more varied answers, fewer of them right
@@ -34,9 +34,7 @@ class DistillConfig:
     device: str = "auto"  # auto, cpu, cuda or cuda:N
 
     def __post_init__(self) -> None:
-        check_temperature(self.temperature)
-        if self.samples > 1 and self.temperature == 0:
-            raise ValueError("samples above 1 needs a temperature above 0, for example 0.7: at 0 all samples are the same")
+        _check_sampling(self.samples, self.temperature)
 
 
 @config
@@ -68,9 +66,7 @@ class ExamSettings:
     device: str = "auto"  # auto, cpu, cuda or cuda:N
 
     def __post_init__(self) -> None:
-        check_temperature(self.temperature)
-        if self.samples > 1 and self.temperature == 0:
-            raise ValueError("samples above 1 needs a temperature above 0, for example 0.7: at 0 all samples are the same")
+        _check_sampling(self.samples, self.temperature)
         if self.task is not None and self.tasks:
             raise ValueError("task and tasks are both given: put all exams into one of them")
 
@@ -91,6 +87,13 @@ class EvalConfig(ExamSettings):
     seq_len: PositiveInt | None = None  # tokens read at once; null: as many as in training
 
     which: Literal["newest", "best"] = "newest"  # checkpoint of a run folder
+
+
+def _check_sampling(samples: int, temperature: float) -> None:
+    """Raise ValueError for a temperature that cannot be used, or at which several samples would be the same."""
+    check_temperature(temperature)
+    if samples > 1 and temperature == 0:
+        raise ValueError("samples above 1 needs a temperature above 0, for example 0.7: at 0 all samples are the same")
 
 
 def config_of(overrides: Sequence[str], fields: Mapping[str, Any] | None = None) -> EvalConfig:

@@ -91,12 +91,12 @@ def run(checkpoint: str, out: str, overrides: Sequence[str] = ()) -> str:
         rows_file.with_suffix(".summary.json"),
         {**teacher, "exam": exam, "config": encode(config), "answers": dict(fates), "questions": questions},
     )
-    told = describe(exam, questions, fates, config)
+    summary = describe(exam, questions, fates, config)
     if not rows:
-        raise UserError(f"{told} So there is nothing to learn from: take easier questions, more samples, or a better teacher.")
+        raise UserError(f"{summary} So there is nothing to learn from: take easier questions, more samples, or a better teacher.")
     write_atomic(rows_file, "".join(map(jsonl.to_line, rows)))
     thinking = " data.thinking_field=thinking" if reasoning else ""
-    return f"{told}\n{rows_file}: `osler sft init_from=RUN data.type=turns data.path={rows_file}{thinking}` learns them."
+    return f"{summary}\n{rows_file}: `osler sft init_from=RUN data.type=turns data.path={rows_file}{thinking}` learns them."
 
 
 def questions_of(task: Any) -> tuple[str, bool]:
@@ -140,8 +140,8 @@ def select(
                 rows.append({**turn, "id": item.id, "exam": exam})
             found[fate] += 1
         right = config.samples - found["wrong"]
-        told = {"question": results[start].item.question, "samples": config.samples, "right": right, "kept": found["kept"]}
-        questions.append({"id": results[start].item.id, **told})
+        counts = {"question": results[start].item.question, "samples": config.samples, "right": right, "kept": found["kept"]}
+        questions.append({"id": results[start].item.id, **counts})
         fates += found
     return rows, questions, fates
 

@@ -110,7 +110,7 @@ def score_by_generation(
 
 
 def parse_text(tokenizer: Tokenizer, ids: Sequence[int], stops: Sequence[str]) -> Completion:
-    """Return an answer: the text that was written, up to the end-of-text token or the first of ``stops``."""
+    """Return what the model wrote up to the end-of-text token or the first of ``stops``, as the answer of a completion."""
     body = list(takewhile(lambda token: token != tokenizer.eos_id, ids))
     whole = tokenizer.decode(body, skip_special=True)
     end = min((whole.index(stop) for stop in stops if stop in whole), default=len(whole))
@@ -118,7 +118,7 @@ def parse_text(tokenizer: Tokenizer, ids: Sequence[int], stops: Sequence[str]) -
 
 
 def _row_number(item: ExamItem, visit: int) -> int:
-    """Return the ``Request.number`` of an item that is shown on its ``visit`` (0, 1 ...); it depends on nothing else."""
+    """Return the ``Request.number`` for showing an item for the time ``visit`` (0, 1 ...); it depends on nothing else."""
     return int.from_bytes(hashlib.sha256(f"{visit}:{item.id}".encode()).digest()[:4], "big")
 
 

@@ -95,7 +95,7 @@ class OslerLM(TemplateLM):
         decoder = Decoder(self.model, Layout(self.model.compute_dtype, ITEM_ROWS))
         pairs, found = [], list[tuple[float, bool]]()
         for (_, text), context, continuation in requests:
-            if not 0 < len(continuation) <= self.longest:  # the last token is not fed
+            if not 0 < len(continuation) <= self.longest:  # the last token is predicted, but not read
                 raise UserError(
                     f"The continuation {text!r:.60} has {len(continuation)} tokens after its context; it needs at least one, and "
                     f"the model has room for {self.longest} (max_seq_len)."

@@ -50,9 +50,9 @@ def label_logprobs(
     temperature: float = 1.0,
     mask_NV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Return for each label but -100, row by row, its row, log-probability and entropy in nats, and whether it is likeliest.
+    """Return, for each label that is not -100, its row, its log-probability, the entropy, and whether it is the likeliest.
 
-    Last comes what is measured of a sparse model's index there; see ``Transformer.with_index``.
+    They come row by row, in nats. The last result has the measurements of a sparse model's index; see ``Transformer.with_index``.
 
     Attention stays inside a document where ``document_BT`` is given; ``mask_NV`` is a sampling mask on the model's device. The
     other inputs lie on the CPU, where the labels' places are found without waiting for a device.
@@ -92,7 +92,7 @@ def sum_logprobs(decoder: Decoder, rows: Sequence[list[int]], start: int) -> lis
     share their batch.
     """
     for ids in rows:
-        warn_of_untrained(decoder.trained_seq_len, len(ids) - 1)  # the last token is not fed
+        warn_of_untrained(decoder.trained_seq_len, len(ids) - 1)  # the last token is predicted, but not read
     past = decoder.read([rows[0][: start - 1]])[0] if start > 1 else None
     _, hidden_BTD = decoder.read([ids[:-1] for ids in rows], past)
     sums, is_greedy = [], []

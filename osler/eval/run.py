@@ -81,7 +81,7 @@ def run(
         scores = sit(config, ready, name, ready.run)
         print(table(scores))
         if ready.run is not None:
-            save_scores(ready.run, name, scores, last=ready.kind)  # an earlier step's row goes before the run's own
+            save_scores(ready.run, name, scores, last=ready.kind)  # rows of earlier steps come before the run's own
             logger.info(f"Saved to {ready.run.exams}; `osler report {ready.run.root}` shows it.")
     if config.text is not None:
         files = TextFiles(config.text, config.text_field, path_key="text", field_key="text_field")
@@ -163,8 +163,8 @@ def scores_of(
 ) -> Iterator[ScoredExam]:
     """Yield the scores on the items that are shown.
 
-    There is one for letters or generation; for another method one by ``normalise`` and, unless that is none, a raw one. Written
-    solutions that end in a number, after a plain prompt, are scored twice more, read as lm-evaluation-harness reads them.
+    Letters and generation have one score. Another method has one by ``normalise`` and, unless that is none, a raw one. Written
+    solutions that end in a number, after a plain prompt, have two more, read as lm-evaluation-harness reads them.
     """
     template = uses_template(config, ready)
     settings: dict[str, Any] = {"permutations": config.permutations, "template": template}

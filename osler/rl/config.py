@@ -39,7 +39,7 @@ class ClipConfig:
     """Range ``[1 - low, 1 + high]`` of the importance ratio."""
 
     low: Annotated[float, Gt(0), Le(1)] = 0.2  # how far below 1 the ratio may go
-    high: PositiveFloat = 0.2  # how far above 1; more than low is clip-higher (DAPO, arXiv 2503.14476)
+    high: PositiveFloat = 0.2  # how far above 1; a value above low is "clip-higher" (DAPO, arXiv 2503.14476)
 
 
 @config
@@ -62,18 +62,19 @@ class AlgorithmConfig:
     prompts_per_step: PositiveInt = 8  # questions in one rollout
     samples_per_prompt: Annotated[int, Ge(2)] = 8  # completions of each question: the group; one alone has no advantage
     updates_per_batch: PositiveInt = 1  # optimizer updates on each rollout batch at most; every update uses the whole batch
-    # how far the policy may move from the one that drew a batch: the update that finds it farther away is the batch's last
+    # the update that finds the policy farther than this from the one that drew the batch is the last one on that batch
     max_masked_frac: Fraction | None = None  # share of completions under the off-policy mask (opsm_delta); null: any
     target_kl: PositiveFloat | None = None  # KL in nats per token (approx_kl); null: any
     balanced_letters: bool = False  # whether the right answers of a step's questions are spread evenly over the letters
     max_new_tokens: PositiveInt = 128  # tokens of a completion at most
 
-    # of sampling; the samples of a group must differ, so the ranges of these three leave greedy sampling out
+    # these three are of sampling; the samples of a group must differ, so their ranges leave greedy sampling out
     temperature: Annotated[float, Ge(0.01)] = 1.0
     top_p: Annotated[float, Ge(0.1), Le(1)] = 1.0  # share of the probability to sample from; 1: all
-    top_k: Annotated[int, Ge(2)] | None = None  # sample from so many likeliest tokens; null: all
+    top_k: Annotated[int, Ge(2)] | None = None  # sample from this many of the likeliest tokens; null: all
 
-    # what is taken off a reward: the group's mean, the mean and then divided by the deviation, or the mean of the others
+    # what is subtracted from a reward: mean, the group's mean; mean_std, the same and then divided by the standard deviation;
+    # leave_one_out, the mean of the group's other samples
     advantage: Literal["mean", "mean_std", "leave_one_out"] = "mean"
     # sequence_mean averages over the tokens of a completion, then over completions; token_mean over all tokens of the update
     # (DAPO); constant divides by completions times max_new_tokens (Dr. GRPO, arXiv 2503.20783)
@@ -93,9 +94,9 @@ class AlgorithmConfig:
     reference_refresh_steps: PositiveInt | None = None
 
     dynamic_sampling: bool = False  # whether groups whose rewards are all equal are replaced
-    max_refills: NonNegativeInt = 3  # at most so many more rollouts of a step to replace them
-    # difficulty pools: a question whose samples all earned the same is left out of the next epoch; the second time
-    # in a row, of the next two; and so on up to this number. Others are asked in its place. 0: every epoch asks every question
+    max_refills: NonNegativeInt = 3  # rollouts of a step at most, besides the first, to replace them
+    # difficulty pools: a question whose samples all earned the same is left out of the next epoch; when it happens again, of the
+    # next two; and so on up to this number. Others are asked in its place. 0: every epoch asks every question
     most_rested_epochs: NonNegativeInt = 0
     # a completion cut at the length limit: mask gives it no gradient but keeps it in the baseline and in the denominators,
     # penalise takes overlong_penalty off its reward, keep changes nothing
@@ -135,8 +136,8 @@ class ServerRollout:
     urls: tuple[str, ...]  # of the servers, such as http://localhost:8000; each gets its share of a step's questions
     # where the run makes a folder for its weights, which the servers read under the same path; null: in the run folder
     weights_dir: str | None = None
-    timeout_seconds: PositiveFloat = 600.0  # of one request; a server that takes longer is asked again
-    retry_seconds: PositiveFloat = 300.0  # how long a server that cannot be reached is waited for, while it starts anew
+    timeout_seconds: PositiveFloat = 600.0  # of one request; a request that takes longer is sent again
+    retry_seconds: PositiveFloat = 300.0  # how long the run waits for a server that cannot be reached, such as one that restarts
 
     def __post_init__(self) -> None:
         wrong = [url for url in self.urls if not _is_address(url)]
@@ -166,7 +167,7 @@ class RlTaskConfig:
     # functions of osler/tasks/rewards.py with their weights, or functions of your own, MODULE:FUNCTION or FILE.py:FUNCTION; a
     # reward for form alone destroys accuracy, gated_format pays for it only when the answer is right
     rewards: dict[str, float] = field(default_factory=lambda: {"correct": 1.0})
-    reward_seconds: PositiveFloat = 10.0  # that a function of your own may take for one completion
+    reward_seconds: PositiveFloat = 10.0  # time limit of a function of your own, for one completion
     reasoning: bool = True  # whether the model thinks before it answers
 
     def __post_init__(self) -> None:
@@ -201,7 +202,7 @@ class GrpoConfig(RunConfig):
     kind: Literal["grpo"] = "grpo"  # the command sets it
     seed: Seed = 0  # of the questions and the sampling
     init_from: str  # run folder or checkpoint to start from, with its model and tokenizer
-    tasks: tuple[RlTaskConfig, ...] = (RlTaskConfig(),)  # what is asked: a list, each with an exam, its weight and its rewards
+    tasks: tuple[RlTaskConfig, ...] = (RlTaskConfig(),)  # what is asked: a list of exams, each with its weight and its rewards
     eval_task: TaskConfig | None = ClinicTask(split="validation", limit=200)  # the exam sat during training; null: none
     eval_permutations: PositiveInt = 1  # option orders per evaluated question
     algorithm: AlgorithmConfig = AlgorithmConfig()
@@ -209,18 +210,18 @@ class GrpoConfig(RunConfig):
     # counts the token budget of the rollouts: completions of a step times max_new_tokens
     schedule: ScheduleConfig = ConstantConfig()
     micro_batch_tokens: PositiveInt = 16_384  # prompt and completion tokens per forward pass of one process, padding included
-    rollout: Annotated[EngineRollout | ServerRollout, TAGGED] = EngineRollout()  # what draws the completions
+    rollout: Annotated[EngineRollout | ServerRollout, TAGGED] = EngineRollout()  # who draws the completions
     rollout_rows: PositiveInt = 256  # completions sampled at once by one process; bounds the key/value cache
 
     steps: PositiveInt = 100  # rollouts, each with updates_per_batch updates
     eval_every_steps: PositiveInt = 20  # steps between two exams
     checkpoint: StepCheckpoints = StepCheckpoints()
-    # before a run begins, the model answers the first step's questions: refuse ends a run whose model then neither earns a reward
-    # nor gives an answer that can be read, warn says so and starts, off asks nothing; the run itself is the same
+    # before a run begins, the model answers the first step's questions: refuse ends a run whose model neither earns a reward nor
+    # gives an answer that can be read, warn says so and starts, off asks nothing; the run itself is the same
     preflight: Literal["refuse", "warn", "off"] = "refuse"
-    zero_reward_patience: PositiveInt = 5  # so many steps in a row without a reward are worth a warning
+    zero_reward_patience: PositiveInt = 5  # steps in a row without a reward after which the run warns
 
-    # how several processes share the work; with fsdp the policy is put together on each of them to sample
+    # how several processes share the work; with fsdp each of them gathers the whole policy to sample
     parallel: Annotated[NoParallelConfig | DdpConfig | FsdpConfig, TAGGED] = NoParallelConfig()
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # of activations; weights are fp32; auto: bf16 where it is faster here
 

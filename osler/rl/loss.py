@@ -6,12 +6,12 @@
     M      = 0 where A < 0 and seq_kl > delta, else 1                      off-policy sequence mask (OPSM)
     loss   = sum over tokens of weight * [-min(w * A, clip(w) * A) * M + beta * kl]
 
-Source: DeepSeek-V3.2 (arXiv 2512.02556), section 3.1. Detaching ``w`` in the KL leaves its value and ruins its
+Source: DeepSeek-V3.2 (arXiv 2512.02556), section 3.1. Detaching ``w`` in the KL would leave its value and ruin its
 gradient, because grad(w) = w * grad(logp) is what turns an average over samples into the gradient of the divergence.
 
-All averaging sits in ``weight_BT``, which :func:`token_weights` makes once for the whole update. Micro-batches take slices of it,
+All averaging is in ``weight_BT``, which :func:`token_weights` makes once for the whole update. Micro-batches take slices of it,
 so their losses and gradients add up to the whole, however the rows are split. ``logp``, ``logp_old`` and ``logp_ref`` must be
-taken at one temperature and over the same sampling mask.
+at one temperature and over the same sampling mask.
 
 Shapes: P prompts, G samples of a prompt; B completions, T their tokens, padded on the right.
 """
@@ -81,8 +81,8 @@ def token_weights(
 ) -> Tensor:
     """Return how much every token of one whole update counts in its loss, shape ``[B, T]``.
 
-    Rows where ``trained_B`` is False (cut completions under ``overlong: mask``) get weight 0 but stay in the
-    denominators, as tokens masked by OPSM do: masking must not make the rest of the batch louder.
+    Rows where ``trained_B`` is False (cut completions under ``overlong: mask``) get weight 0 but stay in the denominators, as
+    tokens masked by OPSM do, so that masking does not raise the weight of the rest.
     """
     mask = mask_BT.to(dtype)
     length_B1 = mask.sum(dim=1, keepdim=True)

@@ -2,16 +2,16 @@
 
 The questions and the random numbers are a pure function of (seed, step) and of the questions that rest. Every task goes through
 its own items epoch by epoch, in a new order each epoch; the weights fix its share of a step. The options of an item are permuted
-each time it is asked, because with a fixed order the cheapest gain is to learn letters by heart. Refills of dynamic sampling
-replace whole groups; the refills have orders of their own, so the main order never shifts.
+each time it is asked, because with a fixed order the easiest gain is to learn letters by heart. Dynamic sampling replaces whole
+groups by refills; the refills have orders of their own, so the main order never shifts.
 
 A question rests when its latest samples all earned the same (``algorithm.most_rested_epochs``). Another question is asked in its
-place, so the order itself does not change. A resumed run must know which questions rest, and nothing else.
+place, so the order itself does not change. To resume, a run needs to know which questions rest, and nothing else.
 
 The sample-quality filter is separate from the reward: it looks at the form of a completion (is it empty, does it run in circles,
 does it hold an answer that can be read) and never at whether the answer is right.
 
-Every rank asks its share of the questions and sends its samples to the others, so all ranks know all groups and compute the same
+Every rank asks its share of the questions and sends its samples to the others. So all ranks know all groups and compute the same
 metrics, advantages and refills, whatever their number. Only the sampling masks, which are large, stay on the rank that drew them.
 """
 
@@ -70,7 +70,7 @@ class Prompt(NamedTuple):
 def step_prompts(
     tasks: Sequence[RlTask], seed: int, step: int, count: int, *, balanced: bool = False, resting: Resting = NONE_REST
 ) -> list[Prompt]:
-    """Return the ``count`` questions of a step; with ``balanced`` their right answers go through the letters in turn."""
+    """Return the ``count`` questions of a step; if ``balanced``, their right answers have the letters in turn."""
     prompts = [
         _prompt(task, seed, step * share + place, "main", resting)
         for task, share in zip(tasks, task_shares(tasks, count), strict=True)
@@ -152,13 +152,13 @@ BAD_VERDICTS: tuple[Verdict, ...] = ("empty", "degenerate", "no_answer")
 
 @dataclass(frozen=True)
 class Sample:
-    """One completion: ``ids`` include the end-of-text token where the model produced it, and ``logprobs`` go with them.
+    """One completion; ``ids`` include the end-of-text token if the model produced it, and each id has its log-probability.
 
-    ``rewards`` are the raw values by name; ``reward`` is their weighted sum after the filters. ``stays`` says whether it is in
-    its group, ``trained`` whether its tokens get a gradient.
+    ``rewards`` are the raw values by name; ``reward`` is their weighted sum after the filters. ``stays`` tells whether the sample
+    stays in its group, ``trained`` whether its tokens get a gradient.
 
     ``sampling_mask`` has a bit for each word that a token could be drawn from, uint8 ``[len(ids), ceil(V / 8)]``; None: all.
-    Only the rank ``sampled_by_rank`` has it, so only that rank can learn from the sample; None: every rank can.
+    Only the rank ``sampled_by_rank`` has the mask, so only that rank can learn from the sample; None: every rank can.
     """
 
     ids: list[int]
@@ -198,7 +198,7 @@ class RolloutWorker:
     algorithm: AlgorithmConfig
     seed: int
     world: World = field(default_factory=World)
-    # by task and item's id: how often in a row its samples earned the same, and the last epoch without it; goes into JSON
+    # by task and item id: times in a row that the samples all earned the same, and the last epoch without it; goes into JSON
     rests: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     servers: RolloutServers | None = None  # draw in place of the engine
 
@@ -219,7 +219,7 @@ class RolloutWorker:
             asked += fresh
             sampled_tokens += count_tokens(fresh)
             for index, group in zip(dead, fresh, strict=True):
-                if group.effective:  # a group that no refill could replace stays, without an advantage, for the batch's size
+                if group.effective:  # a group that no refill could replace stays, to keep the size of the batch
                     groups[index] = group
         if algorithm.most_rested_epochs:
             self._let_rest(asked, self.epochs(step))
@@ -238,7 +238,7 @@ class RolloutWorker:
         }
 
     def _let_rest(self, asked: Sequence[Group], epochs: Mapping[str, int]) -> None:
-        """Let each question rest whose samples all earned the same, and delete the records of the others that were asked."""
+        """Let each question rest whose samples all earned the same, and forget the earlier rests of other questions asked."""
         for group in asked:
             name, item = group.prompt.task.name, group.prompt.item.id
             own = self.rests.setdefault(name, {})

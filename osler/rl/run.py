@@ -3,8 +3,8 @@
 A checkpoint holds model, reference, tokenizer and optimizer, so a moved run folder needs neither recipe nor ``init_from``.
 
 A new run begins with a preflight: before the first step the policy answers that step's questions, at the run's own sampling
-settings. A model that never saw the template earns nothing, every advantage is zero, and the run would go through its time
-without an error and without learning. So such a model is refused before the run takes its folder. A draw belongs to (seed, row,
+settings. If a model never saw the template, it earns nothing and every advantage is zero. The run would end without an error and
+without having learned. So such a model is refused before the run takes its folder. Random numbers belong to (seed, row,
 position), so the first step draws the same completions again, and a run is the same with and without its preflight.
 """
 
@@ -48,9 +48,9 @@ from osler.tokenizer.chat import encode_prompt
 
 logger = logging.getLogger(__name__)
 
-SELDOM = ("cluster", "aliases", "tests", "is_story", "shots")  # fields of items that the fingerprint holds where they are set
-SAMPLES_SHOWN = 4  # by the preflight
-MOST_CUT = 0.9  # above this share of cut completions the model does not end by itself
+SELDOM = ("cluster", "aliases", "tests", "is_story", "shots")  # fields that enter the fingerprint only for items that have them
+SAMPLES_SHOWN = 4  # completions that the preflight shows
+MOST_CUT = 0.9  # with a larger share of cut completions, the model is taken not to end by itself
 
 
 def run(request: Request) -> int:
@@ -80,7 +80,7 @@ def train(config: GrpoConfig, folder: RunFolder, world: World | None = None) -> 
         sample_lines = preflight(worker.ask(0), config)
     run.fingerprints = {"tokenizer": tokenizer.fingerprint, "data": fingerprint_of(tasks)}
     described = start.load(names=[])
-    if described is not None and not config.allow_data_change:  # with it the resumed run records the change
+    if described is not None and not config.allow_data_change:  # if allowed, the resumed run records the change
         check_fingerprints(described, run.fingerprints)
     world.broadcast_from_first(lambda: claim(folder, config))
     if sample_lines and world.is_first:
@@ -144,7 +144,7 @@ def load_tasks(config: GrpoConfig, start: LoadedModel) -> list[RlTask]:
     tasks = []
     for number, entry in enumerate(config.tasks):
         items = load_task(entry.task, f"tasks[{number}].task", context=context)
-        # Another order of the options puts other letters at the seams between them, and a seam grows by a token at most.
+        # When options change their order, other letters meet at their borders, where a token more may be needed for each option.
         fitting = [
             item
             for item in items
@@ -163,7 +163,7 @@ def load_tasks(config: GrpoConfig, start: LoadedModel) -> list[RlTask]:
         functions = {name: reward_of(name, entry.reward_seconds) for name in entry.rewards}
         terms = tuple(RewardTerm(label_of(name), functions[name], weight) for name, weight in entry.rewards.items())
         tasks.append(RlTask(entry.label, tuple(fitting), terms, entry.weight, entry.reasoning))
-    task_shares(tasks, config.algorithm.prompts_per_step)  # refuses, before any training, a weight that gets no question
+    task_shares(tasks, config.algorithm.prompts_per_step)  # raises UserError for a task whose weight gets no question
     return tasks
 
 
@@ -198,9 +198,9 @@ def next_steps(config: GrpoConfig, folder: RunFolder) -> str:
 def preflight(groups: Sequence[Group], config: GrpoConfig) -> str:
     """Show the answers to the first step's questions and refuse a hopeless start. Return the lines of the samples file.
 
-    Where no completion earned a reward, and none keeps to the template with an answer that can be read, ``preflight=refuse``
-    raises UserError on every rank, and ``preflight=warn`` warns. (A model that draws at random hits a marker and a letter now and
-    then, and hardly ever all of the template.)
+    If no completion earned a reward, and none keeps to the template with an answer that can be read, ``preflight=refuse`` raises
+    UserError on every rank, and ``preflight=warn`` warns. (A model that draws at random sometimes hits a marker and a letter, but
+    hardly ever the whole template.)
     """
     shown = [(group, group.samples[0]) for group in groups[:SAMPLES_SHOWN]]
     shown += [(groups[0], sample) for sample in groups[0].samples[1 : 1 + SAMPLES_SHOWN - len(shown)]]

@@ -3,10 +3,11 @@
 A server is started on the folder that ``osler export --to hf`` wrote, with ``VLLM_SERVER_DEV_MODE=1``, which opens the endpoints
 that training needs (https://docs.vllm.ai/en/latest/training/weight_transfer/), and with ``--logprobs-mode processed_logprobs``,
 so that log-probabilities are at the sampling temperature. vLLM's backends of ``/update_weights`` move tensors between GPUs (NCCL,
-CUDA IPC). What works on any machine is a file: the weights are written once, ``/pause`` lets a server come to rest,
-``/collective_rpc`` has it call ``reload_weights`` on the file, ``/resume`` goes on, ``/update_weight_version`` names the weights.
+CUDA IPC); a file works on any machine. So the weights are written once, ``/pause`` lets a server finish its requests,
+``/collective_rpc`` makes it call ``reload_weights`` on the file, ``/resume`` lets it go on, and ``/update_weight_version`` names
+the weights.
 
-``/weight_info`` is looked at before every request: a server that was started anew has other weights, and gets ours again. So a
+Every request is preceded by ``/weight_info``: a server that was restarted has other weights, and gets ours again. So a
 server may be lost and come back at any time. A group is one request with ``n`` completions. vLLM gives completion i of a request
 its seed plus i, so every row keeps a seed of its own, whatever the number of servers and ranks.
 """
@@ -44,9 +45,9 @@ from osler.runtime.world import World
 
 logger = logging.getLogger(__name__)
 
-MOST_REQUESTS = 64  # under way at a time; the server queues what it cannot take yet
+MOST_REQUESTS = 64  # in flight at a time; the server queues what it cannot take yet
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 15.0  # between two tries
-LOOK_SECONDS = 0.2  # between two looks whether the run was asked to stop
+POLL_SECONDS = 0.2  # between two checks whether the run was asked to stop
 TRANSIENT = (408, 429, 500, 502, 503, 504)  # statuses of a server that may answer later
 CERTAIN = -1e-3  # the log-probability of a token that is sure to be drawn is 0, or with rounding at least this
 
@@ -58,9 +59,9 @@ class Unavailable(Exception):
 @dataclass
 class _Server:
     url: str
-    lock: threading.Lock = field(default_factory=threading.Lock)  # one thread at a time gives it weights
+    lock: threading.Lock = field(default_factory=threading.Lock)  # one thread at a time gives the server weights
     model: str = ""  # the name under which it serves
-    is_lost: bool = False  # since it last answered: an outage is told once, not for every group that waits
+    is_lost: bool = False  # whether it has not answered since its outage was logged; each outage is logged once
 
 
 class RolloutServers:
@@ -70,11 +71,11 @@ class RolloutServers:
         self.config, self.engine, self.world = config, engine, world
         self.servers = [_Server(url) for url in config.urls]
         self.folder = folder.absolute() / "rollout-weights"
-        if config.weights_dir is not None:  # which several runs may share
+        if config.weights_dir is not None:  # several runs may share it
             self.folder = Path(config.weights_dir).absolute() / fingerprint(str(folder.absolute()))
         self._name, self._count = uuid.uuid4().hex[:8], 0  # another run on the same servers has another name
-        self._written: Callable[[], object] = lambda: None  # the model whose weights are in the folder, while it lives
-        self._given_up, self._telling = threading.Event(), threading.Lock()
+        self._written: Callable[[], object] = lambda: None  # returns the model whose weights are in the folder, while it exists
+        self._given_up, self._log_lock = threading.Event(), threading.Lock()
         weakref.finalize(self, _remove, self.folder, self._name)  # at the end of the process, too
 
     @property
@@ -87,9 +88,9 @@ class RolloutServers:
     ) -> list[Continuation]:
         """Draw completions as ``InferenceEngine.generate`` does; row r has the seed ``sampling.seed`` + r.
 
-        Raises UserError, with the server's address and what to do, when a server cannot be reached for ``retry_seconds``, or
-        answers in a way that cannot be learned from; and AskedToStop on every rank when the run is asked to stop meanwhile,
-        because a server that hangs would keep it for ``timeout_seconds``. The resumed run draws the same completions.
+        Raises UserError, with the server's address and what to do, when a server cannot be reached for ``retry_seconds``, or when
+        nothing can be learned from its answer. Raises AskedToStop on every rank when the run is asked to stop meanwhile, because
+        a server that hangs would hold it up for ``timeout_seconds``. The resumed run draws the same completions.
         """
         shares = self.world.all_gather([list(prompt) for prompt in prompts])
         asked_for = [prompt for share in shares for prompt in share]
@@ -112,7 +113,7 @@ class RolloutServers:
                 for number, prompt in enumerate(prompts)
             ]
             for group in groups:
-                while not wait([group], LOOK_SECONDS).done:
+                while not wait([group], POLL_SECONDS).done:
                     if asked():
                         return None
                 drawn += group.result()
@@ -129,7 +130,7 @@ class RolloutServers:
         before = self.folder / self.version
         model = self.engine.model
         if not self._count:
-            shutil.rmtree(self.folder, ignore_errors=True)  # of a process of this run that was killed
+            shutil.rmtree(self.folder, ignore_errors=True)  # an earlier process of this run may have been killed
         self._count += 1
         (self.folder / self.version).mkdir(parents=True)
         write_tensors(self.folder / self.version / WEIGHTS_FILE, qwen3_weights(model.config, model.state_dict()))
@@ -155,7 +156,7 @@ class RolloutServers:
             except Unavailable as error:
                 now = time.monotonic()
                 deadline = deadline or now + self.config.retry_seconds
-                with self._telling:
+                with self._log_lock:
                     if not server.is_lost:
                         patience = f"trying again for {self.config.retry_seconds:g} s"
                         logger.warning(f"The rollout server {server.url} {error}; {patience}.")
@@ -184,7 +185,7 @@ class RolloutServers:
             self._ask(server, "/collective_rpc", reload, final=500)
             self._ask(server, "/reset_prefix_cache", {})
             self._ask(server, "/resume", {})
-            # With top_k=1 one token is sure, so its log-probability is 0 if the server takes it after it has applied top_k.
+            # With top_k=1 one token is certain. Its log-probability is 0 only if the server computes it after top_k.
             probe = {"prompt": prompt, "n": 1, "max_tokens": 1, "temperature": 1.0, "top_k": 1, "stop_token_ids": []}
             if self._completions(server, probe)[0].logprobs[0] < CERTAIN:
                 raise UserError(

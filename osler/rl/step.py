@@ -6,7 +6,7 @@ floating-point sums. Rows without an advantage get a forward pass, for the metri
 Log-probabilities are taken at the sampler's temperature and over its sampling masks, at completion tokens only.
 
 Ranks exchange gradients, and with FSDP also weights, in every pass, so all ranks must make the same number of passes. A rank
-without rows left makes idle passes, which are not counted and whose gradient is zero.
+without rows left makes idle passes, which count in no metric and whose gradient is zero.
 
 Shapes: B rows of a micro-batch, T completion tokens, L prompt and completion tokens, N completion tokens of all its rows,
 V vocabulary.
@@ -36,7 +36,7 @@ from osler.runs.process import Learner
 from osler.runtime.device import to_device
 from osler.runtime.world import World
 
-FIRST_UPDATE_METRICS = "sampling/"  # they compare sampler and trainer, which is fair only before the weights move
+FIRST_UPDATE_METRICS = "sampling/"  # they compare sampler and trainer, which is only fair before the weights change
 PROBED_ROWS = 16
 
 
@@ -59,12 +59,12 @@ class TrainingRow:
 
     @property
     def labelled(self) -> LabelledRow:
-        """The ids, and as the label of each id the completion token that follows it."""
+        """The ids, each with the completion token after it as its label."""
         labels = [IGNORED] * (len(self.prompt_ids) - 1) + self.completion_ids + [IGNORED]
         return self.prompt_ids + self.completion_ids, labels
 
     def has_gradient(self, beta: float) -> bool:
-        """Whether the row teaches anything. In an equally rewarded group only the KL term does, where there is one."""
+        """Return whether the row teaches anything. In a group of equal rewards only the KL term does, if there is one."""
         return self.trained and (self.advantage != 0.0 or beta > 0.0)
 
 
@@ -84,7 +84,7 @@ def training_rows(groups: Sequence[Group], algorithm: AlgorithmConfig) -> list[T
 
 
 def assign_to_ranks(rows: Sequence[TrainingRow], chosen: Sequence[int], ranks: int) -> list[list[int]]:
-    """Share the chosen indices out, longest row first: to the rank that drew the row, or to the one with the fewest tokens."""
+    """Assign the chosen indices to ranks, longest row first: to the one that drew the row, or the one with the fewest tokens."""
     shares: list[list[int]] = [[] for _ in range(ranks)]
     tokens = [0] * ranks
     for index in sorted(chosen, key=lambda i: -rows[i].tokens):
@@ -96,7 +96,7 @@ def assign_to_ranks(rows: Sequence[TrainingRow], chosen: Sequence[int], ranks: i
 
 
 def micro_batches(rows: Sequence[TrainingRow], chosen: Sequence[int], budget_tokens: int) -> list[list[int]]:
-    """Cut the chosen indices, longest row first, into lists whose padded size fits the budget (one row at least)."""
+    """Cut the chosen indices, longest row first, into lists whose padded size fits the budget; each has at least one row."""
     batches: list[list[int]] = []
     longest = 0
     for index in sorted(chosen, key=lambda i: -rows[i].tokens):
@@ -112,7 +112,7 @@ def completion_logprobs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (logp_BT, entropy_BT, mask_BT, index_kl_BT) of the completion tokens, zero in padding.
 
-    ``logp_BT`` has a gradient. So has ``index_kl_BT``, the sum over the layers of a sparse model; it is zero for a dense one.
+    ``logp_BT`` has a gradient. So has ``index_kl_BT``, the sum over the layers of a sparse model; for a dense model it is zero.
     """
     device = model.embed_tokens.weight.device
     masks = [row.sampling_mask for row in rows if row.sampling_mask is not None]
@@ -135,7 +135,7 @@ def _completion_mask(rows: Sequence[TrainingRow]) -> Tensor:
 
 @dataclass
 class MicroBatch:
-    """Rows of one micro-batch and everything about them that no update changes; ``idle`` marks a pass without rows."""
+    """Rows of one micro-batch and all that updates do not change about them; ``idle`` marks a pass without rows."""
 
     rows: list[TrainingRow]
     learns: bool
@@ -154,7 +154,7 @@ class PolicyLoss(ModelLoss):
 
     def forward(self, batch: MicroBatch, algorithm: AlgorithmConfig) -> tuple[Tensor, dict[str, Tensor]]:
         logp_BT, entropy_BT, mask_BT, index_kl_BT = completion_logprobs(self.model, batch.rows, temperature=algorithm.temperature)
-        if batch.idle:  # values under a False mask are ignored, yet every weight gets a zero gradient
+        if batch.idle:  # values under a False mask are ignored, but every weight still gets a gradient, which is zero
             mask_BT = torch.zeros_like(mask_BT)
         inputs = LossInputs(logp_BT, batch.old_BT, batch.reference_BT, mask_BT, batch.advantages_B, batch.weight_BT)
         loss, sums = grpo_loss(inputs, algorithm)
@@ -205,7 +205,7 @@ def update_policy(
         mark("optimizer")
         if len(updates) < algorithm.updates_per_batch and has_moved_too_far(sums, algorithm, world):
             break
-    # Without a limit on how far the policy may move, nothing was fetched from the device until here.
+    # A limit on how far the policy may move fetches sums after each update; without one, this is the first wait for the device.
     own = {name: torch.stack([sums[name] for sums in history]).cpu().double() for name in history[0]}
     by_update = loss_metrics(reduce(add_sums, world.all_gather(own)))
     norms, skipped = torch.stack(updates).cpu().T
@@ -231,7 +231,7 @@ def has_moved_too_far(sums: dict[str, Tensor], algorithm: AlgorithmConfig, world
 
 
 def probe_rows(rows: Sequence[TrainingRow]) -> ProbeRows:
-    """Return the longest rows, padded, with their completions as labels: for a probe of the model."""
+    """Return the longest rows, padded, with their completions as labels, for a probe of the model."""
     longest = sorted(rows, key=lambda row: -row.tokens)[:PROBED_ROWS]
     return ProbeRows(*pad_rows([row.labelled for row in longest]))
 
@@ -241,10 +241,10 @@ def _prepare(
 ) -> tuple[list[MicroBatch], float]:
     """Cut this rank's share of the update into micro-batches; token weights come from the whole update.
 
-    The number beside the micro-batches is the share of their places, on all ranks, that hold no token.
+    The second result is the share of all ranks' places in micro-batches that hold no token.
 
-    Rows that only watch come first, so that the last pass has a backward pass. In it the ranks exchange gradients, and FSDP
-    lets go of the weights that it gathered for a forward pass.
+    Rows that only give metrics come first, so that the last pass has a backward pass. In it the ranks exchange gradients, and
+    FSDP frees the weights that it gathered for a forward pass.
     """
     weight = token_weights(
         _completion_mask(rows),

@@ -1,4 +1,4 @@
-"""The GRPO trainer: ask, answer, reward, learn; ``runs/loop.py`` runs it.
+"""The GRPO trainer: it asks, samples answers, rewards them and learns; ``runs/loop.py`` runs it.
 
 Resume is exact: questions and samples are a function of (seed, step, number of skipped steps) and of the questions that rest. A
 checkpoint holds these, the model, the optimizer, the reference and the counters. Every rank knows the samples of all ranks
@@ -33,14 +33,14 @@ from osler.runs.loop import Due, Trainer
 from osler.runs.process import Learner, Run
 from osler.tasks.item import ExamItem
 
-# Numbers that a step has only when some group's rewards differ, so that means and rules count only steps that learned.
+# Metrics that exist only for steps in which rewards differed within a group, so that means and alert rules count no other steps.
 OF_LEARNING = ("loss", "loss/drift", "grad/clipped_frac")
 
 
 class GrpoTrainer(Trainer):
     """Asks the questions of ``worker`` and learns from the answers.
 
-    The engine of ``learner`` wraps a ``step.PolicyLoss`` of the model that ``worker`` draws from. ``exam`` is sat on the way.
+    The engine of ``learner`` wraps a ``step.PolicyLoss`` of the model that ``worker`` draws from. Evaluations sit the ``exam``.
     """
 
     config: GrpoConfig
@@ -81,7 +81,7 @@ class GrpoTrainer(Trainer):
 
         budget = config.budget_tokens_per_step
         optimizer = self.learner.optimizer
-        middle = self.step * budget + budget // 2  # as in train/: the first step has a rate above 0, and so has the last
+        middle = self.step * budget + budget // 2  # in tokens; as in train/, so that first and last step have a rate above 0
         scale = lr_scale(config.schedule, middle, config.budget_tokens)
         set_hyperparameters(optimizer, config.optim, scale, middle, config.budget_tokens)
         algorithm = replace(algorithm, beta=algorithm.beta * lr_scale(algorithm.beta_schedule, middle, config.budget_tokens))
@@ -104,7 +104,7 @@ class GrpoTrainer(Trainer):
             self.reference.load_state_dict(self.learner.engine.whole_weights(self.learner.model))
 
         seconds = time.perf_counter() - started
-        if metrics["frac_reward_zero_std"] == 1.0:  # at most the KL term had a gradient, so nothing was learned from rewards
+        if metrics["frac_reward_zero_std"] == 1.0:  # only the KL term had a gradient, if any, so rewards taught nothing
             update = {name: value for name, value in update.items() if name not in OF_LEARNING}
         lengths = [row.tokens for row in rows if row.has_gradient(algorithm.beta)]
         metrics |= {
@@ -162,7 +162,7 @@ class GrpoTrainer(Trainer):
         return {"data/epoch": sum(asked.values()) / sum(of_epoch.values()), "groups/resting": float(resting), **by_task}
 
     def _observe(self, metrics: Mapping[str, float]) -> None:
-        """Look for incidents. A step without a usable sample has no numbers; a step with only equal rewards is not comparable."""
+        """Look for incidents, but not in a step without a usable sample, nor in one whose rewards are all equal."""
         norm = metrics.get("train/grad_norm")
         if norm is not None and (metrics["frac_reward_zero_std"] < 1.0 or not math.isfinite(norm)):
             skipped = metrics["train/skipped_steps"] >= metrics["opsm/updates"]

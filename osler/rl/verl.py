@@ -36,8 +36,8 @@ from osler.tokenizer.chat import Completion
 REWARD_FILE = "from osler.rl.verl import compute_score  # noqa: F401 - verl looks for it in this file\n"
 ADVANTAGES = {"mean": "grpo", "mean_std": "grpo", "leave_one_out": "rloo"}
 AGGREGATES = {"sequence_mean": "seq-mean-token-mean", "token_mean": "token-mean", "constant": "seq-mean-token-sum-norm"}
-KLS = {"unbiased": "k2", "k3": "k3", "k2": "k2", "k1": "k1"}  # k2 has the right gradient on the policy's own samples, too
-OFF = {  # options that verl does not have, and the values at which they do nothing
+KLS = {"unbiased": "k2", "k3": "k3", "k2": "k2", "k1": "k1"}  # k2 too has the right gradient on the policy's own samples
+OFF = {  # options that verl does not have, with the values that switch them off
     "opsm_delta": None, "reference_refresh_steps": None, "dynamic_sampling": False, "overlong": "keep",
     "beta_schedule": ConstantConfig(), "most_rested_epochs": 0, "target_kl": None,
 }  # fmt: skip
@@ -95,7 +95,7 @@ def write_rows(path: Path, prompts: Sequence[Prompt], config: GrpoConfig) -> Non
 
 
 def compute_score(solution_str: str, extra_info: dict[str, Any], **_: Any) -> float:
-    """Return the weighted reward of a completion, which counts as finished: verl leaves out the end of text."""
+    """Return the weighted reward of a completion. It counts as finished, because verl leaves out the end of text."""
     fields: dict[str, Any] = json.loads(extra_info["item"])
     fields |= {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
     item = ExamItem(**fields)

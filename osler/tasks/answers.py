@@ -74,7 +74,7 @@ _OTHER_NUMBER = re.compile(  # words beside a number that change it
 
 
 # How lm-evaluation-harness reads GSM8K (its filters of these names), which is less careful than ``read_answer``. Each pattern
-# has two groups, so that both find pairs.
+# has two groups, so that ``findall`` returns pairs for both.
 PUBLISHED = {"strict-match": r"#### (-?[0-9.,]+)()", "flexible-extract": r"(-?[$0-9.,]{2,})|(-?[0-9]+)"}
 
 
@@ -136,6 +136,7 @@ def read_number(text: str) -> Decimal | None:
 
 
 def _choice(text: str, options: Sequence[str]) -> int | None:
+    """Return the position of the option that one part of an answer names, or None; the forms are tried one after another."""
     whole = _matching(text, options)
     if not whole and (introduction := _INTRODUCTION.match(text)):
         text = text[introduction.end() :]

@@ -8,7 +8,7 @@ from typing import Literal
 from osler.config.schema import NonNegativeInt, PositiveInt, Seed, config
 
 HELD_OUT_SHARE = 0.2  # of the questions of an exam, for the fold held-out
-# train is four fifths of the questions and held-out the others, whatever the file and its order; all is both
+# train is four fifths of the questions and held-out the others, whatever the file and its order; all is every question
 Fold = Literal["all", "train", "held-out"]
 MEDICAL_SUBJECTS = (
     "anatomy", "clinical_knowledge", "college_biology", "college_medicine", "medical_genetics", "professional_medicine",
@@ -19,12 +19,12 @@ MEDICAL_SUBJECTS = (
 class ExamFile:
     """An exam in a file."""
 
-    type: str  # of exam
+    type: str  # which exam
     path: str  # a .parquet, .jsonl or .ndjson file (also .jsonl.gz and the like), or a folder of them
     split: str = ""  # a name for the file in tables and metrics
     fold: Fold = "all"  # for a file to learn from and to be examined with: train, or held-out, a fifth of the questions by hash
-    limit: PositiveInt | None = None  # take so many questions; null: all
-    seed: Seed | None = None  # draws them at random, and a larger limit draws the same and more; null: the first ones
+    limit: PositiveInt | None = None  # questions to take; null: all
+    seed: Seed | None = None  # draws the questions at random; a larger limit draws the same and more; null: the first ones
     shots: NonNegativeInt = 0  # solved examples before each question, the first of shots_path; 0: zero-shot
     shots_path: str = ""  # a file of the same schema, with other questions
 
@@ -116,7 +116,7 @@ class HubExam(ExamFile):
     name: str  # medqa, medmcqa, pubmedqa, mmlu, gsm8k, humaneval, hellaswag or trivia_qa
     revision: str = "main"  # a commit, branch or tag of the hub's repository; shards that were cleaned of it keep the commit
     path: str = ""  # a file or folder of the same schema, instead of the hub
-    root: str = ""  # a folder that has such a folder for each exam by name; empty: the root of the data
+    root: str = ""  # a folder with a file or folder of each exam, called by its name; empty: the root of the data
 
     @property
     def exam(self) -> str:

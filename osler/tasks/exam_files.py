@@ -35,7 +35,8 @@ logger = logging.getLogger(__name__)
 
 _KINDS = {str: "text", int: "a whole number", float: "a number", dict: "an object", list: "a list"}
 _DECISIONS = ("yes", "no", "maybe")  # the options of PubMedQA
-_ROWS_THAT_TELL = 32  # about a third of all answers are A: by chance, fewer than one of 100,000 files has 32 rows without an A
+# Rows of which one has the answer A, if it can: a third of all answers are A, so chance leaves it out in 1 of 100,000 files.
+_ROWS_THAT_TELL = 32
 # The opening of an explanation: "Ans. (B) ", "Answer- C. ", "Ans. BSolitary bone cyst" (glued to the first word).
 _STUB = re.compile(r"^\W*(?i:ans(?:wer)?s?\b)\W*(?:(?i:is\b)\W*)?(?:(?i:[a-d])\b\W*|[A-D](?=[A-Z][a-z]))?")
 _NAMES_A_LETTER = re.compile(r"\b(?:ans(?:wer)?|option|choice)s?\b\W*(?:is\b\W*)?[a-d1-4]\b|\([a-d]\)", re.IGNORECASE)

@@ -19,10 +19,11 @@ from osler.tokenizer.bpe import Tokenizer
 
 FEWEST_VISITS = 4  # beside the telling one, so that the five usual depths are five places
 SHORTEST = 256  # tokens, of the lengths that are asked by default
+_CELL = re.compile(r"(\d+) tokens, (\d+)% deep")
 
 
 class Context(NamedTuple):
-    """What a model reads with, and how much: questions are measured in tokens, and have to leave room for ``new_tokens``.
+    """How questions are measured: in the tokens of a tokenizer, with room for ``new_tokens`` of the ``max_seq_len``.
 
     Without ``template`` they are asked as plain text.
     """
@@ -133,6 +134,3 @@ def cells_in(groups: Mapping[str, Any]) -> dict[tuple[int, int], Any]:
     """Return what a score says of each cell, by length and depth, in order; empty for the score of another exam."""
     named = ((_CELL.fullmatch(name), value) for name, value in groups.items())
     return dict(sorted((((int(found[1]), int(found[2])), value) for found, value in named if found), key=lambda pair: pair[0]))
-
-
-_CELL = re.compile(r"(\d+) tokens, (\d+)% deep")

@@ -2,7 +2,7 @@
 
     (A) x (B) y      [A] x      A. x      A) x      A: x      a) x      and Osler's own x (A) y (B)
 
-Letters must run from A on without a gap. White space is evened out. A line "Answer: ..." is left away with what follows it,
+Letters must run from A on without a gap. White space is evened out. A line "Answer: ..." is left out, with all that follows,
 because it would tell the model.
 """
 
@@ -29,11 +29,11 @@ def read_pasted(text: str) -> tuple[str, tuple[str, ...]]:
             "The question has no options: write at least two, as (A) ... (B) ..., or A. ... and B. ... in lines of their own."
         )
     before_letters = pattern is _BRACKET and not text[marks[-1].end() :].strip(" .;\n")
-    question, *options = _before(text, marks) if before_letters else _behind(text, marks)
+    question, *options = _before(text, marks) if before_letters else _after(text, marks)
     options = [" ".join(option.split()).rstrip(";,") for option in options]
     for number, option in enumerate(options):
         if not option:
-            raise UserError(f"Option {LETTERS[number]} of the question is empty: write its text behind its letter.")
+            raise UserError(f"Option {LETTERS[number]} of the question is empty: write its text after its letter.")
         if wording(option) in map(wording, options[:number]):
             raise UserError(f"Two options of the question are `{option}`: write what tells them apart, or leave one out.")
     return question.strip(), tuple(options)
@@ -53,8 +53,8 @@ def _letter(mark: re.Match[str]) -> str:
     return next(filter(None, mark.groups())).upper()
 
 
-def _behind(text: str, marks: Sequence[re.Match[str]]) -> list[str]:
-    """Return the question and the texts behind the marks; the last ends at an empty line."""
+def _after(text: str, marks: Sequence[re.Match[str]]) -> list[str]:
+    """Return the question and the texts after the marks; the last ends at an empty line."""
     ends = [*(mark.start() for mark in marks[1:]), len(text)]
     parts = [text[mark.end() : end] for mark, end in zip(marks, ends, strict=True)]
     return [text[: marks[0].start()], *parts[:-1], re.split(r"\n\s*\n", parts[-1].lstrip())[0]]

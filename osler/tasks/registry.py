@@ -12,9 +12,9 @@ from osler.tasks.item import ExamItem
 class MadeExam:
     """An exam that is made from a seed."""
 
-    type: str  # of exam
-    split: str  # of the exam
-    limit: PositiveInt  # questions
+    type: str  # which exam
+    split: str  # which questions of it
+    limit: PositiveInt  # how many questions
     seed: Seed = 0  # of the questions that are drawn
 
     @property

@@ -33,7 +33,7 @@ from osler.tasks.item import LETTERS, ExamItem, render_option
 if TYPE_CHECKING:
     from osler.tokenizer.chat import Completion
 
-LOAD_SECONDS = 120.0  # the module of a user's function may take so long to load
+LOAD_SECONDS = 120.0  # the module of a user's function may take this long to load
 MAX_THINKING_CHARS = 2000  # about 400 words, for ``brief_correct``
 
 

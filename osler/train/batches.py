@@ -25,7 +25,7 @@ def make_loader(
     Raises UserError when the sources that a stage names are not those of the data.
     """
     orders = {source.name: Order(source.train, config.seed) for source in prepared.sources}
-    # The shards may have been prepared under other names, with other weights.
+    # Shards that were prepared elsewhere have names and weights of their own.
     of_data = {name: s.weight for name, s in config.sources.items()} or {s.name: s.weight for s in prepared.sources}
     prompt_loss = config.kind == "pretrain"  # pretraining learns every token, fine-tuning those that loss masks select
     first_tokens = dict.fromkeys(orders, 0)

@@ -35,18 +35,18 @@ from osler.tokenizer.config import SMALLEST_VOCABULARY, BPEConfig, TokenizerConf
 DataConfig = Annotated[TextData | PreparedData, TAGGED]
 UNTRIED_WITH_DEEPSPEED = "{} was never tried with parallel.type=deepspeed: use parallel.type=ddp or fsdp"
 INDEXER_SHAPE = ("index_heads", "index_head_dim")  # fields of sparse attention that its weights are made for
-# Evaluations read at most this share of the tokens that a run learns. Reading a token takes a third of the time of learning it.
+# An evaluation reads at most this share of the tokens that a run learns; reading a token takes a third as long as learning it.
 EVALUATED_SHARE = 0.2
 
 
 @config
 class ExamProbe:
-    """A small exam during training, every so many tokens: the clinic's questions, or exams of one's own choice."""
+    """A small exam during training: the clinic's questions, or exams of one's own choice."""
 
     every_tokens: NonNegativeInt = 0  # tokens between two exams; 0: never
-    # of the clinic: train, validation, validation_questions, new_findings, new_questions
+    # splits of the clinic's exam: train, validation, validation_questions, new_findings, new_questions
     splits: tuple[str, ...] = ("validation",)
-    items: PositiveInt = 200  # questions of each split
+    items: PositiveInt = 200  # questions of each of these splits
     tasks: tuple[TaskConfig, ...] = ()  # exams instead of the clinic's; a small limit keeps each short
     # as in `osler eval`; auto: by generation on the clinic and in sft, else by cloze where questions have options
     method: Literal["auto", "generation", "letters", "cloze"] = "auto"
@@ -93,12 +93,12 @@ class TrainConfig(RunConfig):
     # a model to learn from besides the data; a run without init_from, shards and tokenizer.path takes its tokenizer; null: none
     teacher: TeacherConfig | None = None
     data: DataConfig = ClinicData()
-    # sets that the run is evaluated on, each by itself and all together; none: what is held out of each source of data. An
-    # evaluation reads of all of them a fifth of what is learned until the next one, but of each 131,072 to a million tokens
+    # sets that the run is evaluated on, each by itself and all together; none: what is held out of each source of data. All sets
+    # together take a fifth of the tokens learned until the next evaluation, but each set takes 131,072 to a million tokens
     validation: ValidationSets = ()
     # stream cuts documents anywhere, and the next row goes on there; whole keeps them whole and pads; auto: whole for sft
     packing: Literal["auto", "stream", "whole"] = "auto"
-    # examples whose answer does not fit into a row with its question (sft, packing whole): refuse to begin, or drop them
+    # what to do when an answer does not fit into a row with its question (sft, packing whole): refuse to start, or drop it
     too_long: Literal["refuse", "drop"] = "refuse"
     # whether attention stays inside a document; takes seq_len² bytes a row, and on a GPU more (`osler plan` says how much)
     document_mask: bool = False
@@ -120,7 +120,7 @@ class TrainConfig(RunConfig):
     loader_workers: NonNegativeInt = 1  # threads that prepare batches ahead; 0: none; changes no batch
     log_every_steps: PositiveInt = 10  # optimizer steps between two lines of metrics
     # tokens between two evaluations, which read 131,072 to a million tokens of each set; null: 4 to 50 evaluations in a run, or
-    # fewer, down to one, where they would read more than a fifth as many tokens as the run learns
+    # fewer, down to one, if these would read more than a fifth as many tokens as the run learns
     eval_every_tokens: PositiveInt | None = None
     exam: ExamProbe = ExamProbe()
     checkpoint: TokenCheckpoints = TokenCheckpoints()
@@ -128,7 +128,7 @@ class TrainConfig(RunConfig):
     def __post_init__(self) -> None:
         if self.batch_tokens % self.seq_len:
             raise ValueError(f"batch_tokens {self.batch_tokens} is not a multiple of seq_len {self.seq_len}")
-        if self.init_from is None:  # else the model here has nothing but its attention to say
+        if self.init_from is None:  # the model of init_from has a shape of its own and is checked when it is loaded
             self.model.check_attention()
         if self.context and self.init_from is None:
             raise ValueError(
@@ -151,11 +151,11 @@ class TrainConfig(RunConfig):
                 f"{self.kind}) keeps documents whole, in rows of one length; set packing=stream, or leave the curriculum out"
             )
         _ = self.timeline  # raises ValueError for stages that contradict each other
-        for number, stage in enumerate(self.curriculum, start=1):  # sources of shards are known later
+        for number, stage in enumerate(self.curriculum, start=1):  # prepared shards name their sources only when they are opened
             if stage.weights and self.sources and (problem := wrong_weights(number, stage.weights, self.sources)):
                 raise ValueError(problem)
-        is_given = any((self.tokenizer.path, self.init_from, self.teacher, self.text is None))
-        if not is_given and self.tokenizer.vocab_size > self.model.vocab_size:
+        brings_tokenizer = any((self.tokenizer.path, self.init_from, self.teacher, self.text is None))
+        if not brings_tokenizer and self.tokenizer.vocab_size > self.model.vocab_size:
             raise ValueError(
                 f"tokenizer.vocab_size {self.tokenizer.vocab_size} is larger than model.vocab_size {self.model.vocab_size}; "
                 f"set model.vocab_size={self.tokenizer.vocab_size}"
@@ -240,7 +240,7 @@ class TrainConfig(RunConfig):
         return -(-self.total_tokens // count)
 
     def evaluated_tokens(self, num_sets: int) -> int:
-        """Return how many tokens an evaluation reads of each of ``num_sets`` sets. It reads whole shards, and at least one."""
+        """Return how many tokens an evaluation reads of each of ``num_sets`` sets: whole shards, and at least one."""
         share = int(min(self.evaluation_tokens, self.total_tokens) * EVALUATED_SHARE)
         return min(max(share // num_sets, FIRST_SHARD_TOKENS), VALIDATION_TOKENS)
 
@@ -270,7 +270,7 @@ class TrainConfig(RunConfig):
             )
 
     def _with_attention(self, start: ModelConfig) -> ModelConfig:
-        """Return the model of a run that begins with the weights of ``start``, with the sparse attention given here, if any."""
+        """Return the model of a run that begins with the weights of ``start``, with sparse attention if it is given here."""
         given, there = self.model.attention, start.attention
         if not isinstance(given, SparseAttentionConfig):
             given = there
@@ -300,7 +300,7 @@ class TrainConfig(RunConfig):
         return sum(tokens * model.flops_per_token(span.seq_len) for span, tokens in self.timeline.shares(self.total_tokens))
 
     def numbers(self, model: ModelConfig | None = None) -> dict[str, str]:
-        most = "" if self.max_minutes is None else "at most "
+        at_most = "" if self.max_minutes is None else "at most "
         stages = {}
         for span, tokens in self.timeline.shares(self.total_tokens) if self.curriculum else ():
             micro = rows_per_micro_batch(span.rows_per_batch, span.seq_len, self.micro_batch_tokens)
@@ -308,7 +308,7 @@ class TrainConfig(RunConfig):
                 f"from {span.first_token:,} tokens: {-(-tokens // span.batch_tokens):,} steps of {span.rows_per_batch:,} rows of "
                 f"{span.seq_len:,} tokens, {micro:,} rows at once"
             )
-        steps = f"{most}{self.total_steps:,}" + ("" if stages else f" of {self.batch_tokens:,} tokens")
+        steps = f"{at_most}{self.total_steps:,}" + ("" if stages else f" of {self.batch_tokens:,} tokens")
         numbers = {"steps": steps, **stages, "length": self.length}
         numbers["warm-up"] = f"{warmup_of(self.schedule, self.total_tokens):,} tokens"
         numbers["evaluations"] = f"every {self.evaluation_tokens:,} tokens"
@@ -317,6 +317,6 @@ class TrainConfig(RunConfig):
         model = self.model if model is None and self.init_from is None else model
         if model is not None:
             more = ", and the teacher's forward passes" if self.teacher else ""
-            numbers |= {"parameters": f"{model.num_parameters:,}", "FLOPs": f"{most}{self.training_flops(model):.3g}{more}"}
+            numbers |= {"parameters": f"{model.num_parameters:,}", "FLOPs": f"{at_most}{self.training_flops(model):.3g}{more}"}
             numbers |= model.words_of_attention()
         return numbers

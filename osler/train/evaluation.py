@@ -1,7 +1,7 @@
-"""Supervised runs are measured on text that they do not learn: on each validation set, and on all of them together.
+"""Evaluation of supervised runs on text that they do not learn: on each validation set, and on all sets together.
 
-The config names the sets in `validation`; without it they are the held-out part of each source. Of each set the first shards
-are read, up to `TrainConfig.evaluated_tokens`, so the result of an evaluation depends on the checkpoint alone.
+The config names the sets in `validation`; without it they are the held-out part of each source. An evaluation reads the first
+shards of each set, up to `TrainConfig.evaluated_tokens`, so its result depends on the checkpoint alone.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def heads(config: TrainConfig, sets: Mapping[str, ShardSet]) -> dict[str, ShardS
 
 
 def values_of(config: TrainConfig, score: TextScore) -> dict[str, float]:
-    """Return the values of a score that are reported; in fine-tuning not the bits per byte, as nobody counts answers' bytes."""
+    """Return the values of a score to report: no bits per byte in fine-tuning, where answers' bytes are not counted."""
     values = {"loss": score.loss, "bits_per_byte": score.bits_per_byte, "token_accuracy": score.token_accuracy}
     return {name: value for name, value in values.items() if config.kind == "pretrain" or name != "bits_per_byte"}
 
@@ -64,7 +64,7 @@ def values_of(config: TrainConfig, score: TextScore) -> dict[str, float]:
 def as_metrics(config: TrainConfig, prepared: Prepared, scores: Mapping[str, TextScore]) -> dict[str, float]:
     """Return the metrics of an evaluation: `eval/loss` and the like for all sets together, `eval/SET/loss` for each set.
 
-    A single set without a name is not reported twice.
+    A single set without a name has no metrics of its own, because they would be those of all sets.
     """
     if not scores:
         return {}
@@ -75,9 +75,10 @@ def as_metrics(config: TrainConfig, prepared: Prepared, scores: Mapping[str, Tex
 
 
 def evaluate_checkpoint(config: TrainConfig, folder: RunFolder, step: int | None, world: World) -> str:
-    """Measure a checkpoint of a run (without a step the newest good one), write the scores into the run folder, return a table.
+    """Measure a checkpoint of a run, write the scores into the run folder, and return a table of them.
 
-    Each rank loads the whole model. Nothing else in the folder changes, so the run may be training at the same time.
+    Without ``step`` it is the newest good checkpoint. Each rank loads the whole model. Nothing else in the folder changes, so the
+    run may be training at the same time.
     """
     path = world.broadcast_from_first(
         lambda: newest_checkpoint(folder.checkpoints) if step is None else find_step(folder.checkpoints, step).path

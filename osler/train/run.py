@@ -123,7 +123,7 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
 def tending(
     config: TrainConfig, folder: RunFolder, preparer: Preparer | None, loader: Loader
 ) -> Callable[[float], None]:
-    """Return a function that looks after the preparation of a stream, where this process owns it; see ``wait_together``."""
+    """Return a function that looks after data that are still prepared, if this process prepares them; see ``wait_together``."""
     if preparer is None or config.text is None or config.text.disk_budget_gb is None:
         return untended if preparer is None else preparer.tend
     checkpoint = config.checkpoint
@@ -139,11 +139,11 @@ def tending(
 
 
 def warn_of_plan(config: TrainConfig) -> None:
-    """Warn if a run ends before its warmup does, or before a stage of its curriculum begins: it may have been shortened."""
+    """Warn if a run ends inside its warm-up, or before a stage of its curriculum begins: perhaps it was shortened."""
     timeline, total = config.timeline, config.total_tokens
     if config.max_minutes is None:
         warn_of_endless_warmup(config.schedule, total)
-    for lost in timeline.spans[len(timeline.shares(total)) :][:1]:
+    for lost in timeline.spans[len(timeline.shares(total)) :][:1]:  # the first stage that the run does not reach
         logger.warning(
             f"stage {lost.number} of the curriculum would begin at {lost.first_token:,} tokens, but total_tokens is {total:,}: "
             f"the run never sees rows of {lost.seq_len} tokens. Lower the stages' until_tokens."
@@ -151,7 +151,7 @@ def warn_of_plan(config: TrainConfig) -> None:
 
 
 def probe_items(config: TrainConfig, tokenizer: Tokenizer, max_seq_len: int) -> dict[str, list[ExamItem]]:
-    """Return the questions of each exam that is sat during training, by its name in metrics."""
+    """Return the questions of each exam that is sat during training, by the exam's name in metrics."""
     probe = config.exam
     root = getattr(config.data, "root", "")
     if not probe.tasks:

@@ -49,10 +49,10 @@ logger = logging.getLogger(__name__)
 
 DATA = "data"  # in the run folder: the shards that are prepared for it
 ROUND_LENGTH = 64  # a proposed row length is a multiple of this
-# The start of a run with more passes over the data than this says so. Muennighoff et al. 2023, arXiv 2305.16264, found up to
-# 4 passes over text nearly as good as new text, and hardly a gain after 16. Fine-tuning often repeats few examples many times.
+# A run that reads its data more often than this says so at its start. Muennighoff et al. 2023, arXiv 2305.16264, found up to 4
+# passes over text nearly as good as new text, and hardly a gain after 16. Fine-tuning often repeats few examples many times.
 WORTHWHILE_EPOCHS = {"pretrain": 4, "sft": 16}
-ROUND_TRIPS = 64  # before a run begins, so many documents are encoded and decoded, to see what its tokenizer loses
+ROUND_TRIPS = 64  # documents that are encoded and decoded before a run begins, to see what its tokenizer loses
 
 
 def check_plan(config: TrainConfig, *, is_new: bool) -> None:
@@ -87,12 +87,12 @@ def check_disk_budget(config: TrainConfig) -> None:
     if config.text is None or config.text.disk_budget_gb is None:
         return
     sources, checkpoint, budget = list(config.sources.values()), config.checkpoint, config.text.disk_budget_gb
-    kept = (checkpoint.keep_last + 1) * checkpoint.every_tokens  # between the oldest checkpoint and the step
+    kept = (checkpoint.keep_last + 1) * checkpoint.every_tokens  # tokens between the oldest checkpoint and the present step
     tokens: float = min(2 * config.total_tokens, kept + len(sources) * 2 * WINDOW_SHARDS * SHARD_TOKENS)
     tokens += len(sources) * SHARD_TOKENS
     weights = sum(source.weight for source in sources)
     num_sets = sum(isinstance(source, ClinicData) or source.holdout_fraction > 0 for source in sources)
-    # An evaluation waits until so much of a source is held out: the tokens that it reads, and one more shard.
+    # An evaluation waits until this much of a source is held out: the tokens that it reads, and one more shard.
     held_out = min(config.evaluated_tokens(max(1, num_sets)) + FIRST_SHARD_TOKENS, VALIDATION_TOKENS)
     ahead = [  # tokens that are prepared before an evaluation begins
         held_out / source.holdout_fraction * weights / source.weight
@@ -150,7 +150,7 @@ def check_branch(config: TrainConfig, start: store.Loaded) -> None:
 
 
 def _shares_until(config: TrainConfig, tokens: int) -> list[dict[str, float]]:
-    """Return the share of each source in every stage that begins before ``tokens``; {} where only shards tell."""
+    """Return the share of each source in every stage that begins before ``tokens``; {} where only the shards know the sources."""
     of_data = {name: source.weight for name, source in config.sources.items()}
     reached = len(config.timeline.shares(tokens))
     weights = [stage.weights or of_data for stage in config.curriculum[:reached]] or [of_data]
@@ -162,8 +162,8 @@ def make_model(
 ) -> tuple[Transformer, Tokenizer | None, Callable[[], None]]:
     """Return the model to train and its tokenizer: from ``checkpoint``, from ``init_from``, or new (no tokenizer).
 
-    The weights of ``checkpoint`` are loaded later, by ``Loop.restore``. A model that FSDP is going to shard is on ``meta``, and
-    the function that is returned fills in its weights after the sharding; for another model it does nothing.
+    The weights of ``checkpoint`` are loaded later, by ``Loop.restore``. A model that FSDP will shard is on ``meta``; call the
+    third result after the sharding to fill in its weights. For any other model this function does nothing.
     """
     source = checkpoint
     if checkpoint is None and config.init_from is not None:
@@ -171,7 +171,7 @@ def make_model(
     shape, tokenizer = (config.model, None) if source is None else (described_model(source), tokenizer_of(source))
     trained_seq_len = config.timeline.spans[0].seq_len if source is None else trained_seq_len_of(source)
     if source is not None and checkpoint is None:
-        there, shape = shape, config.model_from(shape, trained_seq_len)
+        there, shape = shape, config.model_from(shape, trained_seq_len)  # there: the shape in ``init_from``
         if shape.attention.type != there.attention.type:
             logger.info(
                 f"{source.path} has no indexers. New ones are drawn, and this run teaches them what attention looks at; all "
@@ -183,8 +183,8 @@ def make_model(
                 logger.info(f"The attention differs from that of {source.path}: {', '.join(changes)}.")
     if checkpoint is not None:
         config.check_rows(shape)
-    is_cut_first = processes > 1 and isinstance(config.parallel, FsdpConfig)
-    with torch.device("meta" if is_cut_first else "cpu"):
+    starts_on_meta = processes > 1 and isinstance(config.parallel, FsdpConfig)
+    with torch.device("meta" if starts_on_meta else "cpu"):
         model = Transformer(shape, compute_dtype=machine.dtype)
     model.trained_seq_len = trained_seq_len
     if config.trains == "indexers":
@@ -194,11 +194,11 @@ def make_model(
         if source is None:
             model.init_weights(config.seed)
         elif checkpoint is None:
-            init_indexers(model, shape, config.seed)  # for a start that has none
+            init_indexers(model, shape, config.seed)  # the start may have none
             drawn = {name: whole(weight) for name, weight in model.state_dict().items() if is_of_indexer(name)}
             load_whole(model, {**drawn, **source.tensors["model"]})
 
-    if is_cut_first:
+    if starts_on_meta:
         return model, tokenizer, fill
     fill()
     return model.to(machine.device), tokenizer, lambda: None
@@ -225,7 +225,7 @@ def pass_tokens(config: TrainConfig, processes: int) -> list[int]:
 
 
 def make_tokenizer(config: TrainConfig, given: Tokenizer | None, kept: Path) -> Tokenizer:
-    """Return the run's tokenizer: the model's (``given``), else that in ``kept``, else the one at hand, else a new one."""
+    """Return the run's tokenizer: ``given``, that of the model; else that in ``kept``; else the one at hand; else a new one."""
     if given is not None:
         return given
     if kept.exists():
@@ -302,7 +302,7 @@ def check_prepared(config: TrainConfig, prepared: Prepared, max_seq_len: int) ->
 
 
 def tell_of_repeats(config: TrainConfig, prepared: Prepared, loader: Loader) -> None:
-    """Warn when the data are less than one row; note when the run repeats them so often that repeats teach little."""
+    """Warn when the data are less than one row; log a note when the run repeats them so often that repeats teach little."""
     if not prepared.is_complete:  # the number of tokens becomes known later
         return
     tokens = prepared.num_tokens

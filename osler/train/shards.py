@@ -1,4 +1,4 @@
-"""The shards that a run learns from: prepared in its folder, taken over from the run that it branches from, or given.
+"""The shards that a run learns from: prepared in its folder, taken from the run that it branches from, or given by path.
 
 Shards in its folder belong to the run from its first step on. So a run can be resumed when the source files of the shards are
 gone, or when a relative path to them is not valid in the current folder.
@@ -38,7 +38,7 @@ from osler.train.setup import DATA, check_disk_budget, check_prepared
 logger = logging.getLogger(__name__)
 
 PARTIAL = ".data.partial"  # in the run folder: shards that are taken over from another run
-CHECKED_BYTES = 4 * 2**30  # if shards are larger together, a start does not read them; reading takes 1 s for about 0.7 GB
+CHECKED_BYTES = 4 * 2**30  # shards that are larger together are not read at a start; reading takes 1 s for about 0.7 GB
 
 
 def shards_of(config: TrainConfig, run: RunFolder) -> Path:
@@ -51,8 +51,8 @@ def prepare_run(
 ) -> tuple[Prepared, Preparer | None]:
     """Write the shards, ``config.yaml`` and the tokenizer into the run folder, where every rank then reads them.
 
-    ``start`` is the checkpoint that the run continues from. With data.streaming another process may still be writing shards; the
-    caller closes the Preparer of that process, which is None if there is no such process.
+    ``start`` is the checkpoint that the run continues from. With data.streaming another process may still be writing shards. The
+    second result is the Preparer of that process, which the caller closes, or None.
     """
     try:
         prepared, preparer = _open(config, run, tokenizer, start)
@@ -67,7 +67,7 @@ def prepare_run(
         check_fingerprints(start, current)
     if prepared.reused:
         _check_bytes(prepared, run)
-    if config.allow_data_change or not run.config.exists():  # a run that has begun is not refused any more
+    if config.allow_data_change or not run.config.exists():  # a run that has begun was checked when it began
         check_prepared(config, prepared, model.max_seq_len)
     claim(run, config)
     kept = run.root / TOKENIZER_FILE
@@ -105,7 +105,7 @@ def _open(
             check_present(data, config.validation, folder, "allow_data_change=true")
         return open_prepared(folder, tokenizer), None
     consent = None if config.allow_data_change else "allow_data_change=true"
-    # A checkpoint that identifies all of the data can only be compared with all of the data.
+    # Whether training may begin early: the fingerprint of complete data can only be compared with complete data.
     knows_all = start is not None and not is_partial(str(start.state["fingerprints"].get("data")))
     if not data.streaming or knows_all or is_finished(folder):
         return prepare_sources(data, tokenizer, folder, validation=config.validation, consent=consent), None
@@ -117,18 +117,18 @@ def _open(
 
 
 def exams_in_data(config: TrainConfig, shards: Path, start: store.Loaded | None) -> Callable[[], Mapping[str, bytes]]:
-    """Return a function that gives the file by which a checkpoint says which exam items are in the data it learned from.
+    """Return a function that gives the file in which a checkpoint says which exam items are in the data that it learned from.
 
-    The model learns from the data of this run, and may have learned from others before. What is known of those is in the same
-    file of ``start``, the checkpoint that the run continues from, or of ``init_from`` if the run begins. The function gives no
-    file while the data of this run are being prepared.
+    The model learns from the data of this run, and may have learned from others before. What is known of the others is in the
+    same file of ``start``, the checkpoint that the run continues from, or of ``init_from`` if the run begins. The function gives
+    no file while the data of this run are being prepared.
     """
     before = None
     if start is not None and (EXAMS_FILE in start.files or config.allow_data_change):
         before = ExamsInData.from_files(start.files)
     elif config.init_from is not None:
         before = ExamsInData()
-        with suppress(UserError):  # a resumed run no longer needs it
+        with suppress(UserError):  # a resumed run no longer needs the checkpoint of init_from
             before = ExamsInData.from_files(store.load(store.resolve(config.init_from), names=[]).files)
 
     @functools.lru_cache(1)
@@ -175,7 +175,7 @@ def _open_given(config: TrainConfig, tokenizer: Tokenizer, whose: str) -> Prepar
 
 
 def is_source_gone(config: TrainConfig, run: RunFolder) -> bool:
-    """Return whether sources of the shards are gone; one that a started run's config does not have is wrong and not gone."""
+    """Return whether sources of the shards are gone. A source that the config of a started run lacks is wrong and not gone."""
     missing = _missing(config)
     if not missing or not run.config.exists():
         return bool(missing)
@@ -184,7 +184,7 @@ def is_source_gone(config: TrainConfig, run: RunFolder) -> bool:
 
 
 def shards_at_hand(config: TrainConfig, run: RunFolder, start: store.Loaded | None) -> Path | None:
-    """Return the folder of shards that are the run's: in its own folder, or in that of the run that it branches from."""
+    """Return the folder of the run's shards: in its own folder, or in that of the run that it branches from; None without one."""
     own = shards_of(config, run)
     if start is None:  # config.yaml is written after the shards, or once their preparation runs beside the training
         return own if run.config.exists() and (own / DATA_MANIFEST).is_file() else None
@@ -202,7 +202,7 @@ def shards_at_hand(config: TrainConfig, run: RunFolder, start: store.Loaded | No
 
 
 def _is_data_of(folder: Path, start: store.Loaded, *, whole: bool) -> bool:
-    """Return whether a folder holds the shards of a checkpoint's run; with ``whole`` all must be there, none deleted."""
+    """Return whether a folder holds the shards of a checkpoint's run; if ``whole``, all of them, none deleted."""
     manifest = read_data_manifest(folder)
     of_start = start.state["fingerprints"]
     shards = [ShardSet.open(folder, source, SPLITS[0], growing=True) for source in manifest["sources"]]

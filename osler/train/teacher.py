@@ -88,7 +88,7 @@ def described_teacher(config: TeacherConfig) -> store.Loaded:
 def check_teacher(teacher: store.Loaded, student: ModelConfig, tokenizer: str, seq_len: int) -> None:
     """Raise UserError for a teacher that cannot teach: another tokenizer or vocabulary, or a context shorter than a row.
 
-    ``tokenizer`` is the fingerprint of the student's, empty while it is yet to be trained.
+    ``tokenizer`` is the fingerprint of the student's tokenizer, empty while that is yet to be trained.
     """
     shape, other = described_model(teacher), tokenizer_of(teacher)
     if other.fingerprint != tokenizer:
@@ -112,5 +112,5 @@ def check_teacher(teacher: store.Loaded, student: ModelConfig, tokenizer: str, s
     if (trained := trained_seq_len_of(teacher)) < seq_len:
         logger.warning(
             f"The teacher {teacher.path} was trained on rows of at most {trained:,} tokens, and a row has seq_len {seq_len:,}: "
-            "behind them it teaches what it never learned. Set a smaller seq_len, or train the teacher on longer rows first."
+            "beyond that it teaches what it never learned. Set a smaller seq_len, or train the teacher on longer rows first."
         )
