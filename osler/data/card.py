@@ -19,11 +19,11 @@ from osler.data.tokenise import EXAMPLES
 from osler.data.writing import Journal, read_journal
 
 CARD = "DATA_CARD.md"
-ITEMS_SHOWN = 10  # of the exam items that were found
+ITEMS_SHOWN = 10  # how many of the exam items that were found
 
 
 def data_card(manifest: Mapping[str, Any], folder: Path) -> str:
-    """Return the card of a finished folder, whose manifest it has."""
+    """Return the data card of a finished folder; ``manifest`` is that of the folder."""
     sources: dict[str, dict[str, Any]] = manifest["sources"]
     journals = {name: read_journal(folder / name) for name in sources}
     parts = [

@@ -26,17 +26,17 @@ from osler.tasks.config import ExamFile
 from osler.tasks.exam_files import read_exam
 from osler.tasks.item import ExamItem
 
-RULES = 2  # version of the rules; rules that judge otherwise get another number, which makes other data
-NEWER_FIELDS = {"fold": "all"}  # of exams; at these values they change nothing and are left out, so that older shards stay valid
+RULES = 2  # version of the rules; rules that judge in another way get another number, and so make other data
+NEWER_FIELDS = {"fold": "all"}  # fields of exams that are left out at these values, at which they change nothing: for old shards
 LANGUAGE_CHARACTERS = 400  # from the start of a document, by which its language is told
-LANGUAGE_WORDS = 20  # with fewer words the language would be a guess
+LANGUAGE_WORDS = 20  # in a document of fewer words the language would be a guess, so the document is kept
 EXAM = "exam question"  # the reason why a document that contains one is dropped
 
 
 class Look(NamedTuple):
-    """What was found of a document: why it is left out ("" keeps it), and the ids of the exam items in it.
+    """What was found in a document: why it is left out ("" keeps it), and the ids of the exam items in it.
 
-    Near copies are found by its `signature`, which is None where they are not looked for, and of what is left out.
+    Near copies are found by its `signature`, which is None where they are not looked for or the document is left out.
     """
 
     reason: str = ""

@@ -24,7 +24,7 @@ from osler.data.mixture import Mixture
 from osler.tasks.config import AnyExam, Fold
 
 FIRST_SHARD_TOKENS = 1 << 17  # at most, so that a streamed run begins soon; each next shard may have twice as many
-VALIDATION_TOKENS = 1 << 20  # a validation set keeps this many, and one more document at most: no evaluation reads more
+VALIDATION_TOKENS = 1 << 20  # tokens of a validation set, and one more document at most: no evaluation reads more
 HUB = "the hub"  # the place of a source without local files
 HoldoutFraction = Annotated[float, Ge(0), Lt(1)]
 
@@ -33,31 +33,31 @@ HoldoutFraction = Annotated[float, Ge(0), Lt(1)]
 class CleanConfig:
     """What is left out of a source before it is learned; the data card counts it by reason and shows examples."""
 
-    min_words: NonNegativeInt = 5  # of a text; this and the next three do not matter for questions with answers
+    min_words: NonNegativeInt = 5  # of a text; this and the next three limits do not count for questions with answers
     max_words: PositiveInt | None = None  # of a text; null: no limit
     max_symbols: Fraction = 0.5  # of a text: share of characters that are neither letters, digits nor white space; 1: no limit
-    max_repetition: Fraction = 0.5  # of a text: share of the sequences of 5 words that it had before; 1: no limit
+    max_repetition: Fraction = 0.5  # of a text: share of its sequences of 5 words that occur in it more than once; 1: no limit
 
-    languages: tuple[str, ...] = ()  # that are kept, such as en; none: all are
-    duplicates: Literal["keep", "exact", "near"] = "exact"  # exact: equal but for case and spacing
+    languages: tuple[str, ...] = ()  # languages that are kept, such as en; none: all are
+    duplicates: Literal["keep", "exact", "near"] = "exact"  # copies to leave out; exact: equal but for case and spacing
     similarity: Annotated[float, Ge(0.5), Le(1)] = (
         0.8  # of near copies: share of the sequences of 5 words that two have in common
     )
-    duplicates_memory_mb: PositiveInt = 256  # of a source; copies are found among as many of its latest documents as fit
+    duplicates_memory_mb: PositiveInt = 256  # for each source; copies are found among as many of its latest documents as fit
 
-    # whose questions are looked for; those that are found are written down, and the documents that contain them dropped or kept
+    # exams whose questions are looked for; what is found is recorded, and documents that contain a question are dropped or kept
     exams: tuple[Annotated[AnyExam, TAGGED], ...] = ()
     exam_questions: Literal["drop", "keep"] = "drop"  # the documents that contain a question of an exam
 
 
 @config
 class Preparation:
-    """How data are prepared for a run; of a mixture, for all of its sources together."""
+    """How data are prepared for a run; in a mixture, for all of its sources together."""
 
     streaming: bool = False  # train on what is prepared while the rest is being prepared
-    # with streaming: what the folder of shards may take of the disk; null: all. Sources that do not fit are read once at most
+    # with streaming: how much of the disk the folder of shards may take; null: all. Sources that do not fit are read once at most
     disk_budget_gb: PositiveFloat | None = None
-    clean: CleanConfig | None = None  # what is left out; null: nothing, or of a source in a mixture what the mixture says
+    clean: CleanConfig | None = None  # what is left out; null: nothing, or in a source of a mixture what the mixture leaves out
     no_benchmark_contamination: bool = False  # refuse to start unless questions of exams are looked for and dropped
 
 
@@ -66,7 +66,7 @@ class Source(Preparation):
     """What every source of data has."""
 
     name: str = ""  # for metrics and messages; empty: of the clinic or of the path
-    # share of the tokens of a run, relative to the other sources of a mixture; of its rows where documents are kept whole
+    # share of a run's tokens, relative to the other sources of a mixture; share of its rows where documents are kept whole
     weight: PositiveFloat = 1.0
     licence: str = ""  # of the texts, for the data card
 
@@ -141,12 +141,12 @@ class HubData(Source):
     """A source that Osler knows by name: `osler data sources` lists them. It is read from the hub, or from local files."""
 
     type: Literal["hub"] = "hub"
-    name: str  # of a row of `osler data sources`
-    subset: str = ""  # of its subsets; empty: the first
-    split: str = ""  # of its splits; empty: the first
+    name: str  # as listed by `osler data sources`
+    subset: str = ""  # one of its subsets; empty: the first
+    split: str = ""  # one of its splits; empty: the first
     revision: str = "main"  # a commit, branch or tag of the hub's repository; the commit is kept with the shards
     path: str = ""  # a file or folder of the same schema, instead of the hub
-    root: str = ""  # a folder that has such a folder for each source by name; empty: the mixture's
+    root: str = ""  # a folder with a folder or file of each source, called by its name; empty: the mixture's
     fold: Fold = "all"  # of an exam that the model also sits: train, or held-out, a fifth of its questions by hash
     reasoning: bool = True  # learn the reasoning between question and answer where rows have one
     holdout_fraction: HoldoutFraction = 0.001  # share of the documents kept for validation; 0: none

@@ -5,7 +5,7 @@ with. Sequences that several items have are the exam's own phrases ("Which of th
 count. One shared sequence would be too little: by that rule a quarter of MedQA's test items are in its own training items.
 
 A question of fewer than 13 words is found where all of it stands and at least half of its options follow within 100 words, or its
-answer where it has no options. A sentence of a textbook that begins like a question is no leak. Questions of fewer than 4
+answer if it has no options, because a sentence of a textbook that begins like a question is no leak. Questions of fewer than 4
 words say too little to be looked for.
 """
 
@@ -23,12 +23,12 @@ import numpy.typing as npt
 from osler.data.ngrams import Hashes, Places, Words
 from osler.tasks.item import ExamItem, points_at_options
 
-SEQUENCE_WORDS = 13
-LEAST_WORDS = 4  # of a question that is looked for
-COVERAGE = 0.6  # share of its sequences by which an item is found
+SEQUENCE_WORDS = 13  # of a sequence that is compared
+LEAST_WORDS = 4  # a shorter question is not looked for
+COVERAGE = 0.6  # share of an item's sequences that a document must have
 MOST_ITEMS = 3  # a sequence that more items have is a phrase of the exam
-OPTIONS_WITHIN = 100  # words after a short question
-FILTER_BITS = 24  # first bits of a hash: they tell at once that most sequences of a text are in no exam
+OPTIONS_WITHIN = 100  # words after a short question in which its options are looked for
+FILTER_BITS = 24  # leading bits of a hash that are compared first: most sequences of a text differ from all of the exam's in them
 
 
 class _Short(NamedTuple):
@@ -127,7 +127,7 @@ class _Table:
         return np.flatnonzero(self._filter[hashes >> self._shift])
 
     def look_up(self, hashes: Hashes) -> tuple[Places, Places]:
-        """Return which of the hashes are in the table, each as often as it has owners, and these owners."""
+        """Return the places of the hashes that are in the table, each as often as it has owners, and these owners."""
         if not len(self._hashes):
             return np.zeros(0, np.int64), np.zeros(0, np.int64)
         entries = np.searchsorted(self._hashes, hashes).clip(max=len(self._hashes) - 1)

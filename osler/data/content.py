@@ -109,7 +109,7 @@ def difference_of(
 
 
 def other_data(out: Path, what: str, difference: str, consent: str | None, *, is_finished: bool = True) -> UserError:
-    """Return the error that says how a folder differs from what is wanted; `consent` is the setting that allows that."""
+    """Return the error that says how a folder differs from what is wanted; `consent` is the setting that allows it."""
     allow = f" allow it with {consent}," if consent else ""
     state, remove = ("was prepared", "") if is_finished else ("is half prepared", ", or delete it")
     if what == "tokenizer":
@@ -146,7 +146,7 @@ def _change(name: str, old: object, new: object) -> str:
 def _first_change(targets: Sequence[Target]) -> str:
     """Return which file has changed since a folder was made of it; "" if none has.
 
-    Reads only files with another time of change, and of these the parts that the journals name.
+    Reads only files with another time of change, and only those parts of them that the journals name.
     """
     touched = []
     for target in targets:

@@ -15,7 +15,10 @@ from osler.data.config import CurriculumStage
 
 @dataclass(frozen=True)
 class Span:
-    """A stage with its place: steps `first_step` ... `end_step - 1` (None: to the end of the run), from `first_token` on."""
+    """A stage with its place in the run: steps from `first_step` up to but without `end_step` (None: it has no end).
+
+    Its first token is token `first_token` of the run.
+    """
 
     number: int  # 1, 2, ...
     seq_len: int
@@ -105,7 +108,7 @@ def lay_out(curriculum: Sequence[CurriculumStage], *, seq_len: int, batch_tokens
 
 
 def rows_per_micro_batch(rows: int, seq_len: int, micro_batch_tokens: int | None) -> int:
-    """Return the rows of one forward pass: the most that have `micro_batch_tokens` (None: no limit) and divide the batch equally.
+    """Return the rows of one forward pass: the most that divide the batch equally within `micro_batch_tokens` (None: no limit).
 
     It is one row at least. A smaller last pass would be one more shape to compile.
     """

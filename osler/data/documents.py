@@ -26,8 +26,8 @@ LOOK_CHARACTERS = 1 << 17  # of the documents that are judged at a time
 class Document:
     """A text or, with `turn`, a question with its answer; the question is a prompt, which is not learned.
 
-    `where` ("notes.jsonl:12") is for messages. Documents with the same `group` are learned or held out together. Near copies
-    are found by its `signature`.
+    `where` ("notes.jsonl:12") is for messages. Documents with the same `group` are learned or held out together. A document's
+    near copies are found by its `signature`.
     """
 
     text: str = ""
@@ -57,7 +57,7 @@ class Document:
         return _digest(self.texts)
 
     def split_key(self) -> int:
-        """Return 64 bits that decide whether it is held out: a hash of its group, or else its content key."""
+        """Return 64 bits that decide whether the document is held out: a hash of its group, or without one its content key."""
         return _plain_digest((self.group,)) if self.group else self.content_key()
 
     def content_key(self) -> int:
@@ -69,8 +69,8 @@ class Document:
 class Corpus:
     """Documents in parts. `read` gives the documents of a part, the same ones in any process; it can be pickled.
 
-    `options` decide the documents together with the files: they name the column that is read, and so on. The files of `parts`
-    tell whether data have changed. Documents whose hash is below `holdout_fraction` are held out, unless there are
+    `options` are settings that decide the documents together with the files, such as the column that is read. The files of
+    `parts` tell whether data have changed. Documents whose hash is below `holdout_fraction` are held out, unless there are
     `validation` documents; `seed` decides the order in which parts and documents are taken. `clean` leaves documents out.
     `about` is what the data card says of the source, such as its licence.
     """

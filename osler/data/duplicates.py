@@ -6,7 +6,7 @@ Locality-sensitive hashing finds candidates: earlier documents that share the ke
 near copy when enough bytes of the signatures agree. Their share estimates how many sequences the two documents have in common.
 
 Copies are not looked for across the sources of a mixture. Sources are written side by side, and after a kill each resumes at its
-own last part, so the kill would decide which of two copies stays. All sources drop copies of held-out documents (`holdout`).
+own last part. So the kill would decide which of two copies stays. All sources drop copies of held-out documents (`holdout.py`).
 
 A ring holds the rows of the latest documents, as many as fit into memory. For each hash of a band, a chain links the documents
 that share it. All rows are in a file too, so a killed preparation resumes from the same state without reading a document again.
@@ -29,7 +29,7 @@ EXACT, NEAR = "copy", "near copy"  # the reasons why a document is dropped
 KEY_BYTES, BAND_BYTES = 8, 8
 SIGNATURE_BYTES = 128
 SHINGLE_WORDS = 5
-MOST_CANDIDATES = 16  # only the latest documents of a band are compared; a band that very many share says little
+MOST_CANDIDATES = 16  # only the latest documents of a band are compared; a band that many documents share says little
 MINHASH_SEED = 1
 _ROWS_AT_ONCE = 1 << 16
 _MIXER = np.uint64(0xD6E8FEB86659FD93)
@@ -59,7 +59,7 @@ def rows_of(keys: Sequence[int], signatures: Sequence[Rows | None]) -> Rows:
 
 
 class Seen:
-    """The documents of a corpus so far, without copies; rows have `width` bytes, near copies this `similarity` at least."""
+    """The documents of a corpus so far, without copies. A row has `width` bytes; near copies are at least `similarity` alike."""
 
     def __init__(self, path: Path, *, near: bool, similarity: float, memory_bytes: int) -> None:
         self.width = KEY_BYTES + SIGNATURE_BYTES * near
@@ -94,7 +94,7 @@ class Seen:
                     self._insert(row, slots)
 
     def add(self, rows: Rows) -> Iterator[str]:
-        """Yield for each document why it is a copy, "" if it is none; remember the documents that are none."""
+        """Yield for each document why it is a copy ("" if it is none), and remember those that are not."""
         for row, slots in zip(rows, self._slots(rows), strict=True):
             reason = self._reason(row, slots)
             if not reason:

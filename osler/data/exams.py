@@ -36,12 +36,12 @@ class ExamsInData:
         return self.checked - self.found
 
     def as_files(self) -> dict[str, bytes]:
-        """Return the file in which a folder of shards or a checkpoint keeps it."""
+        """Return the file in which a folder of shards or a checkpoint keeps this."""
         return {EXAMS_FILE: json.dumps({"checked": sorted(self.checked), "found": sorted(self.found)}, indent=0).encode()}
 
     @classmethod
     def from_files(cls, files: Mapping[str, bytes], name: str = EXAMS_FILE) -> ExamsInData:
-        """Return what the file among those of a checkpoint says, or nothing without it; raises UserError when it is damaged."""
+        """Return what the file of a checkpoint says, or nothing if there is no such file; raises UserError when it is damaged."""
         try:
             lists = json.loads(files.get(EXAMS_FILE, '{"checked": [], "found": []}'))
             return cls(frozenset(lists["checked"]), frozenset(lists["found"]))

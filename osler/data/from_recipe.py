@@ -31,7 +31,7 @@ from osler.tokenizer.round_trip import PROBES, Losses, refuse_missing_bytes
 
 logger = logging.getLogger(__name__)
 
-SHARDS = Path("shards")  # `osler data prepare` writes into a folder in this one, unless it is told where
+SHARDS = Path("shards")  # `osler data prepare` writes into a folder in this one, unless --out names another
 COMPARED_CHARS = 1 << 18  # of texts that are encoded at a time
 SHOWN_TOKENS = 48  # of a document
 SHOWN_CHARS = 600  # of each text of a document

@@ -1,9 +1,9 @@
 """What is held out of training: documents whose hash is small. A document and its copies share a hash, whichever source has them.
 
 So the choice needs no list of documents and is the same in every source, process and order. A document that one source would hold
-out is left out of the training data of all of them. Explicit validation corpora have their own keys, which are left out as well.
+out is left out of the training data of all sources. Explicit validation corpora have keys of their own, which are left out too.
 
-Where one source holds out a larger share, the others would also lose documents of which it has no copy. If its files are small,
+If one source holds out a larger share, the others would also lose documents of which it has no copy. If its files are small,
 they are read beforehand, so the others lose only copies of what it really holds out. One process reads these files whenever a
 tokenizer is trained and whenever a preparation begins or resumes.
 """
@@ -22,9 +22,9 @@ from osler.files.find import PARQUET_ENDING, compression, ending
 from osler.files.parts import File
 from osler.runtime.errors import UserError
 
-HELD_OUT = "copies of held-out documents"  # the reason why they are left out
-LISTED_BYTES = 1 << 27  # a source with no more text is read to list what it holds out, which takes a few seconds
-PACKED_TIMES = 4  # bytes of text in a byte of a compressed or parquet file, about: snappy and gzip have three, zstd has more
+HELD_OUT = "copies of held-out documents"  # the reason why a document is left out
+LISTED_BYTES = 1 << 27  # a source with at most this much text is read to list what it holds out, which takes a few seconds
+PACKED_TIMES = 4  # bytes of text for a byte of a compressed or parquet file, roughly: snappy and gzip have three, zstd has more
 
 Keys = npt.NDArray[np.uint64]
 NO_KEYS: Keys = np.zeros(0, np.uint64)
@@ -77,9 +77,9 @@ def _text_bytes(file: File) -> int:
 
 
 def find_limits(corpora: Mapping[str, Corpus]) -> list[HeldOut]:
-    """Return what each source holds out. If it is to hold out any and two documents differ, it is at least one and not all.
+    """Return what each source holds out. If it is to hold out anything and two documents differ, it holds out some and not all.
 
-    Reads each until a document to hold out and one to learn from are found. Raises UserError when all documents are left out.
+    Each source is read until a document to hold out and one to learn from are found. Raises UserError when all are left out.
     """
     return [_limit(name, corpus) for name, corpus in corpora.items()]
 
@@ -99,7 +99,7 @@ def _limit(name: str, corpus: Corpus) -> HeldOut:
 
 
 def check_rest(name: str, corpus: Corpus, held: HeldOut) -> None:
-    """Raise UserError when all documents that a source keeps are held out; reads up to the first to learn from."""
+    """Raise UserError when all documents that a source keeps are held out. The source is read up to the first to learn from."""
     next(_kept(name, corpus, held))
 
 

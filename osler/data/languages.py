@@ -1,4 +1,4 @@
-"""The languages of texts, told by py3langid. Here its automaton walks through many texts at once, in a fifth of the time."""
+"""The languages of texts, told by py3langid. Its automaton walks through many texts at once here, five times as fast."""
 
 from __future__ import annotations
 

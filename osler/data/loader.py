@@ -1,8 +1,8 @@
-"""Batches for one rank: a pure function of (packings, step), with threads that only work ahead.
+"""Batches for one rank: a pure function of (packings, step). Threads only compute them ahead.
 
-The global batch of a stage's step s (0, 1, ...) is rows s * n ... (s + 1) * n - 1 of its packing, for n rows in a batch, and rank
-r of w takes the r-th of w equal shares. So the ranks need not communicate, their number may change between runs, and the state of
-a loader is the step. No other module of `osler/data` uses torch.
+For n rows in a batch, step s (0, 1, ...) of a stage has rows s * n ... (s + 1) * n - 1 of the stage's packing, and rank r of w
+takes the r-th of w equal shares of them. So the ranks need not communicate, their number may change between runs, and the state
+of a loader is the step. No other module of `osler/data` uses torch.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Loader:
     def packing(self, step: int, skipped_tokens: int = 0) -> MixedPacking:
         """Return the packing of the stage of a step, in which each source begins later by its share of the skipped tokens.
 
-        A source's share is its largest in any stage, so no stage repeats data of the stage before. The skipped tokens are
+        That share is the source's largest in any stage, so no stage repeats data of the stage before. The skipped tokens are
         rounded up to whole rows of the stage.
         """
         span = self.timeline.at_step(step)
@@ -109,7 +109,7 @@ class Loader:
         return self.packing(step - 1).bytes_per_token(self.timeline.rows_at(step - 1).stop)
 
     def metrics(self, step: int, steps: int, *, skipped_tokens: int = 0) -> dict[str, float]:
-        """Return the metrics of the data before a step: padding of the last `steps`, the largest epoch of a source, and more.
+        """Return the metrics of the data before a step, such as the padding of the last `steps` and the epoch of each source.
 
         Nothing is counted while training, so every rank gets the same numbers, and a resumed run continues them.
         """
@@ -151,7 +151,7 @@ class WorkAhead:
                 self._ahead.append(self._executor.submit(self._batch, self._step + len(self._ahead)))
             try:
                 batch = self._ahead.popleft().result()
-            except NotPreparedYet:  # its thread began too early, and so did those of later batches
+            except NotPreparedYet:  # its thread began too early, and so did the threads of later batches
                 self._ahead.clear()
                 batch = self._batch(self._step)
         self._step += 1
@@ -191,8 +191,8 @@ def source_metrics(
     """Return the metrics of each source.
 
     ``consumed`` and ``of_epoch`` are in one unit (tokens, or questions); ``target`` holds weights relative to one another. A
-    source without anything in an epoch, because all its documents are too long, is left out. While a source is still
-    being prepared (None), its epoch is not known.
+    source whose epoch is empty, because all its documents are too long, is left out. While a source is still being prepared, its
+    epoch is None and not known.
     """
     metrics: dict[str, float] = {}
     for name, size in of_epoch.items():

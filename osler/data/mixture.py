@@ -63,7 +63,7 @@ def _assign(shares: Sequence[int]) -> list[int]:
     slack = max(1, 2 * len(shares) - 2)
     sources: list[int] = []
     for row in range(period):
-        # A source may come when its count is then ahead by the bound at most. Of the sources that may, the first one due comes.
+        # A source may come if that puts its count ahead by the bound at most. Of these, the source that is due first comes.
         due = [
             ((counts[source] + 1) * period * slack - period, share, source)
             for source, share in enumerate(shares)

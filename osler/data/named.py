@@ -36,17 +36,17 @@ logger = logging.getLogger(__name__)
 ToDocuments = Callable[[Iterable[Row], HubData], Iterable[Document]]
 
 _THOUGHT = re.compile(r"\A\s*<think>(.*?)</think>\s*", re.DOTALL)
-_TITLE = re.compile(r"\A = (?!=)[^\n]* = \s*\Z")  # of an article of WikiText; its sections have more equals signs
+_TITLE = re.compile(r"\A = (?!=)[^\n]* = \s*\Z")  # of an article of WikiText; titles of its sections have more equals signs
 # Words in the names of files, and the splits that they mean.
 _SPLITS = {"train": "train", **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"), "test": "test"}
 
 
 @dataclass(frozen=True)
 class NamedSource:
-    """A dataset; `files` are patterns of its files on the hub, in which {subset} and {split} stand for those that were chosen.
+    """A dataset; `files` are patterns of its files on the hub, in which {subset} and {split} stand for the chosen ones.
 
-    `fields` are the columns that `documents` reads, `tokens` is about how many millions of tokens the first subset has. With
-    `has_small_files` the files are fetched together before they are read. With `reads_whole_files` a file is never cut into
+    `fields` are the columns that `documents` reads, and `tokens` is roughly how many millions of tokens the first subset has. If
+    `has_small_files`, the files are fetched together before they are read. If `reads_whole_files`, a file is never cut into
     parts, because a document takes many of its rows.
     """
 
@@ -102,7 +102,7 @@ def questions(rows: Iterable[Row], data: HubData, *, answer: str = "answer") -> 
 
 
 def conversations(rows: Iterable[Row], data: HubData) -> Iterator[Document]:
-    """Yield each message of a user with the assistant's answer to it; <think> ... </think> before the answer is the reasoning."""
+    """Yield each message of a user with the assistant's answer; <think> ... </think> before the answer is its reasoning."""
     for row in rows:
         messages = value_of(row, "messages")
         if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
@@ -288,7 +288,7 @@ def exam_by_name(name: str) -> tuple[type[ExamFile], str, str]:
 def load_task(task: Any, key: str = "task", root: str = "", context: Context | None = None) -> list[ExamItem]:
     """Return the items of an exam (one of ``TaskConfig``), with their solved examples; see `open_exam` for `root` and `key`.
 
-    `context` is that of the model which is asked. Without it a needle test, whose items depend on it, has none.
+    `context` is that of the model which is asked. A needle test depends on it, and has no items without it.
     """
     if isinstance(task, ClinicTask):
         return load_clinic(split=task.split, limit=task.limit, seed=task.seed)
@@ -342,8 +342,8 @@ def open_exam(task: ExamFile, root: str, key: str) -> Exam:
 def named_files(data: HubData, key: str, remedy: str = "") -> tuple[str, list[File]]:
     """Return the commit ("" for local files) and the files of a source by name; `key` is its place in the config.
 
-    Raises UserError when the name, subset or split is unknown, or no file is found. Where all local files are of other splits,
-    the error ends with `remedy`; empty, it names the setting that reads them.
+    Raises UserError when the name, subset or split is unknown, or no file is found. If all local files are of other splits, the
+    error ends with `remedy`, or if that is empty with the setting that reads them.
     """
     source = SOURCES.get(data.name)
     if source is None:
@@ -366,7 +366,7 @@ def _splits_in(name: str) -> set[str]:
 
 
 def _local_files(data: HubData, subset: str, split: str, key: str, root_key: str, remedy: str) -> list[File]:
-    """Return the local files of a split: those named as on the hub, else those whose names say it, else those that say none.
+    """Return the local files of a split: those named as on the hub, else those named after the split, else those after none.
 
     A file that is named as on the hub for another subset or split is never returned. A file that the config itself names may
     say a split that the source does not have.

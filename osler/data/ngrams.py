@@ -2,7 +2,7 @@
 
 Case and punctuation do not matter. No object is made for a word: the characters of many texts are one array. A sequence costs a
 few operations on arrays, whatever its length: with the prefix sums S of v[i] * B^i, where v are the values in it, its number is
-(S[end] - S[start]) * B^-start modulo 2^64. So a word is a sequence of characters, and an n-gram is a sequence of words. The
+(S[end] - S[start]) * B^-start modulo 2^64. A word is such a sequence of characters, and an n-gram is one of words. The
 numbers are the same in every process and on every machine.
 """
 
@@ -101,7 +101,7 @@ def _split(text: str) -> tuple[Places, Places, Places, Hashes]:
     starts, ends = edges[::2], edges[1::2]
     sums = _prefix_sums(characters)
     hashes = (sums[ends] - sums[starts]) * _powers(_INVERSE, len(text))[starts]
-    hashes ^= hashes >> np.uint64(32)  # mixed; else letters of neighbouring words could change places unnoticed
+    hashes ^= hashes >> np.uint64(32)  # without this mixing, swapping letters of neighbouring words could go unnoticed
     hashes *= np.uint64(0xD6E8FEB86659FD93)
     return np.flatnonzero(characters == ord(_END)), starts, ends, hashes ^ (hashes >> np.uint64(32))
 

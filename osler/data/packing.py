@@ -4,9 +4,9 @@
 seq_len, so every token is predicted once and nothing is padding. Its position in the data is an offset in tokens, so the
 longer rows of a curriculum begin where the shorter ones ended.
 `WholePacking` (fine-tuning) keeps documents whole. Best-fit decreasing combines those of a window in rows of seq_len + 1 tokens.
-The documents of the emptiest rows are carried into the next window, and the rest of a row is padding. A document longer than a
-row is cut into consecutive pieces that share one token, so all of it is learned.
-`MixedPacking` deals the rows of a run out to sources.
+The documents of the emptiest rows move on to the next window, and the rest of a row is padding. A document longer than a row is
+cut into consecutive pieces that share one token, so all of it is learned.
+`MixedPacking` takes the rows of a run from several sources, each with a packing of its own.
 
 There is no state, so resume is exact at any row.
 """
@@ -32,7 +32,7 @@ from osler.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-CARRIED_ROWS = 4096  # at most this many rows, or half of a window's, are carried: their documents go to the next window
+CARRIED_ROWS = 4096  # at most this many rows, or half of a window's, are carried: their documents move on to the next window
 FULL = 0.99  # a row that is filled to this share is not carried
 
 
@@ -126,8 +126,8 @@ class WholePacking:
         self.prompt_loss = prompt_loss
         self.drop_torn = drop_torn
         self._lock = threading.RLock()  # the threads of a loader share the plans
-        self._first_rows, self._first_tokens = [0], [0]  # of every window that has been planned, and of the one after
-        self._carried = [_NOTHING]  # what each of these windows gets from the window before
+        self._first_rows, self._first_tokens = [0], [0]  # of every window that is planned, and of the next one
+        self._carried = [_NOTHING]  # the pieces that each of these windows gets from the window before
         self._plan = functools.lru_cache(CACHED_WINDOWS)(self._plan_window)
 
     def row(self, index: int) -> PackedRow:
@@ -232,7 +232,7 @@ class WholePacking:
         if self.drop_torn:
             pairs = zip(documents.tolist(), lengths.tolist(), strict=True)
             kept = np.array([not is_torn(self.order.shards, *pair, self.seq_len) for pair in pairs], bool)
-            if self.order.shards.is_streamed and not kept.all():  # without a stream they are counted at the start
+            if self.order.shards.is_streamed and not kept.all():  # data that are complete at the start are counted there
                 what = f"{np.count_nonzero(~kept):,} of the next {len(kept):,} documents of {self.order.shards.folder}"
                 logger.warning(f"{what} are examples longer than a row of seq_len {self.seq_len}; they are left out.")
             documents, lengths = documents[kept], lengths[kept]
@@ -279,7 +279,7 @@ class MixedPacking:
         return [rows + skipped for rows, skipped in zip(self.mixture.rows(count), self._skipped, strict=True)]
 
     def bytes_per_token(self, rows: int) -> float | None:
-        """Return the bytes of text in a token of the mixture, over the data up to the first rows of the stage.
+        """Return the bytes of text per token of the mixture, over the data up to the first rows of the stage.
 
         None when only a part of the tokens is learned.
         """
@@ -319,7 +319,7 @@ def torn_lengths(shards: ShardSet, seq_len: int) -> list[int]:
 def best_fit(lengths: Int64Array, capacity: int) -> Int64Array:
     """Return which row each length goes to: the fullest row that it fits in, else a new one; `lengths` come longest first.
 
-    A bitmask says which amounts of room there are in rows, so the best fit is its lowest bit from `length` on, and 100,000
+    Bit n of a mask says whether a row has room for n more tokens. The best fit is the lowest bit from `length` on, so 100,000
     documents take a fraction of a second.
     """
     rows = np.empty(len(lengths), dtype=np.int64)
@@ -348,7 +348,7 @@ def _packed(
     """Return the row that joins pieces of documents, each with its loss mask (None: all its tokens are learned).
 
     With `across_documents` the first token of a document is learned from the end of the document before. A row in the middle of a
-    long question has no token to learn. It is learned as text: a batch of such rows alone would have no loss.
+    long question has no token to learn. It is learned as text, because a batch of such rows alone would have no loss.
     """
     lengths = [len(tokens) for tokens, _ in parts]
     used = sum(lengths)

@@ -6,9 +6,9 @@ their copies are left out of all training data; then the sources take turns by t
 by hash (`holdout`).
 
 The folder is written in place. Its manifest says from the start what is being prepared, and in the end that it is complete. The
-same command continues an unfinished folder. It reuses a finished one without reading the sources while sizes and times of change
-of their files are the same. Where only times differ, it compares the content. A folder of other data is refused, unless it is
-unfinished and has no training data yet: then it is cleared.
+same command continues an unfinished folder. It reuses a finished one without reading the sources, as long as the sizes and times
+of change of their files are the same. If only times differ, it compares the content. A folder of other data is refused, unless it
+is unfinished and has no training data yet: then it is cleared.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ def prepare(
     """Tokenise the corpora of sources into the folder `out`, or continue or reuse it when it was made from the same corpora.
 
     `validation` are further sets by name; copies of any validation document are dropped from the training data of all
-    sources. Of the distinct documents of a source, at least one is held out if there are two and `holdout_fraction` is not 0.
-    Empty documents are skipped and counted. `weights` are kept beside the shards for runs that name none. With `processes`
-    None as many work as are worth while, with 0 this process alone.
+    sources. If a source has two distinct documents and its `holdout_fraction` is not 0, at least one document is held out. Empty
+    documents are skipped and counted. `weights` are kept beside the shards for runs that name none. `processes` is how many
+    processes help (0: this one works alone, None: as many as pay).
 
     Raises UserError when nothing is left to learn from, when another process writes the folder, or when the folder holds other
     data, finished or not. The message names `consent`, the setting that allows them; with `consent` None they are set aside.
@@ -100,9 +100,9 @@ def prepare(
 
 
 def _begun(out: Path, wanted: dict[str, Any], differs: Callable[[], tuple[str, str]], consent: str | None) -> dict[str, Any]:
-    """Return the manifest of `out` if it holds these data or some of them; else `wanted`, and the folder is empty.
+    """Return the manifest of `out` if it holds these data or some of them; else empty the folder and return `wanted`.
 
-    The names of sources stay, because folders have them; weights, places and times of files become those of `wanted`.
+    Sources keep the names in `out`, because its folders have them; weights, places and times of files become those of `wanted`.
     """
     if not (out / DATA_MANIFEST).is_file():
         if any(not entry.name.startswith(f".{DATA_MANIFEST}.") for entry in out.iterdir()):
@@ -142,7 +142,7 @@ def _set_aside(out: Path, found: Mapping[str, Any]) -> None:
     names = [found["content_fingerprint"]] if found["complete"] else (f"unfinished-{number}" for number in itertools.count(1))
     places = (out.with_name(f"{out.name}-{name}") for name in names)
     aside = next((place for place in places if not (place / DATA_MANIFEST).is_file()), None)
-    if aside is None:  # the folder of this name has the same data
+    if aside is None:  # the folder of this name has the same data already
         return _clear(out)
     aside.mkdir(exist_ok=True)
     for path in sorted(out.iterdir(), key=lambda path: path.name == DATA_MANIFEST):
@@ -163,7 +163,7 @@ def _write(
     processes: int | None,
     before_shard: Callable[[int], None],
 ) -> None:
-    """Write what is missing of a folder; what is there already is a part of the same data."""
+    """Write what is missing in a folder; what is there is a part of the same data."""
     for torn in out.glob(".*.tmp"):  # what a killed writer leaves of the two files below
         torn.unlink()
     fault("prepare-manifest")

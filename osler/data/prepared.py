@@ -28,7 +28,7 @@ class PreparedSource:
 
 @dataclass(frozen=True)
 class Prepared:
-    """An open folder of shards; `fingerprint` is that of all training data, `reused` says that the folder existed already."""
+    """An open folder of shards; `fingerprint` is that of all training data, `reused` tells whether the folder existed already."""
 
     folder: Path
     sources: Sequence[PreparedSource]
@@ -69,7 +69,7 @@ class Prepared:
 
 
 def open_folder(out: Path, *, growing: bool = False, reused: bool = True) -> Prepared:
-    """Open a folder of shards; with `growing` it may be one that is being prepared.
+    """Open a folder of shards; if `growing`, it may be one that is still being prepared.
 
     Raises UserError when something is missing or torn.
     """
@@ -120,7 +120,7 @@ def held_out_so_far(folder: str | Path) -> dict[str, ShardSet]:
 def open_prepared(folder: str | Path, tokenizer: Tokenizer, whose: str = "of the run", *, growing: bool = False) -> Prepared:
     """Open a folder that `prepare` made; raises UserError when it is missing, torn, or made with another tokenizer.
 
-    The message says ``whose`` the given tokenizer is. With ``growing`` the folder may be one that is being prepared.
+    The message says ``whose`` the given tokenizer is. If ``growing``, the folder may be one that is still being prepared.
     """
     _refuse_other_tokenizer(folder, tokenizer, whose)
     return tell(open_folder(Path(folder), growing=growing))

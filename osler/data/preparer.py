@@ -1,7 +1,7 @@
-"""The process that prepares the data of a run while the run trains on what is there already.
+"""The process that prepares the data of a run while the run trains on what is prepared already.
 
-It is the preparation of `osler data prepare`, so it writes the same bytes, resumes after a kill, and reads nothing again when all
-is there. It ignores Ctrl-C. It ends when its standard input closes, that is, when the process that started it ends for any
+It does the same preparation as `osler data prepare`: it writes the same bytes, resumes after a kill, and reads nothing again when
+everything is there. It ignores Ctrl-C. It ends when its standard input closes, which happens when its parent ends for any
 reason. Its output goes to a log beside the folder; when it fails, the error quotes the last line of this log.
 
 With a disk budget it pauses while the folder has no room for another shard. The file `paused` in the folder asks the run to
@@ -36,7 +36,7 @@ POLL_SECONDS = 0.05
 END_SECONDS = 10.0  # how long the process may take to end by itself
 GIGABYTE = 10**9
 BLOCK_BYTES = 4096  # size of a block of a disk
-SHARDS_SHARE = 15 / 16  # of a budget: the rest is for indices, journals and what describes the data
+SHARDS_SHARE = 15 / 16  # of a budget; the rest is for indices, journals and the files that describe the data
 
 
 class Preparer:

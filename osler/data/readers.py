@@ -67,7 +67,7 @@ def read_text_file(part: Part) -> Iterator[Document]:
 
 
 def value_of(row: Row, field: str, key: str = "") -> Any:
-    """Return a field of a row. `key` is the config key that chooses the field; without one, dots in `field` go into objects.
+    """Return a field of a row. `key` is the config key that chooses the field; without one, dots in `field` name nested fields.
 
     Raises UserError when the row has no such field.
     """

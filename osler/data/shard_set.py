@@ -41,7 +41,7 @@ class NotPreparedYet(Exception):
 
 
 def identity_of(path: Path) -> tuple[int, int] | None:
-    """Return a value that changes whenever the file is written anew; None when there is no file."""
+    """Return a value that changes whenever the file is written again; None when there is no file."""
     try:
         found = path.stat()
     except FileNotFoundError:
@@ -72,7 +72,7 @@ def _is_split_finished(folder: Path) -> bool:
 
 
 def _entry(manifest: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Return what a manifest says of a source, or of a validation set by the name of its folder."""
+    """Return the entry of a source in a manifest, or that of a validation set, by the name of its folder."""
     return dict(manifest["sources"].get(source) or manifest["validation"][source.removeprefix(VALIDATION_PREFIX)])
 
 
@@ -114,7 +114,7 @@ class ShardSet:
         Only `verify` checks the bytes. Raises UserError when the folder or a file is missing, or a file has the wrong size.
         """
         folder = Path(path) / source / split
-        growing = growing and not _is_split_finished(folder)  # asked first: a manifest that is read later has the split
+        growing = growing and not _is_split_finished(folder)  # asked first: the manifest read below then has the split
         manifest = read_data_manifest(path)
         described = {name: manifest[name] for name in ("vocab_size", "tokenizer_fingerprint", "eos_id")}
         shards = cls(folder, **described, growing=growing)
@@ -127,12 +127,12 @@ class ShardSet:
         if self.is_complete:
             return
         with self._lock:
-            is_finished = _is_split_finished(self.folder)  # asked first: the index of a finished split has all its shards
+            is_finished = _is_split_finished(self.folder)  # asked first: the index read below then has all shards
             self._records = _read_index(self.folder / INDEX, self._records, must_exist=False)
             self.is_complete = is_finished
 
     def head(self, num_shards: int) -> ShardSet:
-        """Return the first `num_shards` as a split of its own, complete; raises NotPreparedYet while some are still to come."""
+        """Return the first `num_shards` as a complete split of its own; raises NotPreparedYet while some are not written."""
         if self.num_shards < num_shards:
             self.refresh()
             if self.num_shards < num_shards and not self.is_complete:
@@ -288,7 +288,7 @@ def num_evicted(folder: Path) -> int:
 
 
 def evict(folder: Path, num_shards: int) -> None:
-    """Delete the first shards of a split. Their number is written down first, so a kill half way does no damage."""
+    """Delete the first shards of a split. Their number is recorded first, so a kill half way does no damage."""
     if num_shards > num_evicted(folder):
         write_atomic(folder / EVICTED, str(num_shards).encode())
     for path in folder.glob(shard_name(0).replace("0", "?")):

@@ -3,8 +3,8 @@
 A split of a source is a folder with `index.bin` and one file per shard. A shard file holds two or three arrays one after another:
 where each document ends (uint32), the tokens (uint16 if all ids fit, else uint32) and, if some document has a loss mask, the mask
 (uint8, 1 = learn this token). No document crosses a shard. The index has one record of fixed size per shard. Its counts run from
-the first shard on, so that any token is found without reading the shards before it. A record is written after its shard is on the
-disk, so every record has a whole shard. A killed writer may leave a torn last record, which does not count.
+the first shard on, so that any token is found without reading earlier shards. A record is written after its shard is on the disk,
+so every record has a whole shard. A killed writer may leave a torn last record, which does not count.
 
 The fingerprint of a shard list is a hash over the hashes of its files. Equal fingerprints mean equal tokens in equal order,
 which exact resume depends on. Every record has the fingerprint of the list up to its shard, which covers its counts too.
@@ -30,7 +30,7 @@ FORMAT_VERSION = 3
 TOKENIZER = "tokenizer.json"  # the tokenizer that made the shards
 INDEX = "index.bin"
 SPLITS = ("train", "validation")
-VALIDATION_PREFIX = "validation."  # begins the folder name of a named validation set; no source has a point in its name
+VALIDATION_PREFIX = "validation."  # begins the folder name of a named validation set; no source has a dot in its name
 SHARD_TOKENS = 1 << 20  # at most, unless one document has more
 
 Int64Array = npt.NDArray[np.int64]
@@ -59,7 +59,7 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 class ShardWriter:
     """Writes a split into a folder, after the shards that are there already; `close` writes the last one.
 
-    New documents must follow those of the shards that are there, which are `num_documents` at the start.
+    New documents must follow those of the existing shards; at the start their number is `num_documents`.
     """
 
     def __init__(self, folder: Path, *, vocab_size: int, shard_tokens: int = SHARD_TOKENS) -> None:

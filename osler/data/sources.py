@@ -47,9 +47,9 @@ from osler.tokenizer.train import train
 
 logger = logging.getLogger(__name__)
 
-SAMPLE_CHARS = 1 << 16  # the sample for a tokenizer takes or leaves pieces of this length
+SAMPLE_CHARS = 1 << 16  # characters of a piece; the sample for a tokenizer takes or leaves whole pieces
 SAMPLE_PARTS, SAMPLE_PART_CHARS = 64, 1 << 24  # at most: parts of a source in the sample, and characters of each part
-FIRST_DOCUMENTS, FIRST_CHARS = 32, 1 << 16  # of a source are read before anything starts, whichever is less
+FIRST_DOCUMENTS, FIRST_CHARS = 32, 1 << 16  # how much of a source is read before anything starts, whichever is less
 VALIDATION_SEED_SHIFT = 1_000_003  # so that no nearby seed for training gives the passages of validation
 
 
@@ -106,7 +106,7 @@ def open_corpora(data: TextData, validation: Sources = ()) -> dict[str, Corpus]:
 
 
 def open_validation(data: TextData, validation: Sources) -> dict[str, Corpus]:
-    """Open validation sets by name. A source that brings validation documents gives these, any other gives all its documents."""
+    """Open validation sets by name. A source that has validation documents of its own gives these, any other all documents."""
     return {source.title: _open_set(source, key) for key, source in _keyed(data, validation)}
 
 
@@ -169,7 +169,8 @@ def is_there(source: AnySource) -> bool:
 def check_sources(data: TextData, validation: Sources = ()) -> None:
     """Raise UserError when the files of a source do not exist, hold nothing, or their first documents cannot be read.
 
-    Raises it also when cleaning cannot be done as the config says, or when a source has `no_benchmark_contamination` without
+    Raises it also when cleaning cannot be done as the config says, or when a source has `no_benchmark_contamination` but does not
+    drop the questions of any exam.
     dropping the questions of any exam.
     """
     cleaners: dict[CleanConfig, Cleaner] = {}
@@ -215,10 +216,10 @@ def prepare_sources(
 
 
 def at_known_commits(data: TextData, validation: Sources, out: str | Path, *, is_known: bool = False) -> tuple[TextData, Sources]:
-    """Return a config and its validation sets with commits in place of the hub's `main`: those of `out`, else the newest.
+    """Return a config and its validation sets with commits in place of the hub's `main`: those in `out`, else the newest.
 
-    So every process uses the same texts and looks for the same exams, also after a stop, even when `main` moves on the hub. With
-    `is_known` the hub is not asked, because `out` has all commits already.
+    So every process uses the same texts and looks for the same exams, even if it is restarted after `main` moved on the hub. If
+    `is_known`, the hub is not asked, because `out` has all commits already.
     """
     root = getattr(data, "root", "")
     begun = read_data_manifest(out) if Path(out, DATA_MANIFEST).exists() else {"sources": {}, "validation": {}}
@@ -281,7 +282,7 @@ def train_tokenizer(data: TextData, wanted: BPEConfig | SuperBPEConfig, validati
 
 
 def _sample(documents: Iterable[Document], share: float) -> Iterator[str]:
-    """Yield about a share of the text, in pieces drawn by a hash of document and place; at least one piece."""
+    """Yield about this share of the text, in pieces drawn by a hash of document and place; at least one piece."""
     taken = False
     for document in documents:
         digest = document.exact_digest()

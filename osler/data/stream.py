@@ -1,8 +1,8 @@
 """Training on data that are still being prepared.
 
 When the order reaches shards that are not written yet, ShardSet, Order and packings raise NotPreparedYet. The ranks then wait
-together, because a step needs all of them. They agree on many steps at once, so that steps whose data are there cost nothing
-extra. Only rank 0 looks after the process that prepares (`preparer.py`).
+together, because a step needs all of them. They agree on many steps at once, so steps whose data are there cost nothing extra.
+Only rank 0 looks after the process that prepares the data (`preparer.py`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PATIENCE_SECONDS = 1.0  # before the log gives the reason for a wait; it does so
 STUCK_SECONDS = 300.0  # the longest wait for a preparation that has no room
 STEPS_AGREED = 64  # at most, while data are being prepared
 ALL_STEPS = 1 << 62  # more than any run has: all data are prepared
-SURE_SHARE = 0.8  # of the estimated tokens in unread files; the estimate takes these files to be like those that are read
+SURE_SHARE = 0.8  # of the tokens estimated in unread files; the estimate assumes that they are like the files that were read
 
 
 def untended(seconds: float) -> None:
@@ -97,8 +97,8 @@ def wait_for_batches(
 def steps_ready(loader: Loader, step: int, skipped_tokens: int) -> int:
     """Return how many steps, from `step` on, surely have their data: `ALL_STEPS` when all data are prepared.
 
-    Until then they are steps of one stage, where a later step needs data that are prepared later, so that the last of them alone
-    is checked. Raises NotPreparedYet when the data of `step` are missing.
+    Until then they are steps of one stage, in which a later step needs data that are prepared later. So only the last of them is
+    checked. Raises NotPreparedYet when the data of `step` are missing.
     """
     for shards in loader.sources.values():
         shards.refresh()
@@ -133,8 +133,8 @@ class DiskBudget:
     """Deletes the shards that a run no longer needs, when the preparation has no room for more and asks for it (`PAUSED`).
 
     It deletes shards before the window of the oldest checkpoint to resume from, and only of sources that surely have more
-    tokens than the run reads, even when rollbacks pass over `spare_tokens` more. While a source is being prepared, what its
-    unread files will give is estimated from those that are read, and `SURE_SHARE` of the estimate counts.
+    tokens than the run reads, even if rollbacks skip `spare_tokens` more. While a source is being prepared, the tokens of its
+    unread files are estimated from those of the files that were read, and `SURE_SHARE` of the estimate counts.
     """
 
     def __init__(

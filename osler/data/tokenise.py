@@ -1,6 +1,6 @@
 """Turn one part of a corpus into tokens: all that worker processes do. The result depends on nothing but the part.
 
-Documents are permuted within stretches of a part, so that a part of any size, such as a large compressed file, takes only the
+Documents are permuted within stretches of a part. So a part of any size, such as a large compressed file, takes only the
 memory of a stretch.
 """
 
@@ -54,7 +54,7 @@ class Chunk(NamedTuple):
     tokens: TokenArray
     masks: MaskArray | None
     is_masked: npt.NDArray[np.bool_] | None
-    rows: Rows | None  # they find copies
+    rows: Rows | None  # by which copies are found
 
 
 class PartEnd(NamedTuple):

@@ -1,7 +1,7 @@
 """Processes that tokenise parts side by side; the results come in the order of the parts, whatever the number of processes.
 
 The processes take the parts in turn. A process works some parts ahead of the results that were taken from it, and then pauses. It
-ends when its pipes close, so none outlives the program, however the program ends.
+ends when its pipes close, so no process outlives the program, however the program ends.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from osler.runtime.child import running
 from osler.runtime.errors import UserError
 from osler.tokenizer.bpe import Tokenizer
 
-AHEAD = 4  # parts per process that are in work, or finished but not taken
-CHUNKS = 16  # results that may wait in a process: all of about `AHEAD` parts, but few of a large compressed file
+AHEAD = 4  # parts per process that are being tokenised, or finished but not taken
+CHUNKS = 16  # results that may wait in a process: those of about `AHEAD` parts, but few of a large compressed file
 FEWER = (
     "The same command goes on from what is written. Fewer processes need less memory: `osler data prepare` has --workers for "
     "that, and a run with data.type=prepared trains on its shards."
@@ -85,7 +85,7 @@ def _send(worker: subprocess.Popen[bytes], data: bytes) -> None:
 
 
 def _results(worker: subprocess.Popen[bytes]) -> Generator[Chunk | PartEnd, None, None]:
-    """Yield the results of the next part of a process, and log what it says; raises the error that it met."""
+    """Yield the results of the next part of a process, and log its messages; raises the error that it met."""
     assert worker.stdout is not None
     result = None
     while not isinstance(result, PartEnd):

@@ -2,13 +2,14 @@
 
 A line of the journal is written when a part is finished. It counts, from the first part on, what was read, dropped, and given to
 each split. After a kill, the preparation resumes after the last part whose documents are all in finished shards. It reads the
+each split. After a kill, the preparation resumes after the last part whose documents are all in finished shards. It reads the
 later parts again and skips the documents that are in shards already, so no shard is written twice, and no document is lost or
-doubled. It reads at most `CUT_BYTES` of files and one part again, because after so many bytes all splits begin a new shard. A
+doubled. It reads at most `CUT_BYTES` of files and one part again, because all splits begin a new shard after that many bytes. A
 text or compressed file is one part.
 
-A validation split keeps only its first `VALIDATION_TOKENS`, because no evaluation reads more. Of a corpus that is given for
-validation, the split keys of all documents are kept as well. Training leaves all of these out, so the whole set can be measured
-by other means, too.
+A validation split keeps only its first `VALIDATION_TOKENS`, because no evaluation reads more. For a corpus that is given for
+validation, the split keys of all documents are kept as well. Training leaves all of these documents out, so other programs can
+measure a model on the whole set.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ from osler.runtime.files import no_pause, open_durable
 
 CUT_BYTES = 1 << 27
 KEYS_FILE = "keys.bin"  # the split keys of the documents of a validation corpus
-SEEN_FILE = "seen.bin"  # the rows that find copies
-COPIES = "copies"  # the reason why a copy of a document that is held out is dropped
+SEEN_FILE = "seen.bin"  # the rows by which copies are found
+COPIES = "copies"  # the reason why a copy of a held-out document is dropped
 _NUM_DISTINCT = "kept"  # counts the documents that are no copies of earlier ones
 _NUM_KEYS = "keys"  # counts the documents of a validation corpus
 _OTHER_COUNTS = {"bytes", "documents", "train", "validation", _NUM_DISTINCT, _NUM_KEYS, EMPTY, COPIES}  # not drops by reason
@@ -108,7 +109,7 @@ class CorpusWriter:
             num_chosen += len(places)
             for place in places[skipped:]:
                 if split == SPLITS[1] and shards.num_tokens >= VALIDATION_TOKENS:
-                    shards.cut()  # a streamed run evaluates on it from now on
+                    shards.cut()  # so that a streamed run can evaluate on it from now on
                     break
                 tokens = slice(int(chunk.ends[place - 1]) if place else 0, int(chunk.ends[place]))
                 has_mask = chunk.is_masked is not None and chunk.is_masked[place]

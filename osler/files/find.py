@@ -17,7 +17,7 @@ TEXT_ENDINGS = (".txt", ".md")
 # A .json file is read, as JSON lines, only if the path names it. In a folder it more often describes the other files.
 NAMED_ONLY_ENDING = ".json"
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-NAMES_SHOWN = 3  # at most, of folders that cannot be opened
+NAMES_SHOWN = 3  # folders that cannot be opened and are named, at most
 
 
 def find_files(path: str | Path, endings: Sequence[str], *, key: str) -> list[Path]:
@@ -54,7 +54,7 @@ def log_once(text: str) -> None:
 
 
 def ending(name: str | Path) -> str:
-    """Return the ending that tells the kind of a file: the one before .gz or .zst, but not .parquet, which compresses inside."""
+    """Return the ending that tells the kind of a file: the one before .gz or .zst. Parquet compresses inside, so that stays."""
     suffixes = [suffix.lower() for suffix in Path(name).suffixes]
     if len(suffixes) > 1 and suffixes[-1] in COMPRESSIONS and suffixes[-2] != PARQUET_ENDING:
         return suffixes[-2]

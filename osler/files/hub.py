@@ -20,9 +20,9 @@ from osler.files.find import ROW_ENDINGS, TEXT_ENDINGS, shown
 from osler.files.parts import File, find_local
 from osler.runtime.errors import UserError
 
-RANGE_BYTES = 1 << 20  # asked for by one request, at least
+RANGE_BYTES = 1 << 20  # one request asks for at least this many
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
-RETRIES, LONGEST_SECONDS = 12, 60  # of a request. The wait doubles up to the longest; all waits take seven minutes
+RETRIES, LONGEST_SECONDS = 12, 60  # of a request, and the longest wait. Waits double up to it, and take seven minutes in all
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def _fetch(file: HubFile, start: int, stop: int) -> bytes:
     return data
 
 
-@functools.cache  # data are looked at several times before they are read
+@functools.cache  # the files are asked for several times before they are read
 def hub_files(repo: str, patterns: tuple[str, ...], revision: str) -> tuple[str, list[File]]:
     """Return the commit of a revision of a dataset, and its files that match a pattern, sorted by name.
 
@@ -121,7 +121,7 @@ def hub_files(repo: str, patterns: tuple[str, ...], revision: str) -> tuple[str,
 
 @functools.cache
 def snapshot(repo: str, patterns: tuple[str, ...], revision: str) -> tuple[str, list[File]]:
-    """Return the same as `hub_files`, after a download of those files that are not on the disk yet: for very many small ones."""
+    """Return the same as `hub_files`, after downloading the files that are not on the disk yet: for many small files."""
     api = _api(repo)
     with _explained(repo):
         commit = str(api.dataset_info(repo, revision=revision).sha)

@@ -91,12 +91,12 @@ class Part:
 
     @property
     def num_bytes(self) -> int:
-        """Return how large the part is."""
+        """Return the size of the part."""
         return min(self.file.size, self.file.size if self.stop is None else self.stop) - self.start
 
 
 class Parts:
-    """The parts of files in their order; each is made when it is asked for, so that millions of them take no memory."""
+    """The parts of files in their order; each is made when it is asked for, so millions of them take no memory."""
 
     def __init__(self, files: Sequence[File]) -> None:
         self.files = files

@@ -76,7 +76,7 @@ def read_texts(source: Path | Part) -> Iterator[str]:
 
 
 def _last_character(data: bytes) -> int:
-    """Return where the last character of UTF-8 begins; it may be cut in two."""
+    """Return where the last UTF-8 character begins; the end of ``data`` may cut it in two."""
     return max((place for place in range(len(data) - 4, len(data)) if data[place] & 0xC0 != 0x80), default=len(data))
 
 
@@ -192,7 +192,7 @@ def _json_rows(part: Part, columns: Sequence[str] | None) -> Iterator[Row]:
     name = part.file.name
     with _os_errors_named(name), _open(part.file) as stream:
         head = b"" if part.start else stream.peek(HEAD_BYTES)
-        if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):  # an array can be one line that fills the memory
+        if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):  # an array on one line could fill the memory
             raise UserError(f"{name} begins with '['. {_one_object_per_line('[')}")
         is_first = columns is not None and not part.start
         start, lines = _lines_between(stream, part.start, part.stop)
@@ -293,7 +293,7 @@ def _row_groups(metadata: Any, part: Part) -> tuple[list[int], int, int]:
     groups, rows_before, position, rows, size = [], 0, 0, 0, 0
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
-        begin = min(position, part.file.size - 1)  # whatever a damaged file says, each group is in one part
+        begin = min(position, part.file.size - 1)  # so each group is in one part, even if the sizes in a damaged file are wrong
         if part.start <= begin and (part.stop is None or begin < part.stop):
             groups.append(number)
             rows, size = rows + group.num_rows, size + group.total_byte_size

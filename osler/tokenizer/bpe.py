@@ -1,8 +1,8 @@
 """Byte-level BPE: text to token ids and back, exactly, by the `tokenizers` library.
 
 A tokenizer that is trained here has all 256 bytes, so there is no unknown token and ``decode(encode(s)) == s`` for any text. Its
-pre-tokeniser is GPT-2's (Radford et al. 2019), but digits stand alone (so numbers are compared and added digit by digit),
-combining marks stay with their letter, and a run of line breaks and the letter of an option are one piece each. Four special
+pre-tokeniser is GPT-2's (Radford et al. 2019) with three changes: digits stand alone (so numbers are compared and added digit by
+digit), combining marks stay with their letter, and a run of line breaks or the letter of an option is one piece. Four special
 tokens mark a conversation; a trained vocabulary has them first (ids 0..3), and `with_specials` appends those that a loaded one
 lacks. Only the program can produce a special token: text that contains ``<|answer|>`` is encoded as plain characters.
 """
@@ -41,7 +41,7 @@ PIECES = (
     r"| ?[\p{L}\p{M}]+"  # a word with the space before it
     r"| ?\p{N}"  # one digit
     r"| ?[^\s\p{L}\p{M}\p{N}]+"  # punctuation
-    r"|\s{0,1000}[\r\n]+"  # line breaks and the spaces before them; the library looks back only so often
+    r"|\s{0,1000}[\r\n]+"  # line breaks and the spaces before them; the library's regular expressions bound how far they look
     r"|\s+(?!\S)|\s+"  # other spaces; the last one before a word belongs to the word
 )
 # The time of training grows with the square of a piece's length. No language has longer words; genomes and binary data do.

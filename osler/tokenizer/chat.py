@@ -1,4 +1,4 @@
-"""The conversation template: question, thinking, answer as one row of ids with a loss mask, and the way back.
+"""The conversation template: question, thinking and answer as one row of ids with a loss mask, and a parser of completions.
 
     <|question|> Q <|thinking|> T <|answer|> A <|endoftext|>
     <|question|> Q <|answer|> A <|endoftext|>                   (without reasoning)

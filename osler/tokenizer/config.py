@@ -10,11 +10,11 @@ LARGEST_TRANSITION = 0x10_0000  # while superwords are learned, each token of BP
 
 @config
 class Vocabulary:
-    """A tokenizer that exists, or how large a one to train on the run's own text."""
+    """A tokenizer that exists, or the size of one that is trained on the run's own text."""
 
     # a tokenizer.json, or GPT-2's vocab.bpe with encoder.json beside it; null: train one on the run's own text
     path: str | None = None
-    vocab_size: Annotated[int, Ge(SMALLEST_VOCABULARY)] = 2048  # of a tokenizer that is trained; a loaded one has its own
+    vocab_size: Annotated[int, Ge(SMALLEST_VOCABULARY)] = 2048  # of a tokenizer that is trained; a loaded one has its own size
     max_bytes: PositiveInt = 32_000_000  # of text to train on; more is sampled evenly
 
 

@@ -3,7 +3,7 @@
 A tokenizer first splits text into pieces, mostly words, by a regular expression, and a piece has the same tokens everywhere. For
 two such expressions, that of GPT-2 and that of tokenizers trained here, Python's `re` finds the same pieces several times
 as fast. Python and the library may know different versions of Unicode. So the library itself splits the words around an
-uncertain character: one beyond U+FFFF, one younger than Unicode 3.2, one that was in another category then, or U+180E.
+uncertain character: one beyond U+FFFF, one that Unicode 3.2 lacked or put in another category, or U+180E.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 GPT2_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-MOST_PIECES = 1 << 18  # the memory holds at most so many, at about 200 bytes each
+MOST_PIECES = 1 << 18  # how many pieces are remembered at most, at about 200 bytes each
 LONGEST_PIECE = 24  # characters; longer pieces are not remembered, because they hardly come again
 
 _SPACES = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # White_Space of Unicode
@@ -65,7 +65,7 @@ class Memory:
         return [array("I", b"".join(ids)).tolist() for ids in batch]
 
     def _split(self, text: str) -> list[str]:
-        """Return the pieces of a text. What stands around an uncertain character, up to the next sure cuts, is one piece."""
+        """Return the pieces of a text. The text around an uncertain character, up to the next certain cuts, is one piece."""
         pieces: list[str] = []
         start = 0
         for uncertain in _uncertain()(text):

@@ -23,7 +23,8 @@ SAMPLE_CHARS = 4096  # the start of each text that is looked at
 EXAMPLE_CHARS = 40
 # Characters with every byte that UTF-8 uses: ASCII, each last byte, each first byte.
 _CODES = (*range(0x100), *range(0x100, 0x800, 64), *range(0x800, 0xD800, 0x800), *range(0xE000, 0x11_0000, 0x1000))
-PROBES = sorted(map(chr, _CODES), key=lambda character: (not character.isalpha(), not character.isprintable()))  # letters first
+# Letters come first, so that a message shows a letter if any is lost.
+PROBES = sorted(map(chr, _CODES), key=lambda character: (not character.isalpha(), not character.isprintable()))
 _SPACES = re.compile(r"[\s\u2581]+")  # U+2581 is SentencePiece's space
 
 

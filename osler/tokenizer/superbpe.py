@@ -1,8 +1,8 @@
 """SuperBPE (Liu et al. 2025, arXiv 2503.13423): byte-level BPE whose later tokens may span up to four words.
 
 The first tokens are those of ordinary BPE. A second pass learns from the same text in pieces of many words. Each token is written
-as one character, so that the library's own trainer learns merges of tokens, which are then read as merges of bytes. A token is
-refused, with the merges that use it, if it has more than four words, ends in a space, or has a space after a colon. With the last
+as one character, so the library's own trainer learns merges of tokens, which are then read as merges of bytes. A token is
+refused, with the merges that use it, if it has more than four words, ends in a space, or has a space after a colon: with the last
 two, a prompt such as "Answer:" would get other tokens than the same words followed by an answer.
 """
 

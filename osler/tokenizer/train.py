@@ -20,7 +20,7 @@ def train(texts: Iterable[str], wanted: BPEConfig | SuperBPEConfig) -> Tokenizer
     """Train a tokenizer as a config describes it, and raise KeyboardInterrupt as soon as a signal asks for it.
 
     The library trains in one call of seconds or minutes, during which Python handles no signal. So, unless the text is short, a
-    child process trains. It ends with the parent, however that ends. The tokenizer is the same to the byte.
+    child process trains, which ends with the parent, however that ends. The tokenizer is the same to the byte.
     """
     sizes = [wanted.vocab_size, *([wanted.bpe_size] if isinstance(wanted, SuperBPEConfig) else [])]
     remaining, first, chars = iter(texts), list[str](), 0
