@@ -6,7 +6,7 @@ and in every ``full_every_steps``-th, rounded up to a step that ends a line. So 
 and resume is exact. The weights are the same at every level; ``benchmarks/bench_monitor.py`` measures what the levels cost.
 
 Nothing waits for the device before a line is written. Each rank probes its own rows, and the mean over the ranks is logged, also
-of maxima. Times and memory are those of rank 0. DeepSpeed leaves no gradients, so statistics of gradients and of the update are
+for maxima. Times and memory are those of rank 0. DeepSpeed leaves no gradients, so statistics of gradients and of the update are
 missing under it.
 """
 
@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 
 class Collector:
-    """Follows the steps of a run: ``fetch`` or ``begin`` starts each, ``mark`` and ``update`` are within, ``line`` ends lines."""
+    """Follows the steps of a run: ``fetch`` or ``begin`` starts one; call ``mark`` and ``update`` in it, ``line`` after it."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Collector:
         self.steps = 0  # steps since the last line, or since the clock was restarted
         self.is_probing = False
         self.probed: dict[str, Tensor] = {}
-        self.forward_only: ModelConfig | None = None  # of a teacher, whose forward pass reads every token too
+        self.forward_only: ModelConfig | None = None  # that of a teacher, whose forward pass reads every token too
         self.cpus = read_cpus()  # as they were when the last line was written
 
     def fetch(self, batches: Iterator[T], step: int) -> T:
@@ -88,7 +88,7 @@ class Collector:
 
     @contextmanager
     def update(self, rows: Callable[[], ProbeRows]) -> Iterator[None]:
-        """Wrap an optimizer's step. Before it the gradients are there and not yet clipped; after it they are gone.
+        """Wrap an optimizer's step. Before it the gradients exist and are not clipped yet; after it they are gone.
 
         ``rows`` gives rows of the step's batch, and is called only when a probe is due.
         """

@@ -33,7 +33,7 @@ class MonitorConfig:
 class SpikeConfig:
     """When a loss counts as a spike, and what is done about it."""
 
-    # report: warn and note it in events.jsonl; rollback: also go back to the last good checkpoint and pass over the data since
+    # report: warn and note it in events.jsonl; rollback: also go back to the last good checkpoint and skip the data since then
     action: Literal["report", "rollback"] = "report"
     threshold: PositiveFloat = 8.0  # robust standard deviations above the median of the losses before it
-    window_steps: Annotated[int, Ge(4)] = 100  # losses that the median is taken over; the first half of them is not judged
+    window_steps: Annotated[int, Ge(4)] = 100  # losses that the median is taken over; the first half of a window is not judged

@@ -18,7 +18,7 @@ CALM = 10  # values that it takes to know what is usual
 class RunSettings:
     """The settings of a run that the alert rules need for their findings and their advice."""
 
-    section: str = ""  # prefix of these settings' keys where they are a section of a recipe, such as ``pretrain.``
+    section: str = ""  # prefix of these settings' keys if they are in a section of a recipe, such as ``pretrain.``
     lr: float
     clip_norm: float
     warmup_tokens: int = 0

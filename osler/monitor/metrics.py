@@ -30,7 +30,7 @@ class Metric(NamedTuple):
 
 METRICS: dict[str, Metric] = {
     # training: pretraining, mid-training, supervised fine-tuning
-    "train/loss": Metric("nats/token", "mean cross-entropy of the learned tokens of the steps since the line before"),
+    "train/loss": Metric("nats/token", "mean cross-entropy of the learned tokens of the steps since the previous line"),
     "train/perplexity": Metric("choices", "exp(loss): among how many equally likely tokens the model seems to choose"),
     "train/bits_per_byte": Metric("bits/byte", "training loss per byte of text, by the data's mean bytes per token"),
     "train/token_accuracy": Metric("fraction", "learned tokens that the model found likeliest beforehand", FORWARD),
@@ -39,8 +39,8 @@ METRICS: dict[str, Metric] = {
     "train/top_probability": Metric("fraction", "mean probability of the likeliest token, right or not: confidence", FORWARD),
     "train/lr": Metric("per step", "learning rate of the first parameter group"),
     "train/grad_norm": Metric("norm", "length of the newest gradient before clipping; GRPO: mean of the step's updates"),
-    "train/skipped_steps": Metric("steps", "updates skipped since the line before, because the gradient was not finite"),
-    "train/unlearned_steps": Metric("steps", "steps since the line before without a token to learn; they count nowhere else"),
+    "train/skipped_steps": Metric("steps", "updates skipped since the previous line, because the gradient was not finite"),
+    "train/unlearned_steps": Metric("steps", "steps since the previous line without a token to learn; they count nowhere else"),
     "train/stage": Metric("number", "stage of the curriculum, counted from 1"),
     "train/seq_len": Metric("tokens", "length of the rows of this stage"),
     "train/batch_tokens": Metric("tokens", "tokens in one optimizer step of this stage"),
@@ -50,8 +50,8 @@ METRICS: dict[str, Metric] = {
     "index/distance": Metric("tokens", "how many tokens back these keys are on average"),
     "distill/kl": Metric("nats/token", "distance of the model from its teacher, KL(teacher || model) at teacher.temperature"),
     # gradients, before clipping
-    "grad/norm_max": Metric("norm", "largest gradient norm of the steps since the line before"),
-    "grad/clipped_frac": Metric("fraction", "steps since the line before whose gradient was longer than clip_norm"),
+    "grad/norm_max": Metric("norm", "largest gradient norm of the steps since the previous line"),
+    "grad/clipped_frac": Metric("fraction", "steps since the previous line whose gradient was longer than clip_norm"),
     "grad/norm/<part>": Metric("norm", "length of the gradient of one layer, or of embed, norm or head", GRADIENTS),
     "grad/mean": Metric("gradient", "mean over all elements of the gradient", GRADIENTS),
     "grad/std": Metric("gradient", "standard deviation over all elements of the gradient", GRADIENTS),
@@ -70,14 +70,14 @@ METRICS: dict[str, Metric] = {
     "model/logit_max": Metric("logit", "largest logit; steady growth is the start of many a divergence", FORWARD),
     # the data
     "data/epoch": Metric("epochs", "how often the training data have been gone through"),
-    "data/padding_frac": Metric("fraction", "places in the rows since the line before that hold no token"),
+    "data/padding_frac": Metric("fraction", "places in the rows since the previous line that hold no token"),
     "data/tokens/<source>": Metric("tokens", "tokens of one source gone through so far; GRPO: of answers to one task"),
     "data/epoch/<source>": Metric("epochs", "how often one source has been gone through"),
     "data/target_frac/<source>": Metric("fraction", "share of the tokens (GRPO: questions) that a source is to have"),
     "data/consumed_frac/<source>": Metric("fraction", "share of the tokens (GRPO: questions) that a source has had"),
     # evaluation: never trained on
     "eval/loss": Metric("nats/token", "mean cross-entropy on held-out text, of all validation sets together", EVALUATION),
-    "eval/train_gap": Metric("nats/token", "held-out loss minus the training loss of the line before", EVALUATION),
+    "eval/train_gap": Metric("nats/token", "held-out loss minus the training loss of the previous line", EVALUATION),
     "eval/bits_per_byte": Metric("bits/byte", "held-out loss per byte of text, comparable across tokenizers", EVALUATION),
     "eval/token_accuracy": Metric("fraction", "held-out tokens that the model found likeliest", EVALUATION),
     "eval/<set>/loss": Metric("nats/token", "mean cross-entropy on one validation set", EVALUATION),
@@ -94,7 +94,7 @@ METRICS: dict[str, Metric] = {
     "perf/forward_ms": Metric("ms", "forward passes, per step", BASIC),
     "perf/backward_ms": Metric("ms", "backward passes, per step, the exchange of gradients included", BASIC),
     "perf/optimizer_ms": Metric("ms", "clipping and update, per step", BASIC),
-    "perf/monitor_ms": Metric("ms", "probing the model, spread over the steps since the line before", CLOCK),
+    "perf/monitor_ms": Metric("ms", "probing the model, spread over the steps since the previous line", CLOCK),
     "perf/other_cpus": Metric("CPUs", "kept busy on average by everything else on rank 0's CPUs, other ranks included", BASIC),
     "perf/memory_allocated_bytes": Metric("bytes", "held by tensors on rank 0's GPU", BASIC),
     "perf/memory_reserved_bytes": Metric("bytes", "taken from rank 0's GPU, held by tensors or kept for them", BASIC),

@@ -56,7 +56,7 @@ class ProbeRows(NamedTuple):
 
     @property
     def counts_BT(self) -> Tensor:
-        """True up to the last learned token of a row, False behind it."""
+        """True up to the last learned token of a row, False after it."""
         return (self.labels_BT != IGNORED).flip(1).cumsum(1).flip(1) > 0
 
 

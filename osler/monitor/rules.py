@@ -79,22 +79,22 @@ def guessing(past: History) -> Iterator[str]:
 
 
 def unlearned(is_all: bool, past: History) -> Iterator[str]:
-    """All steps since the line before (``is_all``), or else some, had no token to learn, and were for nothing."""
+    """All steps since the previous line (``is_all``), or else some, had no token to learn, and were for nothing."""
     count = past.line["train/unlearned_steps"]
     if count and is_all != past.has_loss:
         yield (
-            f"{'all' if is_all else 'some'} steps since the line before ({count:.0f}) had no token to learn in any row, and "
+            f"{'all' if is_all else 'some'} steps since the previous line ({count:.0f}) had no token to learn in any row, and "
             "count nowhere. Fine-tuning learns answers alone: set a larger seq_len, so that an answer stays in the row of its "
             "question, or a larger batch_tokens."
         )
 
 
 def repeated(past: History) -> Iterator[str]:
-    """The data were read so often that one more time teaches next to nothing (Muennighoff et al. 2023, arXiv 2305.16264)."""
+    """The data were read so often that another time teaches next to nothing (Muennighoff et al. 2023, arXiv 2305.16264)."""
     epochs = past.line["data/epoch"]
     if epochs > 16 and not past.settings.max_new_tokens:  # GRPO answers its questions anew each time
         yield (
-            f"the run has read its data {epochs:.0f} times. After about 16 times once more teaches next to nothing: keep the "
+            f"the run has read its data {epochs:.0f} times. After about 16 times another one teaches next to nothing: keep the "
             "checkpoint with the lowest eval/loss, and give more data or a smaller total_tokens."
         )
 

@@ -30,9 +30,9 @@ class AnswerLog:
     """The outputs of a model so far, by the number of the question. With ``path`` a file with the first line ``head`` keeps them.
 
     After each answer ``tell`` is called with the number of answers. A file that has all answers, or those of another exam, is
-    begun again; if it cannot be written, the exam goes on without it. With ``takes_full`` a file that has all answers is taken as
-    it is. So is a ``lasting`` file, which is what its command makes. A lasting file with other answers is refused with UserError,
-    and one that cannot be written raises OSError.
+    begun again; if it cannot be written, the exam goes on without it. If ``takes_full``, a file that has all answers is taken as
+    it is, and so is a ``lasting`` file, which is the product of its command. A lasting file with other answers is refused with
+    UserError, and one that cannot be written raises OSError.
     """
 
     def __init__(
@@ -55,7 +55,8 @@ class AnswerLog:
                 f"{path} has {len(rows):,} answers of another model, to other questions or with other settings, which would be "
                 "lost: name another file to write, or delete this one."
             )
-        if 0 < len(known) < head["asked"] + (lasting or takes_full):
+        most_known = head["asked"] if lasting or takes_full else head["asked"] - 1  # with more answers the file is begun again
+        if 0 < len(known) <= most_known:
             self.outputs = known
             logger.info(f"Going on after {len(known):,} of {head['asked']:,} answers, which {path} has.")
         elif first != head or not lasting:  # a lasting file without answers may be one that another process has just begun

@@ -143,13 +143,13 @@ class MetricsFile:
     """Appends to ``metrics.jsonl``; after a kill it continues at the step of the checkpoint."""
 
     def __init__(self, path: str | Path, *, last_step: float = math.inf) -> None:
-        """Cut the file behind the lines of steps up to ``last_step``, the checkpoint's step; -1 leaves no line."""
+        """Cut the file after the lines of steps up to ``last_step``, the checkpoint's step; -1 leaves no line."""
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.rewind(last_step)
 
     def rewind(self, last_step: float) -> None:
-        """Drop all lines behind the last one of a step up to ``last_step``: a run that has gone back makes those steps again."""
+        """Drop all lines after the last one of a step up to ``last_step``: a run that has gone back makes those steps again."""
         end = size = 0
         for line in read_lines(self.path):
             size += len(line)
@@ -196,7 +196,7 @@ class EventLog:
         self.path, self._tell = Path(path), tell
 
     def write(self, step: int, kind: str, name: str, message: str, *, tell: bool = True, **details: Any) -> None:
-        """Append one event, and tell people of it unless ``tell`` is False; ``details`` may have a ``severity`` but warning."""
+        """Append one event, and announce it unless ``tell`` is False; it is a warning unless ``details`` has a ``severity``."""
         event = {"step": step, "time": round(clock.time(), 3), "kind": kind, "name": name, "message": message, **details}
         try:
             append(self.path, event)

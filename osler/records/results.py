@@ -36,7 +36,7 @@ class ExamScore(HasInterval):
 
     label: str = ""  # the label of the checkpoint; it and the split are empty until the score is saved
     split: str = ""
-    method: str = ""  # how it was asked
+    method: str = ""  # how the questions were asked
     n: float = NAN
     presentations: float = NAN  # ``correct`` and the other counts count these
     correct: float = NAN

@@ -22,7 +22,7 @@ from osler.report.svg import Band, Line, heat_map, line_chart
 from osler.runtime import format as fmt
 from osler.tasks.needle import cells_in
 
-COLOURS = 8  # colours in the palette
+COLOURS = 8  # how many the palette has
 # How the values of a unit are written; the values of other units are plain numbers.
 KINDS = {"fraction": "percent", "tokens": "count", "tokens/s": "count", "steps": "count", "number": "count", "bytes": "bytes"}
 EXACT = ("eval/", "train/lr", "train/stage", "train/seq_len", "train/batch_tokens")  # metrics without noise to smooth
@@ -162,10 +162,10 @@ def charts_of(
     def draw_rest(family: Family, names: Iterable[str]) -> Iterator[Figure]:
         yield from draw_specs(family.charts)
         whole, layers = by_layer(name for name in names if name in left)
-        for base, of in sorted(layers.items()):
-            spec = spec_of(next(iter(of.values())))
-            good = f"{spec.good} The grey area spans all {len(of)} layers."
-            lines, band = bundle({layer: run.curves[name] for layer, name in of.items()})
+        for base, name_of_layer in sorted(layers.items()):
+            spec = spec_of(next(iter(name_of_layer.values())))
+            good = f"{spec.good} The grey area spans all {len(name_of_layer)} layers."
+            lines, band = bundle({layer: run.curves[name] for layer, name in name_of_layer.items()})
             yield figure(replace(spec, title=f"{base} by layer", good=good), lines, band=band)
         for row, alike in by_row(whole).items():
             for start in range(0, len(alike), COLOURS):
@@ -187,8 +187,9 @@ def heat_maps(scores: Iterable[tuple[str, int, ExamScore]]) -> dict[str, list[Fi
     for title, colour, score in scores:
         cells = {}
         for (length, depth), value in cells_in(score.groups).items():
-            of = as_dict(value)
-            share, n, ends = as_number(of.get("accuracy")), as_number(of.get("n")), [*map(as_number, as_list(of.get("interval")))]
+            cell = as_dict(value)
+            share, n = as_number(cell.get("accuracy")), as_number(cell.get("n"))
+            ends = [*map(as_number, as_list(cell.get("interval")))]
             where = f"{length:,} tokens, {depth}% deep: {fmt.percent(share)} of {fmt.plural(n, 'question')}"
             told = f"{where}, 95% interval {' to '.join(map(fmt.percent, ends))}"
             cells[f"{length // 1024}k" if length % 1024 == 0 else str(length), f"{depth}%"] = share, told
@@ -277,7 +278,7 @@ def by_layer(names: Iterable[str]) -> tuple[list[str], dict[str, dict[int, str]]
             layers.setdefault(found[1], {})[int(found[2])] = name
         else:
             whole.append(name)
-    return whole, {base: dict(sorted(of.items())) for base, of in layers.items()}
+    return whole, {base: dict(sorted(name_of_layer.items())) for base, name_of_layer in layers.items()}
 
 
 def inner(row: str, name: str) -> str:

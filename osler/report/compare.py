@@ -116,7 +116,7 @@ def paired(folders: Sequence[str]) -> list[list[str]]:
             shared = [question for question in before if question in after]
             if not shared:
                 continue
-            old, new = ([fmean(one.correct is True for one in of[question]) for question in shared] for of in (before, after))
+            old, new = ([fmean(one.correct is True for one in run[question]) for question in shared] for run in (before, after))
             clusters = [before[question][0].cluster for question in shared]
             change = paired_difference(old, new, clusters)
             gained, lost = (sum(one > other for one, other in zip(*pair, strict=True)) for pair in ((new, old), (old, new)))
@@ -167,9 +167,9 @@ def numbers(members: Sequence[Member]) -> Table:
             for name in sorted({n for s in stages for n in s.curves if declared_name(n) == EXAM})
         ),
     ]
-    for what, name, of, write in curves:
+    for what, name, reduced, write in curves:
         known = [s.finite(name).values for s in stages]
-        rows.append((what, [write(float(of(values))) if len(values) else fmt.MISSING for values in known]))
+        rows.append((what, [write(float(reduced(values))) if len(values) else fmt.MISSING for values in known]))
     for split in dict.fromkeys(score.split for m in members for score in m.exams):
         scores = [next((score for score in m.exams if score.split == split), None) for m in members]
         told = [f"{fmt.percent(score.accuracy)} ({interval(score)})" if score else fmt.MISSING for score in scores]

@@ -19,7 +19,7 @@ from osler.records.jsonl import MetricsLine
 from osler.runtime.errors import UserError
 
 MARK_BYTES = 64  # bytes kept from the end of what was read: while they are in their place, the file is the same
-PAUSE_SECONDS, PAUSE_GAPS = 60.0, 30  # a gap above both, so many seconds and so many times the usual gap, is a pause
+PAUSE_SECONDS, PAUSE_GAPS = 60.0, 30  # a gap above this many seconds and this many times the usual gap is a pause
 
 Floats = npt.NDArray[np.float64]
 

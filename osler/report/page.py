@@ -116,12 +116,12 @@ def _sets(log: StageLog) -> tuple[list[str], list[tuple[int, list[str]]]]:
         return dict(zip(series.steps.tolist(), series.values.tolist(), strict=True))
 
     sets = {name: (values(name, what), values(name, "token_accuracy")) for name in names}
-    steps = sorted({step for of, _ in sets.values() for step in of})
+    steps = sorted({step for by_step, _ in sets.values() for step in by_step})
     some = dict.fromkeys(steps[place] for place in np.linspace(0, len(steps) - 1, MOST_EVALUATIONS).round().astype(int) if steps)
-    rows = [
-        (step, [f"{fmt.number(of.get(step, math.nan))}, {fmt.percent(right.get(step, math.nan))}" for of, right in sets.values()])
-        for step in some
-    ]
+    rows = []
+    for step in some:
+        pairs = [(bits.get(step, math.nan), right.get(step, math.nan)) for bits, right in sets.values()]
+        rows.append((step, [f"{fmt.number(value)}, {fmt.percent(share)}" for value, share in pairs]))
     return [f"Step ({what.replace('_', ' ')}, token accuracy)", *sets], rows
 
 
@@ -170,7 +170,7 @@ def _questions(run: RunRecord) -> list[dict[str, SampledAnswer]]:
     for sample in run.samples:
         if sample.stage in stages:
             by_id.setdefault(sample.id, {})[sample.stage] = sample
-    return [{stage: of[stage] for stage in stages if stage in of} for of in by_id.values()][:MOST_QUESTIONS]
+    return [{stage: answers[stage] for stage in stages if stage in answers} for answers in by_id.values()][:MOST_QUESTIONS]
 
 
 def _wrong_first(sheet: AnswerSheet) -> list[dict[str, SampledAnswer]]:
@@ -183,8 +183,8 @@ def _wrong_first(sheet: AnswerSheet) -> list[dict[str, SampledAnswer]]:
 
 def _details(score: ExamScore) -> Iterator[tuple[str, float, float, float, float, float]]:
     """Yield name, value, the ends of its interval, the number of cases, and the confidence that the value should have."""
-    for name, of in score.measures.items():
-        found = as_dict(of)
+    for name, measure in score.measures.items():
+        found = as_dict(measure)
         low, high = (*map(as_number, as_list(found.get("interval"))), math.nan, math.nan)[:2]
         yield name, as_number(found.get("value")), low, high, as_number(found.get("n")), as_number(found.get("confidence"))
 

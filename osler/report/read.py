@@ -7,7 +7,7 @@
     versions.json      {package: version, ..., "machine": {...}, any other group: {...}}
     notes.json         [sentence, ...]       what the run wants its reader to know
 
-A file that cannot be read becomes a line in `RunRecord.problems`, which the page shows. A kill leaves a torn last line in a
+A file that cannot be read becomes a line in `RunRecord.problems`, which the page shows. A kill may leave a torn last line in a
 .jsonl, which is skipped without a word.
 """
 

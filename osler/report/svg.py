@@ -22,7 +22,7 @@ WIDTH, HEIGHT = 520, 240
 LEFT, RIGHT, TOP, BOTTOM = 54, 12, 12, 26
 MAX_POINTS = 480  # more than one point per pixel draws nothing new and makes the page heavy
 CELL_HEIGHT = 38
-STRONGEST = 0.55  # of a cell's colour, so that its number can be read in light and in dark
+STRONGEST = 0.55  # the largest opacity of a cell's colour, so that its number can be read in light and in dark
 SMOOTH_FROM = 30  # fewer points are drawn as they are
 
 
@@ -77,7 +77,7 @@ def smoothed(y: Numbers) -> Numbers:
     bell = np.exp(-0.5 * (2 * np.arange(-radius, radius + 1) / radius) ** 2)
     known = np.isfinite(values)
     inside = slice(radius, radius + len(values))
-    total, weight = (np.convolve(of, bell)[inside] for of in (np.where(known, values, 0.0), known.astype(np.float64)))
+    total, weight = (np.convolve(each, bell)[inside] for each in (np.where(known, values, 0.0), known.astype(np.float64)))
     return np.where(known, total / np.where(known, weight, 1.0), math.nan)
 
 

@@ -144,9 +144,10 @@ def _values(run: WatchedRun) -> list[Text]:
         for row, some in by_row(whole).items():
             told += [f"{_short(name, family)} {_show(name, newest[name])}" for name in some[:SHOWN_OF_ROW]]
             told += [f"and {len(some) - SHOWN_OF_ROW} more of {_short(row, family)}"] if len(some) > SHOWN_OF_ROW else []
-        for base, of in layers.items():
-            low, high = (pick(of, key=lambda layer: newest[of[layer]]) for pick in (min, max))
-            least, most = _show(of[low], newest[of[low]]), _show(of[high], newest[of[high]])
+        for base, name_of_layer in layers.items():
+            value_of_layer = {layer: newest[name] for layer, name in name_of_layer.items()}
+            low, high = (pick(value_of_layer, key=value_of_layer.__getitem__) for pick in (min, max))
+            least, most = _show(name_of_layer[low], value_of_layer[low]), _show(name_of_layer[high], value_of_layer[high])
             told.append(f"{_short(base, family)} {least}" + (f" to {most} (most in layer {high})" if most != least else ""))
         lines.append(Text(f"{family.title}: {' · '.join(told)}"))
     return lines

@@ -82,7 +82,7 @@ class WatchedRun(StageLog):
         return float(self.curves[metric].values[-1]) if metric in self.curves else math.nan
 
     def state(self, now: float) -> State:
-        """Return whether the run runs, and what its silence means."""
+        """Return what state the run is in, judged by its events, its lock and its silence."""
         silent_seconds = max(0.0, now - self.newest_sign)
         kept = f"saved at step {self.checkpoints[0].step:,}" if self.checkpoints else "nothing saved"
         event = newest_lifetime_event(self.events)
@@ -129,5 +129,5 @@ class WatchedFolder:
 
     def names(self) -> list[str]:
         """Return the stages in the order of training, also the stages to come; none for a single run."""
-        planned = [name for name, of in self.root.config.items() if as_dict(of).get("kind", "exam") != "exam"]
+        planned = [name for name, section in self.root.config.items() if as_dict(section).get("kind", "exam") != "exam"]
         return sorted({*self.stages, *planned}, key=lambda name: stage_rank(name, planned))
