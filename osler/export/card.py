@@ -1,7 +1,7 @@
 """The model card: what a model is, what it learned from and how, what it scored, and what it is not for, in Markdown.
 
-It states what the records of the runs say and nothing else (after Mitchell et al. 2019, Model Cards for Model Reporting). Only
-the last part of a path is shown.
+It states only what the records of the runs say (after Mitchell et al. 2019, Model Cards for Model Reporting). Of a path it
+shows only the last part.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def card_files(loaded: LoadedModel, config: ModelConfig) -> dict[str, bytes]:
 
 
 def stages_of(loaded: LoadedModel) -> Iterator[str]:
-    """Yield what each run did that led to a model, the first run first, as far as the runs are still there."""
+    """Yield what each run in the history of a model did, oldest first; a run whose folder is gone ends the history."""
     chain: list[tuple[Mapping[str, Any], Mapping[str, Any]]] = []
     state, training = loaded.state, loaded.training
     while training or state:
@@ -84,11 +84,11 @@ def stages_of(loaded: LoadedModel) -> Iterator[str]:
         state, training = before.state, training_of(before)
     number = 0
     for state, training in reversed(chain):
-        if training or not state:
+        if training or not state:  # a checkpoint that a command made has state alone
             kind, seen = training.get("kind", "run"), f"{state.get('tokens', 0):,} tokens, {state.get('step', 0):,} steps"
             told = f"**{kind}**: {seen}. {training.get('description', '')}".rstrip()
             yield f"{(number := number + 1)}. {told if training else 'another run, which is not there any more'}"
-        if training:  # a run that started from another took model and tokenizer from there
+        if training:  # a run with init_from took its model and tokenizer from there
             unused = ("model", "tokenizer") if training.get("init_from") else ()
             counted = _without_places({key: value for key, value in training.items() if key not in unused})
             yield f"<details><summary>every field</summary>\n\n```yaml\n{dump_yaml(counted)}```\n</details>"
@@ -118,7 +118,7 @@ def _scores(loaded: LoadedModel) -> Iterator[str]:
 
 
 def scores_of(loaded: LoadedModel) -> list[ExamScore]:
-    """Return what a checkpoint scored, by the records of its run and of the pipeline that the run is a stage of."""
+    """Return the exam scores of a checkpoint, from the records of its run and of the pipeline that has this run as a stage."""
     if loaded.run is None:
         return []
     found = []
@@ -135,8 +135,8 @@ def scores_of(loaded: LoadedModel) -> list[ExamScore]:
 
 
 def _labels_in(pipeline: RunFolder, stage: str) -> set[str]:
-    """Return the labels under which the exams of a pipeline have checkpoints of a stage."""
+    """Return the labels that the exams of a pipeline give to checkpoints of one stage."""
     config = load_yaml(pipeline.config.read_text("utf-8"), str(pipeline.config)) if pipeline.config.is_file() else {}
     exams = [section["of"] for section in (config or {}).values() if isinstance(section, dict) and section.get("kind") == "exam"]
-    named = [(label, reference.partition("@")) for of in exams for label, reference in of.items()]
+    named = [(label, reference.partition("@")) for examined in exams for label, reference in examined.items()]
     return {label for label, (name, _, which) in named if name == stage and which != "start"}

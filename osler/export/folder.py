@@ -1,6 +1,6 @@
-"""A run folder that no run has written: one checkpoint with weights alone, which every command that reads a model takes.
+"""A run folder that a command wrote instead of a run: one checkpoint without optimizer, which every reader of models takes.
 
-Its ``state.json`` says under ``made_by`` which command made it and of what. A run may start from its weights (``init_from``);
+Its ``state.json`` says under ``made_by`` which command made it, and from what. A run may start from its weights (``init_from``);
 ``osler/runs/resume.py`` refuses to go on in it, because it has no optimizer.
 """
 
@@ -19,7 +19,7 @@ from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, appearing, write_atomic, write_json
 from osler.tokenizer.bpe import Tokenizer
 
-CARRIED = ("kind", "step", "tokens", "trained_seq_len", REASONS)  # of a state, into the checkpoints that are made of it
+CARRIED = ("kind", "step", "tokens", "trained_seq_len", REASONS)  # keys of a state that a checkpoint made from it keeps
 
 
 def write_run(
@@ -50,7 +50,7 @@ def write_run(
 
 
 def made_in_words(made_by: Mapping[str, Any]) -> str:
-    """Return which command made a checkpoint, of what, and what it did to it, for model card and report."""
+    """Return, for model card and report, which command made a checkpoint, from what, and what it changed."""
     done = [f"weights in {made_by['to']}"] if "to" in made_by else []
     if removed := made_by.get("removed_layers"):
         done.append(f"without layer{'s' * (len(removed) > 1)} {', '.join(map(str, sorted(removed)))} (counted from 0)")
@@ -60,5 +60,5 @@ def made_in_words(made_by: Mapping[str, Any]) -> str:
 
 
 def carried(loaded_state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a checkpoint says of its training, for the state of one that is made of it."""
+    """Return the part of a checkpoint's state that a checkpoint made from it keeps: what it says about the training."""
     return {key: loaded_state[key] for key in CARRIED if key in loaded_state}

@@ -1,14 +1,14 @@
 """A model as one GGUF file, for llama.cpp and what is built on it (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
 
-llama.cpp cuts text into pieces by expressions of its own, each with a name, and merges bytes within the pieces. The cuts of
-GPT-2 and of Qwen 2 are among them, Osler's own is not. It is written as GPT-2's, with the letters of options and the runs of
-line breaks, which GPT-2 would cut in two, as tokens that llama.cpp looks for before it cuts (``USER_DEFINED``). Elsewhere
-GPT-2's pieces differ where no merge reaches across, but for two cases, which ``write`` tells: letters with combining marks, and
-letters of options that are no single token. Any other cut is refused, SuperBPE's too, because its tokens reach across the words
-that are cut apart.
+llama.cpp splits text into pieces by regular expressions of its own, each with a name, and merges bytes within the pieces. It has
+those of GPT-2 and of Qwen 2, but not Osler's. A tokenizer of Osler's is therefore written with GPT-2's, and the pieces that GPT-2
+would split in two (letters of options, runs of line breaks) become tokens that llama.cpp looks for first (``USER_DEFINED``). The
+other pieces that differ hold no merge, so their tokens are the same, except in two cases, which ``write`` reports: letters with
+combining marks, and letters of options that are no single token. A tokenizer with other pieces is refused. SuperBPE's is too:
+its tokens reach across words, which llama.cpp splits apart.
 
-Vectors stay in fp32. A matrix whose rows are no multiple of 32 stays in fp16 where blocks of 32 are asked for. Q4_0 has embedding
-and head in Q8_0. K-quants are made of the fp16 file by llama.cpp's own ``llama-quantize``.
+Vectors stay in fp32. For q8_0 and q4_0, a matrix whose rows are no multiple of 32 becomes fp16. With q4_0, embedding and head
+become Q8_0. llama.cpp's own ``llama-quantize`` makes K-quants from the fp16 file.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from osler.tokenizer.memory import GPT2_PIECES, pieces_of
 DTYPES = ("f16", "f32", "bf16", "q8_0", "q4_0")
 BLOCK = 32  # weights of Q8_0 and Q4_0 that share a scale
 QWEN2_PIECES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-CUTS = {GPT2_PIECES: "gpt-2", PIECES: "gpt-2", QWEN2_PIECES: "qwen2"}  # llama.cpp's names
-WHOLE = re.compile(r" ?\([A-Z]\)|\s*[\r\n]+")  # pieces of Osler's that GPT-2 would cut
+CUTS = {GPT2_PIECES: "gpt-2", PIECES: "gpt-2", QWEN2_PIECES: "qwen2"}  # the name of the expression that llama.cpp uses
+WHOLE = re.compile(r" ?\([A-Z]\)|\s*[\r\n]+")  # Osler's pieces that GPT-2's expression splits
 
 
 class Vocabulary(NamedTuple):
-    """A tokenizer as llama.cpp has it; ``remarks`` say what it does differently there."""
+    """A tokenizer as llama.cpp has it: ``cut`` names its expression, ``remarks`` say where its tokens differ from training's."""
 
     cut: str
     tokens: list[str]
@@ -98,7 +98,7 @@ def write(export: Export, path: Path) -> str:
 
 
 def tensors(gguf: ModuleType, export: Export) -> Iterator[tuple[str, Any, Any]]:
-    """Yield llama.cpp's name, type and content of each tensor; raises UserError for what fp16 cannot hold."""
+    """Yield the name, type and content of each tensor in llama.cpp's terms; raises UserError for what fp16 cannot hold."""
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, export.config.num_layers)
     types = gguf.GGMLQuantizationType
     for name, weight in export.weights.items():
@@ -116,7 +116,7 @@ def tensors(gguf: ModuleType, export: Export) -> Iterator[tuple[str, Any, Any]]:
 
 
 def llama_vocabulary(gguf: ModuleType, tokenizer: Tokenizer, vocab_size: int) -> Vocabulary:
-    """Return a tokenizer as llama.cpp has it; raises UserError where llama.cpp would cut text into other tokens."""
+    """Return a tokenizer as llama.cpp has it; raises UserError where llama.cpp cannot split text as it does."""
     content, kinds = json.loads(tokenizer.to_bytes()), gguf.TokenType
     pieces = pieces_of(content["pre_tokenizer"] or {})
     normalizer = (content["normalizer"] or {}).get("type")
@@ -131,7 +131,7 @@ def llama_vocabulary(gguf: ModuleType, tokenizer: Tokenizer, vocab_size: int) ->
         is_whole = pieces == PIECES and len(text) > 1 and WHOLE.fullmatch(text) is not None
         tokens[number], types[number] = (text, int(kinds.USER_DEFINED)) if is_whole else (token, int(kinds.NORMAL))
     for token in content["added_tokens"]:
-        # Markers stay in what is written, where their text tells thinking and answer apart.
+        # llama.cpp leaves control tokens out of its output, which needs the markers to tell thinking from answer.
         kind = kinds.CONTROL if token["content"] == EOS else kinds.USER_DEFINED
         tokens[token["id"]], types[token["id"]] = token["content"], int(kind)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"]["merges"]]
@@ -155,13 +155,13 @@ def llama_vocabulary(gguf: ModuleType, tokenizer: Tokenizer, vocab_size: int) ->
 
 
 def _written(tokenizer: Tokenizer, text: str) -> list[str]:
-    """Return the tokens of a text as texts; none where it is a single token, which llama.cpp looks for first."""
+    """Return the text of each token of ``text``; empty where it is one token, which llama.cpp looks for before it splits."""
     ids = tokenizer.encode(text)
     return [tokenizer.decode([number]) for number in ids] if len(ids) > 1 else []
 
 
 def _gpt2_cut(token: str) -> list[str]:
-    """Return the pieces that GPT-2's cut makes of a part of the letter of an option: brackets and letters fall apart."""
+    """Return the pieces of GPT-2 for a part of `` (A)``, which has brackets apart from the letter."""
     return re.findall(r" ?\(|[A-Z]|\)", token)
 
 

@@ -1,8 +1,8 @@
 """A model in the form of Hugging Face's Qwen3, which has the same mathematics: what vLLM, verl and ``transformers`` load.
 
-Norms without a weight are written with ones, a factorized embedding as one matrix, and rows past the vocabulary are left out.
+A norm without weights gets ones, a factorized embedding becomes one matrix, and padding rows of the vocabulary are left out.
 Fields that changed their name in ``transformers`` 5 are written under both names, because an older release takes a default where
-it does not find the old name. A sparse model has this form in rows of at most ``top_k`` tokens only.
+it does not find the old name. A sparse model can be written only for rows of at most ``top_k`` tokens.
 Shapes: V vocabulary, D hidden, R rank of a factorized embedding.
 """
 
@@ -27,7 +27,7 @@ from osler.runtime.errors import UserError
 from osler.tokenizer.bpe import ANSWER, EOS, QUESTION, THINKING
 
 WEIGHTS_FILE = "model.safetensors"
-ABOUT = "osler"  # a field of config.json: what Osler knows of the model, for the way back
+ABOUT = "osler"  # a field of config.json that only ``osler import`` reads: what Qwen3's fields cannot say
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -42,7 +42,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Export:
-    """A model that is on its way out: where it is from, and the dense ``config`` and the type of weights to write."""
+    """What to write: the loaded model, its config with dense attention, and a type of weights, as ``--dtype`` names it."""
 
     loaded: LoadedModel
     config: ModelConfig
@@ -50,7 +50,7 @@ class Export:
 
     @property
     def chat_template(self) -> str:
-        """The form of ``tokenizer/chat.py`` in Jinja; without ``reasoning`` (a bool) a model answers as it was taught."""
+        """The template of ``tokenizer/chat.py`` in Jinja. Its variable ``reasoning`` (a bool) overrides the model's habit."""
         first, other, unless = (THINKING, ANSWER, "not reasoning") if self.loaded.reasons else (ANSWER, THINKING, "reasoning")
         return CHAT_TEMPLATE + f"{{{{ '{other}' if reasoning is defined and {unless} else '{first}' }}}}{{% endif %}}"
 
@@ -61,7 +61,7 @@ class Export:
 
 
 def write(export: Export, folder: Path) -> str:
-    """Write model, tokenizer and model card as a new folder, and return what it is."""
+    """Write model, tokenizer and model card as a new folder, and return the name of its form."""
     folder.mkdir()
     weights = {name: weight.to(DTYPES[export.dtype]) for name, weight in export.weights.items()}
     write_tensors(folder / WEIGHTS_FILE, weights)
@@ -73,7 +73,7 @@ def write(export: Export, folder: Path) -> str:
 def dense_form(config: ModelConfig, max_tokens: int) -> ModelConfig:
     """Return the config of the same model for rows of ``max_tokens``, with dense attention.
 
-    Sparse attention is dense in rows of at most ``top_k`` tokens. Raises UserError for longer ones, which Qwen3 cannot hold.
+    Sparse attention is dense in rows of at most ``top_k`` tokens. Raises UserError for longer rows, which Qwen3 cannot hold.
     """
     if isinstance(config.attention, SparseAttentionConfig) and config.attention.top_k < max_tokens:
         top_k = config.attention.top_k
@@ -86,7 +86,7 @@ def dense_form(config: ModelConfig, max_tokens: int) -> ModelConfig:
 
 
 def qwen3_config(config: ModelConfig, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """Return the shape of a model as the fields of Qwen3's ``config.json``, without tokens."""
+    """Return the shape of a model as the fields of Qwen3's ``config.json``, without token ids."""
     rope: dict[str, Any] = {"rope_type": "default"}
     if (yarn := config.rope_scaling) is not None:
         rope = {
@@ -120,20 +120,20 @@ def qwen3_config(config: ModelConfig, dtype: torch.dtype = torch.float32) -> dic
 
 
 def qwen3_weights(config: ModelConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a model's state dict under Qwen3's names, on the device where it is; raises UserError as ``dense_form`` does."""
+    """Return a model's state dict under Qwen3's names, on its device; raises UserError as ``dense_form`` does."""
     config = dense_form(config, config.max_seq_len)
     named = {name: weight for name, weight in weights.items() if not is_of_indexer(name)}
     embed_VD = named["embed_tokens.weight"]
     if config.embed_rank is not None:
         embed_VD = embed_VD @ named.pop("embed_proj.weight").T  # [V, R] and [R, D]
     named["embed_tokens.weight"] = embed_VD
-    ones = torch.ones(config.hidden_size, device=embed_VD.device), torch.ones(config.head_dim, device=embed_VD.device)
+    ones_D, ones_H = (torch.ones(size, device=embed_VD.device) for size in (config.hidden_size, config.head_dim))
     for layer in range(config.num_layers):
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            named.setdefault(f"layers.{layer}.{norm}.weight", ones[0])
+            named.setdefault(f"layers.{layer}.{norm}.weight", ones_D)
         for norm in ("q_norm", "k_norm"):
-            named.setdefault(f"layers.{layer}.self_attn.{norm}.weight", ones[1])
-    named.setdefault("norm.weight", ones[0])
+            named.setdefault(f"layers.{layer}.self_attn.{norm}.weight", ones_H)
+    named.setdefault("norm.weight", ones_D)
     for name in ("embed_tokens.weight", "lm_head.weight"):
         if name in named:
             named[name] = named[name][: config.vocab_size]
@@ -141,7 +141,7 @@ def qwen3_weights(config: ModelConfig, weights: Mapping[str, Tensor]) -> dict[st
 
 
 def companion_files(export: Export) -> dict[str, bytes]:
-    """Return the files beside the weights: shape, tokens that end a text, tokenizer and chat template."""
+    """Return the files that go beside the weights: config, special tokens, tokenizer and chat template."""
     config, loaded = export.config, export.loaded
     ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), loaded.tokenizer.eos_id)
     known = {"kind": loaded.kind, REASONS: loaded.reasons}

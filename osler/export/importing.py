@@ -1,8 +1,8 @@
 """A published Qwen3 model as a run folder, to fine-tune, tune with GRPO and examine: the command ``import``.
 
-What a folder of Hugging Face's holds is taken over to the bit; bf16 and fp16 weights become fp32, which holds them exactly. Norms
-whose weights are all one become the norms without weights that ``huggingface.py`` writes as ones. What Osler's model cannot
-compute is refused by the name of its field, because a model that nearly fits would answer wrongly without a sign of it.
+Weights are taken over exactly: bf16 and fp16 become fp32, which holds every number of theirs. Norms
+whose weights are all one become the norms without weights that ``huggingface.py`` writes as ones. A field that Osler's model
+cannot compute is refused by name, because a model that nearly fits would give wrong answers without any error.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from osler.runtime.files import RunFolder, new_path, read_json
 from osler.runtime.log import say
 from osler.tokenizer.bpe import EOS, SPECIALS, Tokenizer
 
-INDEX_FILE = f"{WEIGHTS_FILE}.index.json"  # which of several files has which tensor
+INDEX_FILE = f"{WEIGHTS_FILE}.index.json"  # says which file has each tensor, where there are several
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 TAKEN = {  # fields of config.json that decide what a model computes, each with the values that Osler's model has
     "model_type": ("qwen3",),
@@ -49,7 +49,7 @@ SIZES = {  # fields of a ModelConfig, and their names in config.json
     "max_seq_len": "max_position_embeddings",
     "norm_eps": "rms_norm_eps",
 }
-YARN = {  # the same of a YarnConfig
+YARN = {  # the same for a YarnConfig
     "factor": "factor",
     "original_max_seq_len": "original_max_position_embeddings",
     "beta_fast": "beta_fast",
@@ -58,21 +58,21 @@ YARN = {  # the same of a YarnConfig
 
 
 class Imported(NamedTuple):
-    """What a folder of Hugging Face's holds, as Osler has it; ``told`` says what was done to the tokenizer."""
+    """A folder of Hugging Face's in Osler's form; ``remarks`` say what was changed in the tokenizer."""
 
     config: ModelConfig
     weights: dict[str, Tensor]
     tokenizer: Tokenizer
     state: dict[str, Any]
-    told: list[str]
+    remarks: list[str]
 
 
 def run(folder: str, run_dir: str) -> int:
     """Write a folder of Hugging Face's as a run folder; raises UserError for what Osler's model cannot hold."""
     out = new_path(run_dir, "--run")
-    config, weights, tokenizer, state, told = read_folder(Path(folder))
+    config, weights, tokenizer, state, remarks = read_folder(Path(folder))
     write_run(out, weights, config, tokenizer, state, {})
-    say("\n".join([f"{out}: {config.num_parameters:,} parameters of {folder}", *told]))
+    say("\n".join([f"{out}: {config.num_parameters:,} parameters of {folder}", *remarks]))
     if state["kind"] not in ("sft", "grpo"):
         say(f"It has not learned questions and answers in Osler's form: `osler sft init_from={out}` teaches them.")
     return 0
@@ -94,7 +94,7 @@ def read_folder(source: Path) -> Imported:
         raise UserError(f"{source} {why_no_folder(source)}")
     described = read_json(source / CONFIG_JSON)
     config = model_config(described, str(source / CONFIG_JSON))
-    tokenizer, told = fitting_tokenizer(source, described, config)
+    tokenizer, remarks = fitting_tokenizer(source, described, config)
     config, weights = model_weights(config, read_weights(source))
     if tokenizer.vocab_size > config.vocab_size:
         config, weights = with_rows(config, weights, tokenizer.vocab_size)
@@ -105,11 +105,11 @@ def read_folder(source: Path) -> Imported:
         "trained_seq_len": min(about.get("trained_seq_len", config.max_seq_len), config.max_seq_len),
         MADE_BY: {"command": "import", "of": str(source.resolve())},
     }
-    return Imported(config, weights, tokenizer, state, told)
+    return Imported(config, weights, tokenizer, state, remarks)
 
 
 def why_no_folder(path: Path) -> str:
-    """Return why a path is no folder of Hugging Face's and what to do, to be read after the path."""
+    """Return why a path is no folder of Hugging Face's and what to do; the words follow the path in a sentence."""
     if is_checkpoint(path) or RunFolder(path).checkpoints.is_dir():
         return "is Osler's own, which needs no import: every command takes it as it is, init_from= too."
     if path.is_file():
@@ -164,7 +164,7 @@ def rope_of(described: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def fitting_tokenizer(source: Path, described: Mapping[str, Any], config: ModelConfig) -> tuple[Tokenizer, list[str]]:
-    """Return the folder's tokenizer with the special tokens of ``tokenizer/chat.py``, and what was done to it in words."""
+    """Return the folder's tokenizer with the special tokens of ``tokenizer/chat.py``, and remarks on what was changed in it."""
     path = source / TOKENIZER_FILE
     if not path.is_file():
         raise UserError(
@@ -177,7 +177,7 @@ def fitting_tokenizer(source: Path, described: Mapping[str, Any], config: ModelC
             f"{path} has {loaded.vocab_size:,} tokens and the model only {config.vocab_size:,} (vocab_size), so they do not "
             "belong together: take both from the same place."
         )
-    content, told = json.loads(path.read_bytes()), []
+    content, remarks = json.loads(path.read_bytes()), []
     present = {token["content"]: token for token in content["added_tokens"]}
     ends = read_json(source / "generation_config.json") if (source / "generation_config.json").is_file() else {}
     end_ids = ends.get("eos_token_id", described.get("eos_token_id"))
@@ -190,15 +190,15 @@ def fitting_tokenizer(source: Path, described: Mapping[str, Any], config: ModelC
                 f"{path} has no {EOS}, and no added token of it is the model's eos_token_id ({end_ids[0]}), so nothing would end "
                 "an answer: give eos_token_id in config.json."
             )
-        told.append(f"{own['content']}, which ends its texts, is called {EOS} from here on.")
+        remarks.append(f"{own['content']}, which ends its texts, is called {EOS} from here on.")
         if own["content"] in (vocab := content["model"]["vocab"]):
             vocab[EOS] = vocab.pop(own["content"])
         own["content"] = EOS
     tokenizer = Tokenizer.from_bytes(json.dumps(content).encode(), name=str(path)).with_specials()
     new = [f"{name} ({tokenizer.special_id(name)})" for name in SPECIALS if name not in present and name != EOS]
     if new:
-        told.append(f"Special tokens that it did not have and has not learned: {', '.join(new)}.")
-    return tokenizer, told
+        remarks.append(f"Special tokens that it did not have and has not learned: {', '.join(new)}.")
+    return tokenizer, remarks
 
 
 def read_weights(source: Path) -> Iterator[tuple[str, Tensor]]:
@@ -224,7 +224,7 @@ def read_weights(source: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def model_weights(config: ModelConfig, found: Iterator[tuple[str, Tensor]]) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Return the shape and the state dict of a model with these weights; raises UserError for missing and strange ones."""
+    """Return the config and the state dict of a model with these weights; raises UserError where some are missing or unknown."""
     named = {name.removeprefix("model."): tensor for name, tensor in found if not name.endswith("rotary_emb.inv_freq")}
     with torch.device("meta"):
         wanted = Transformer(config).state_dict()
@@ -247,7 +247,7 @@ def model_weights(config: ModelConfig, found: Iterator[tuple[str, Tensor]]) -> t
 
 
 def without_ones(config: ModelConfig, named: dict[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Leave out the weights of norms where all are one, first those of QK-norm; the others of a model go or stay together."""
+    """Leave out norm weights that are all one: those of QK-norm by themselves, those of all norms only together."""
     norms = [name for name in named if name.endswith("norm.weight")]
     of_qk = [name for name in norms if name.endswith(("q_norm.weight", "k_norm.weight"))]
     if all(bool((named[name] == 1).all()) for name in of_qk):
@@ -259,7 +259,7 @@ def without_ones(config: ModelConfig, named: dict[str, Tensor]) -> tuple[ModelCo
 
 
 def with_rows(config: ModelConfig, named: dict[str, Tensor], vocab_size: int) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Give the tokens that were added to a vocabulary rows: the mean of the others, so that they say nothing yet."""
+    """Add rows up to ``vocab_size`` for new tokens: the mean of the other rows, which stands for no word in particular."""
     before, config = config.vocab_size, replace(config, vocab_size=vocab_size)
     for name in ("embed_tokens.weight", "lm_head.weight"):
         if name in named:
@@ -269,5 +269,5 @@ def with_rows(config: ModelConfig, named: dict[str, Tensor], vocab_size: int) ->
 
 
 def padded(rows: Tensor, config: ModelConfig) -> Tensor:
-    """Return rows of the vocabulary with rows of zeros behind them, up to the padded vocabulary."""
+    """Return the rows of the vocabulary followed by rows of zeros, up to ``padded_vocab_size``."""
     return torch.nn.functional.pad(rows, (0, 0, 0, config.padded_vocab_size - len(rows)))

@@ -1,11 +1,11 @@
-"""A model as ONNX, for ONNX Runtime in any language: whole prompts and one token at a time by one graph with a cache.
+"""A model as ONNX, for ONNX Runtime in any language: one graph with a cache computes whole prompts and single tokens.
 
 Inputs and outputs have the names that ``optimum`` gives them: ``input_ids`` [B, T], ``attention_mask`` [B, S] (1, or 0 for
 padding on the left), ``past_key_values.N.key`` and ``.value`` [B, K, P, H]; ``logits`` [B, T, V], ``present.N.key`` and
-``.value`` [B, K, S, H]. P, the number of tokens before, is 0 for a prompt. B, T and P are free. Positions are counted from the
-mask.
+``.value`` [B, K, S, H]. P, the number of past tokens, is 0 for a prompt. B, T and P are free. A token's
+position is the number of ones before it in the mask.
 
-The graph is traced from ``QwenGraph``, which is the model in plain operators: those of training have backward passes of their own
+The graph is traced from ``QwenGraph``, the model in plain operators, because those of training have backward passes of their own
 and split the queries. Weights are kept as [in, out], because ONNX Runtime quantises the right side of a product only.
 Shapes: B batch, T new tokens, P past tokens, S = P + T, D hidden, N query heads, K key/value heads, G = N / K, H head size.
 """
@@ -36,7 +36,7 @@ MODEL_NAME = "model.onnx"
 DTYPES = ("fp32", "int8", "int4")
 OPSET = 20
 BLOCK = 32  # weights of a matrix that share a scale and an offset
-INLINE_BYTES = 1_500_000_000  # a larger model has its weights in a file of its own, because a file of ONNX holds 2 GB at most
+INLINE_BYTES = 1_500_000_000  # a larger model's weights go into a second file, because an ONNX file holds 2 GB at most
 
 
 class QwenGraph(nn.Module):
@@ -65,7 +65,7 @@ class QwenGraph(nn.Module):
         counted_BS = attention_mask.cumsum(-1)
         position_BT = (counted_BS[:, -new:] - 1).clamp(min=0)
         rope = self.cos[position_BT][:, :, None], self.sin[position_BT][:, :, None]
-        # A token sees what is counted no later than itself, and no padding.
+        # Causal mask: a token sees itself and the tokens before it, but no padding.
         seen_BTS = (counted_BS[:, None, :] <= counted_BS[:, -new:, None]) & (attention_mask[:, None, :] > 0)
         bias_B11TS = torch.where(seen_BTS, 0.0, -1e9)[:, None, None]
         x_BTD = F.embedding(input_ids, self.embed)
@@ -124,7 +124,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def write(export: Export, folder: Path) -> str:
-    """Write the graph, tokenizer and config as a new folder, and return what it is. Needs the extra ``export``."""
+    """Write the graph, tokenizer and config as a new folder, and return the name of its form. Needs the extra ``export``."""
     quantization = runtime()
     then = "" if export.dtype == "fp32" else f", then its matrices are put into {export.dtype}"
     say(f"The graph is being traced and written{then}; this can take a minute.")
@@ -137,18 +137,19 @@ def write(export: Export, folder: Path) -> str:
         write_quantized(quantization, plain, folder / MODEL_NAME, export.dtype)
     shutil.rmtree(parts)
     files = companion_files(export)
-    files[TOKENIZER_FILE] = export.loaded.tokenizer.to_bytes()  # its markers are special here: text cannot forge them
+    # Unlike in companion_files, its markers are special, so that text cannot forge them.
+    files[TOKENIZER_FILE] = export.loaded.tokenizer.to_bytes()
     for name, content in files.items():
         (folder / name).write_bytes(content)
     return "ONNX with a KV cache"
 
 
 def write_graph(export: Export, path: Path) -> None:
-    """Trace the model and write it as one file, or with its weights beside it where they are large."""
+    """Trace the model and write it as one file; weights over ``INLINE_BYTES`` go into a second file beside it."""
     config = export.config
     graph = QwenGraph(config, export.weights, tied=config.tie_embeddings and export.dtype == "fp32").eval()
     free = torch.export.Dim.DYNAMIC
-    # The sizes of the example are unlike one another, so that none is taken for another or for a constant.
+    # Every size of the example is different, so that the tracer takes no two for one size.
     past = [torch.zeros(2, config.num_kv_heads, 5, config.head_dim) for _ in range(2 * config.num_layers)]
     kinds = [f"{index}.{kind}" for index in range(config.num_layers) for kind in ("key", "value")]
     size = sum(buffer.nbytes for buffer in graph.buffers())
@@ -168,11 +169,11 @@ def write_graph(export: Export, path: Path) -> None:
 
 
 def write_quantized(quantization: ModuleType, plain: Path, path: Path, dtype: str) -> None:
-    """Write a graph again with its matrices in 8 or 4 bits; norms and what flows between stay in fp32."""
+    """Write a copy of a graph with its matrices in 8 or 4 bits; norms and activations stay in fp32."""
     bits, is_large = {"int8": 8, "int4": 4}[dtype], any(plain.parent.glob(f"{plain.name}.*"))
     kinds: tuple[str, ...] = ("MatMul", "Gather")
     with quiet():
-        if bits == 8:  # the quantiser below takes an embedding in 4 bits only
+        if bits == 8:  # the quantiser below can write an embedding in 4 bits only
             source, plain, kinds = plain, plain.with_name(f"embedding-{plain.name}"), ("MatMul",)
             quantization.quantize_dynamic(source, plain, op_types_to_quantize=["Gather"], use_external_data_format=is_large)
         nbits = quantization.matmul_nbits_quantizer.MatMulNBitsQuantizer
@@ -194,7 +195,7 @@ def runtime() -> ModuleType:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hold back what torch and ONNX Runtime print and log while they export, unless it is an error."""
+    """Hide what torch and ONNX Runtime print and log during an export, except errors."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

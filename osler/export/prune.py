@@ -1,9 +1,9 @@
-"""``osler prune``: a smaller dense model out of a checkpoint, by what each part of it is worth on text.
+"""``osler prune``: makes a smaller dense model from a checkpoint: it removes the parts that matter least for the loss on text.
 
-Depth: of all layers the one goes without which the loss is least, then the next, until so many stay as are asked for. Width: in
-every feed-forward layer the neurons stay whose activation times the norm of their column of ``down_proj`` is largest on average,
+Depth: it removes the layer without which the loss is least, then the next, until ``--layers`` are left. Width: in every
+feed-forward layer it keeps the neurons with the largest mean of |activation| times the norm of their column of ``down_proj``,
 which is how far they move the residual stream (as Minitron does, arXiv 2407.14679). The new checkpoint is an ordinary one with
-another shape, which trains, exports and serves like any other. It has forgotten something, so train it on: the message says how.
+another shape: it trains, exports and serves like any other. It has forgotten something, so train it on: the message says how.
 Shapes: B batch, T tokens, I neurons of a feed-forward layer.
 """
 
@@ -37,7 +37,7 @@ from osler.runtime.log import Progress, say
 
 T = TypeVar("T")
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
-Batches = Sequence[tuple[Tensor, ...]]  # of ids, labels and perhaps document ids, as `measure` takes them
+Batches = Sequence[tuple[Tensor, ...]]  # each has ids, labels and perhaps document ids, as `measure` takes them
 
 
 def prune(
@@ -51,8 +51,8 @@ def prune(
 ) -> int:
     """Write a run folder with a smaller model: the command ``prune``. Depth goes first, then width.
 
-    The loss is measured on the first ``tokens`` tokens of ``data`` (text, or shards, of which what is held out), or of what the
-    run of the checkpoint holds out.
+    The loss is measured on the first ``tokens`` tokens of ``data``: files of text, or the held-out part of shards. Without
+    ``data`` it is measured on what the checkpoint's run holds out.
     """
     folder = new_path(out)
     ready = open_model(load_start(checkpoint).path)
@@ -72,7 +72,7 @@ def prune(
             say(f"Without layer {layer} (counted from 0): {loss:.4f}, {config.num_layers - len(removed)} layers left.")
         made_by["removed_layers"] = removed
         weights = without_layers(weights, removed)
-        config = replace(config, num_layers=layers, attention_init="independent")  # a start that may need two layers
+        config = replace(config, num_layers=layers, attention_init="independent")  # other starts may need two layers
         model = _model_of(config, weights, model)
     if intermediate_size is not None:
         worths = worth_of_neurons(model, text)
@@ -102,9 +102,9 @@ def _check_sizes(config: ModelConfig, layers: int | None, intermediate_size: int
 
 
 def texts(ready: LoadedModel, data: str | None, field: str, tokens: int) -> Batches:
-    """Return batches of about so many tokens, from files or from what shards hold out: those in ``data``, or of the run.
+    """Return batches of about ``tokens`` tokens from text files, or from the held-out part of shards in ``data`` or of the run.
 
-    Raises UserError where there is nothing to read, or shards have another tokenizer.
+    Raises UserError where there is nothing to read, or where shards have another tokenizer.
     """
     seq_len, shards = ready.model.trained_seq_len, _shards(ready, data)
     if data is not None and shards is None:
@@ -128,20 +128,20 @@ def texts(ready: LoadedModel, data: str | None, field: str, tokens: int) -> Batc
 
 
 def _shards_of_start(ready: LoadedModel) -> str:
-    """Return the shards of the run that the model's run started from, as words that end a sentence; "" where there are none."""
+    """Return the shards of the run that the model's run started from, as words that end a sentence; "" where it has none."""
     start = _start(ready)
     found = None if start is None else replace(ready, path=start.path, training=training_of(start)).shards
     return "" if found is None or not (found / DATA_MANIFEST).is_file() else f", such as --data {found}"
 
 
 def _shards(ready: LoadedModel, data: str | None) -> Path | None:
-    """Return the folder of shards that ``data`` is, or without it that of the model's run, where there is one."""
+    """Return ``data``, or without it the data folder of the model's run, if that is a folder of shards."""
     folder = ready.shards if data is None else Path(data)
     return folder if folder is not None and (folder / DATA_MANIFEST).is_file() else None
 
 
 def _first(items: Iterable[T], tokens: int, count: Callable[[T], int]) -> Iterator[T]:
-    """Yield items until they have so many tokens; the last one may have more."""
+    """Yield items until they have ``tokens`` tokens together; the last one may exceed it."""
     for item in items:
         yield item
         tokens -= count(item)
@@ -154,9 +154,9 @@ def _loss(model: Transformer, text: Batches) -> float:
 
 
 def least_useful_layers(model: Transformer, text: Batches, count: int) -> Iterator[tuple[int, float]]:
-    """Yield ``count`` layers, numbered as they are now, each with the loss without it and those before it; the model stays whole.
+    """Yield the ``count`` layers to remove, in this order, each with the loss after its removal. The model stays whole.
 
-    Each is the one without which the loss is least when the earlier ones are gone already.
+    Each is the layer without which the loss is least, once the earlier ones are gone. Numbers are those of the whole model.
     """
     blocks = list(model.layers)
     kept = list(range(len(blocks)))
@@ -178,7 +178,7 @@ def least_useful_layers(model: Transformer, text: Batches, count: int) -> Iterat
 
 
 def without_layers(weights: Mapping[str, Tensor], removed: Collection[int]) -> dict[str, Tensor]:
-    """Return a state dict without some layers; those behind them move up."""
+    """Return a state dict without some layers; the numbers of later layers move up."""
     kept = {}
     for name, weight in weights.items():
         if (match := _LAYER.fullmatch(name)) is None:
@@ -190,9 +190,9 @@ def without_layers(weights: Mapping[str, Tensor], removed: Collection[int]) -> d
 
 @torch.no_grad()
 def worth_of_neurons(model: Transformer, text: Batches) -> list[Tensor]:
-    """Return for every layer the mean of |activation| times the norm of its column of ``down_proj``, for each neuron, [I].
+    """Return for every layer [I]: each neuron's mean of |activation| times the norm of its column of ``down_proj``.
 
-    Tokens whose prediction is scored count, others do not.
+    The mean is over tokens whose prediction is scored.
     """
     blocks = [cast(Block, block) for block in model.layers]
     device = model.embed_tokens.weight.device
@@ -218,7 +218,7 @@ def worth_of_neurons(model: Transformer, text: Batches) -> list[Tensor]:
 
 
 def with_neurons(weights: Mapping[str, Tensor], kept: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Return a state dict with some neurons of every feed-forward layer, whose numbers ``kept`` has by layer."""
+    """Return a state dict with only some neurons of every feed-forward layer; ``kept`` has their indices by layer."""
     smaller = dict(weights)
     for layer, neurons in enumerate(kept):
         for part, dim in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
@@ -236,10 +236,10 @@ def _model_of(config: ModelConfig, weights: Mapping[str, Tensor], like: Transfor
 
 
 def healing(ready: LoadedModel, pruned: str, data: str | None = None) -> str:
-    """Return the command that trains a pruned model on, beside the original as its teacher and on its data where known.
+    """Return the command that trains a pruned model with the original as its teacher, on the original's data where known.
 
-    It has the rows of the stage that taught the original to read, and a quarter of its tokens; a model that GRPO tuned, those
-    of the run that it started from.
+    Rows are as long as in the training of the original, and the tokens a quarter. For a model that GRPO tuned, both come from
+    the run that GRPO started from.
     """
     kind = "pretrain" if ready.kind in ("", "pretrain") else "sft"
     own = "data.type=files data.path=TEXT" if kind == "pretrain" else "data.type=turns data.path=QUESTIONS.jsonl"
@@ -256,7 +256,7 @@ def healing(ready: LoadedModel, pruned: str, data: str | None = None) -> str:
 
 
 def _start(ready: LoadedModel) -> store.Loaded | None:
-    """Return the checkpoint that the run of a model started from, without tensors; None where there is none any more."""
+    """Return the checkpoint that the run of a model started from, without tensors; None where there is none."""
     with suppress(UserError, OSError):
         return store.load(store.resolve(ready.training.get("init_from") or ""), names=[])
     return None

@@ -1,7 +1,7 @@
-"""``osler quantize``: a checkpoint with smaller weights, in int8, int4 or bf16, which every reader of checkpoints takes.
+"""``osler quantize``: writes a checkpoint with weights in int8, int4 or bf16, which every reader of checkpoints takes.
 
-``osler/model/quantization.py`` has the formats. Whatever loads the new checkpoint computes with weights in full, so its answers
-are those of the rounded weights on any machine, and its speed and memory are those of the original.
+``osler/model/quantization.py`` has the formats. Loading the new checkpoint turns its weights back into full precision, so answers
+are those of the rounded weights on any machine, and speed and memory are those of the original.
 """
 
 from __future__ import annotations

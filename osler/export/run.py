@@ -18,7 +18,7 @@ from osler.runtime.log import say
 
 
 class Form(NamedTuple):
-    """A form to write: the function, which returns what it wrote in words, and the types of weights, the usual one first."""
+    """A form to write: the function, which returns the name of what it wrote, and the types of weights, the usual one first."""
 
     write: Callable[[Export, Path], str]
     dtypes: tuple[str, ...]
@@ -68,6 +68,6 @@ def run(checkpoint: str, out: str, to: str = "hf", dtype: str | None = None, max
 
 
 def usual_dtype(loaded: LoadedModel, form: Form) -> str:
-    """Return the type of weights where none is asked for: the first of a form, or bf16 in place of fp32 for weights in bf16."""
+    """Return the type of weights where none is asked for: the first of a form, but bf16 for fp32 if ``quantize`` made bf16."""
     is_bf16 = loaded.state.get(MADE_BY, {}).get("to") == "bf16"
     return "bf16" if is_bf16 and form.dtypes[0] == "fp32" and "bf16" in form.dtypes else form.dtypes[0]

@@ -1,8 +1,8 @@
 """The endpoints, as OpenAI's clients know them (FastAPI, extra ``serve``); ``process.py`` runs them.
 
-Only what carries a key, or comes from this machine to its own name, is answered. A body must say that it is JSON, so a page of
-another site cannot send one without being asked first, and that is never granted. Every error has OpenAI's form, and one in the
-middle of a stream is an event of it.
+A server with a key answers only requests that carry it; one without a key that listens on localhost answers only requests to that
+name. A body must be declared as JSON: then a browser asks the server before a page of another site may send one, and the server
+never agrees. Every error has OpenAI's form; an error in the middle of a stream is an event of the stream.
 """
 
 import asyncio
@@ -35,8 +35,8 @@ except ImportError as error:
 
 logger = logging.getLogger(__name__)
 
-BODY_SECONDS = 30.0  # that a client may take to send a body
-OWN_NAMES = ("localhost", "127.0.0.1", "::1")  # of a machine, to itself
+BODY_SECONDS = 30.0  # the time that a client has to send a body
+OWN_NAMES = ("localhost", "127.0.0.1", "::1")  # by which a machine reaches itself
 LEFT = 499  # the status that is counted for a request whose client left before its answer
 
 
@@ -58,7 +58,7 @@ class Events(StreamingResponse):
 
 
 class Api:
-    """What the server answers. ``is_draining`` is set when it is about to stop, and then nothing new begins."""
+    """The endpoints and their answers. ``is_draining`` is set when the server is about to stop; then it takes no new request."""
 
     def __init__(self, worker: Worker, config: ServeConfig, api_key: str | None) -> None:
         self.worker, self.config, self.metrics = worker, config, Metrics()
@@ -97,7 +97,7 @@ class Api:
             app.add_api_route(
                 path, read, methods=["GET"], dependencies=needs, responses=_RESPONSES, response_class=form, response_model=None
             )
-        app.add_exception_handler(ApiError, self._tell_error)
+        app.add_exception_handler(ApiError, self._answer_error)
         app.add_exception_handler(404, _always(ApiError(404, "There is no such path.", "not_found")))
         app.add_exception_handler(405, _wrong_method)
         app.add_exception_handler(500, _always(ApiError(500, "Osler failed; its log says how.", "failed")))
@@ -121,7 +121,7 @@ class Api:
         return await self._answer(request, self._read_completion)
 
     async def options(self, request: Request) -> dict[str, Any]:
-        """Tell how likely each option of a pasted question is."""
+        """Return the probability of each option of a pasted question."""
         asked = read_request(OptionsRequest, await self._body(request))
         served = self._served(asked.model)
         with refused("question"):  # long texts take a while to tokenise
@@ -131,7 +131,7 @@ class Api:
         return {"object": "options", "model": served.name, **question.described(shares)}
 
     async def page(self) -> Response:
-        """Return the chat page, which needs no key: it asks for one if the rest does."""
+        """Return the chat page, which needs no key: it asks the user for one if the other endpoints need it."""
         return HTMLResponse(self._page, headers=self._page_headers)
 
     async def list_models(self) -> dict[str, Any]:
@@ -143,7 +143,7 @@ class Api:
         return self._models[self._served(name).name]
 
     async def numbers(self) -> Response:
-        """Return what the server counts, for Prometheus."""
+        """Return the server's metrics, for Prometheus."""
         outstanding = {name: served.outstanding for name, served in self.worker.models.items()}
         return Response(self.metrics.text(outstanding, self.config.max_rows), media_type=CONTENT_TYPE)
 
@@ -151,10 +151,10 @@ class Api:
         """Say whether requests are taken."""
         return JSONResponse({"status": "draining" if self.is_draining else "ok"}, 503 if self.is_draining else 200)
 
-    # ---- what they have in common
+    # ---- shared by the endpoints
 
     async def _check_client(self, request: Request) -> None:
-        """Raise ApiError for a client without the key; where there is none, for one that calls this machine by another name."""
+        """Raise ApiError for a client without the key; without a key, for one that calls localhost by a foreign name."""
         if self._key_hash is not None:
             scheme, _, given = request.headers.get("authorization", "").partition(" ")
             is_right = hmac.compare_digest(hashlib.sha256(given.strip().encode()).digest(), self._key_hash)
@@ -164,7 +164,7 @@ class Api:
         elif self.config.host in OWN_NAMES:
             name = request.headers.get("host", "").strip().lower()
             name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
-            if name not in OWN_NAMES:  # a name of another site that was made to point here
+            if name not in OWN_NAMES:  # another site's name that its owner pointed at this machine (DNS rebinding)
                 raise ApiError(403, f"This server answers to localhost alone, not to {name!r}.", "wrong_host")
 
     def _served(self, name: str | None) -> Served:
@@ -179,7 +179,7 @@ class Api:
         """Read a JSON body. Raises ApiError for one that is too large, too slow or no JSON object, or when the server drains."""
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise ApiError(415, "Send JSON, with the header Content-Type: application/json.", "unsupported_media_type")
-        most, data, is_more = self.config.max_body_bytes, bytearray(), True
+        limit, data, is_more = self.config.max_body_bytes, bytearray(), True
         close = {"Connection": "close"}
         deadline = time.monotonic() + BODY_SECONDS
         while is_more:
@@ -189,8 +189,8 @@ class Api:
                 raise ApiError(408, f"The body did not arrive in {BODY_SECONDS:g} seconds.", "timeout", headers=close) from None
             data += message.get("body", b"")
             is_more = message.get("more_body", False)
-            if len(data) > most:
-                raise ApiError(413, f"The body has more than {most} bytes.", "too_large", headers=close)
+            if len(data) > limit:
+                raise ApiError(413, f"The body has more than {limit} bytes.", "too_large", headers=close)
         if self.is_draining:
             raise ApiError(503, "The server is about to stop.", "draining", headers={"Retry-After": "5"})
         return json_object(bytes(data))
@@ -208,7 +208,7 @@ class Api:
         body = await self._body(request)
         asked = await asyncio.to_thread(read, body)  # long texts take a while to tokenise
         drawing = self.worker.draw(asked.served, asked.rows)
-        log = _Watch(self, request.url.path, asked, began)
+        meter = _RequestMeter(self, request.url.path, asked, began)
         limit = self.config.max_seconds
         too_long = ApiError(504, f"The answer took more than {limit:g} seconds.", "timeout", headers={"x-should-retry": "false"})
         timer = asyncio.get_running_loop().call_later(limit, drawing.fail, too_long)
@@ -216,40 +216,40 @@ class Api:
         def close() -> None:
             timer.cancel()
             drawing.cancel()
-            log.close()
+            meter.close()
 
         if asked.given.stream:
-            return Events(_events(drawing, log), close)
-        work = asyncio.create_task(_whole(drawing, log))
+            return Events(_events(drawing, meter), close)
+        work = asyncio.create_task(_whole(drawing, meter))
         leaves = asyncio.create_task(_until_gone(request))
         try:
             await asyncio.wait({work, leaves}, return_when=asyncio.FIRST_COMPLETED)
             return JSONResponse(work.result()) if work.done() else Response(status_code=LEFT)
         except ApiError as error:
-            log.status = error.status
-            return _told(error)
+            meter.status = error.status
+            return _error_response(error)
         except Exception:
-            log.status = 500
+            meter.status = 500
             raise
         finally:
             work.cancel()
             leaves.cancel()
             close()
 
-    async def _tell_error(self, request: Request, error: Exception) -> Response:
+    async def _answer_error(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)
         self.count(getattr(request.scope.get("route"), "path", ""), "", error.status)
-        return _told(error)
+        return _error_response(error)
 
     def count(self, path: str, model: str, status: int, said: str = "") -> None:
-        """Count a request, and tell of it if that was asked for."""
+        """Count a request, and log it if ``log_requests`` is set."""
         self.metrics.requests[("model", model), ("path", path), ("status", str(status))] += 1
         if self.config.log_requests:
             logger.info(f"{path} {status} {model} {said}".rstrip())
 
 
-class _Watch:
-    """What is measured of one request."""
+class _RequestMeter:
+    """Follows one request to its end: its reply, its status, and the numbers that metrics and log get."""
 
     def __init__(self, api: Api, path: str, asked: Asked, began: float) -> None:
         self.reply = Reply(asked)
@@ -259,14 +259,14 @@ class _Watch:
         self.status = LEFT
         api.metrics.prompt_tokens[self._labels] += self.reply.asked.prompt_tokens
 
-    def drawn(self) -> None:
-        """Note the time of the first token."""
+    def mark_first(self) -> None:
+        """Note the time of the first token; later calls do nothing."""
         if self._first is None:
             self._first = time.monotonic()
             self._api.metrics.first_token[self._labels].observe(self._first - self._began)
 
     def close(self) -> None:
-        """Count the request, at its end."""
+        """Count the request; call it at the end."""
         metrics, now = self._api.metrics, time.monotonic()
         tokens = [choice.tokens for choice in self.reply.choices]
         metrics.drawn_tokens[self._labels] += sum(tokens)
@@ -280,7 +280,7 @@ class _Watch:
 
 
 def _described(served: Served) -> dict[str, Any]:
-    """Return what is told of a model; a client of OpenAI's reads the first three."""
+    """Return the description of a model; OpenAI's clients read its first three fields."""
     ready = served.ready
     return {
         "id": served.name,
@@ -294,44 +294,44 @@ def _described(served: Served) -> dict[str, Any]:
     }
 
 
-async def _pieces(drawing: Drawing, watch: _Watch) -> Sequence[tuple[int, Sequence[Piece]]]:
+async def _pieces(drawing: Drawing, meter: _RequestMeter) -> Sequence[tuple[int, Sequence[Piece]]]:
     """Wait for tokens, and return the new text of each completion that has any."""
     found = []
     news = await drawing.news()
-    watch.drawn()
+    meter.mark_first()
     for index, continuation in news.items():
-        choice = watch.reply.choices[index]
+        choice = meter.reply.choices[index]
         found.append((index, choice.add(continuation)))
         if choice.finish is not None:
-            drawing.cancel(index)  # its row may go on, behind a stop text; no news of it come after this
+            drawing.cancel(index)  # its row may still be drawing after a stop text; this ends it
     return found
 
 
-async def _whole(drawing: Drawing, watch: _Watch) -> dict[str, Any]:
-    reply = watch.reply
+async def _whole(drawing: Drawing, meter: _RequestMeter) -> dict[str, Any]:
+    reply = meter.reply
     pieces: list[list[Piece]] = [[] for _ in reply.choices]
     while not reply.is_finished:
-        for index, new in await _pieces(drawing, watch):
+        for index, new in await _pieces(drawing, meter):
             pieces[index] += new
-    watch.status = 200
+    meter.status = 200
     return reply.whole(pieces)
 
 
-async def _events(drawing: Drawing, watch: _Watch) -> AsyncIterator[bytes]:
-    reply = watch.reply
+async def _events(drawing: Drawing, meter: _RequestMeter) -> AsyncIterator[bytes]:
+    reply = meter.reply
     try:
         yield _event(*reply.first_chunks())
         while not reply.is_finished:
-            for index, new in await _pieces(drawing, watch):
+            for index, new in await _pieces(drawing, meter):
                 if chunks := reply.chunks(index, new):
                     yield _event(*chunks)
-        watch.status = 200
+        meter.status = 200
         yield _event(*reply.last_chunks()) + b"data: [DONE]\n\n"
     except ApiError as error:
-        watch.status = error.status
+        meter.status = error.status
         yield _event(error.body())
     except Exception:
-        watch.status = 500
+        meter.status = 500
         yield _event(ApiError(500, "Osler failed; its log says how.", "failed").body())
         raise
 
@@ -340,7 +340,7 @@ def _event(*chunks: dict[str, Any]) -> bytes:
     return b"".join(b"data: %s\n\n" % json.dumps(chunk, ensure_ascii=False).encode() for chunk in chunks)
 
 
-def _told(error: ApiError) -> Response:
+def _error_response(error: ApiError) -> Response:
     return JSONResponse(error.body(), error.status, error.headers)
 
 
@@ -351,10 +351,10 @@ async def _until_gone(request: Request) -> None:
 
 
 def _always(error: ApiError) -> Callable[[Request, Exception], Awaitable[Response]]:
-    async def tell(request: Request, cause: Exception) -> Response:
+    async def answer(request: Request, cause: Exception) -> Response:
         return JSONResponse(error.body(), error.status, getattr(cause, "headers", None))
 
-    return tell
+    return answer
 
 
 async def _wrong_method(request: Request, cause: Any) -> Response:

@@ -21,25 +21,25 @@ MOST_STOPS, LONGEST_STOP_CHARS = 16, 256
 
 @config
 class ServeConfig:
-    """Where the server listens, and how much it takes on."""
+    """Where the server listens, and how much work it accepts."""
 
     host: str = "127.0.0.1"  # address to listen on; 0.0.0.0: all of this machine's
     port: Annotated[int, Ge(0), Le(65535)] = 8000  # 0: any that is free
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     which: Literal["newest", "best"] = "newest"  # checkpoint of a run folder
     max_rows: PositiveInt = 64  # completions of a model that are drawn together; others wait
-    max_waiting: NonNegativeInt = 256  # completions of a model that wait; what comes then is answered with 429
-    max_body_bytes: PositiveInt = 1_000_000  # of a request
-    max_prompt_tokens: PositiveInt | None = None  # null: as many as the model reads
-    max_new_tokens: PositiveInt = 1024  # of a completion
-    max_seconds: PositiveFloat = 300.0  # a request may take, waiting included
-    drain_seconds: NonNegativeFloat = 30.0  # that running requests have after a signal to stop
+    max_waiting: NonNegativeInt = 256  # completions of a model that may wait; further requests get the status 429
+    max_body_bytes: PositiveInt = 1_000_000  # the largest body of a request
+    max_prompt_tokens: PositiveInt | None = None  # the longest prompt; null: as long as the model reads
+    max_new_tokens: PositiveInt = 1024  # the longest completion
+    max_seconds: PositiveFloat = 300.0  # the longest time for a request, waiting included
+    drain_seconds: NonNegativeFloat = 30.0  # the time that running requests have after a signal to stop
     api_key_file: str | None = None  # a file whose first line is the key; null: the variable OSLER_API_KEY, or no key
     log_requests: bool = False  # a line for each request: path, status, model, tokens and seconds, never its text
 
     @property
     def max_outstanding(self) -> int:
-        """Completions of a model that are drawn or wait."""
+        """How many completions of a model may run or wait together."""
         return self.max_rows + self.max_waiting
 
 
@@ -64,7 +64,7 @@ class Message:
 
     role: Literal["user", "assistant", "system", "developer"]
     content: str | tuple[TextPart, ...]
-    reasoning_content: str | None = None  # of an assistant's message: what it thought before
+    reasoning_content: str | None = None  # in an assistant's message: the thinking before the answer
     name: str | None = None  # has no effect
 
     @property
@@ -75,19 +75,19 @@ class Message:
 
 @config
 class CommonRequest:
-    """What both kinds of completions take; null is the same as nothing."""
+    """The fields of both kinds of completions; null is the same as a field that is left out."""
 
     model: str | None = None  # a name of /v1/models; null: its first
-    max_tokens: PositiveInt | None = None  # tokens drawn at most
+    max_tokens: PositiveInt | None = None  # the most tokens to draw
     temperature: Annotated[float, Ge(0), Le(2)] | None = None  # 0 takes the likeliest token; null: 1
-    top_p: Annotated[float, Gt(0), Le(1)] | None = None  # draw from the fewest likeliest tokens with this share; null: 1
-    top_k: Annotated[int, Ge(-1)] | None = None  # draw from so many likeliest tokens; null, 0 or -1: from all
+    top_p: Annotated[float, Gt(0), Le(1)] | None = None  # draw from the fewest tokens with this probability together; null: 1
+    top_k: Annotated[int, Ge(-1)] | None = None  # draw from this many of the likeliest tokens; null, 0 or -1: from all
     min_p: Fraction | None = None  # draw no token below this share of the likeliest one's probability; null: 0
-    repetition_penalty: Annotated[float, Ge(0.01), Le(100)] | None = None  # above 1: what was in prompt or answer gets rarer
-    presence_penalty: Annotated[float, Ge(-2), Le(2)] | None = None  # taken from logits of tokens that were drawn; null: 0
-    frequency_penalty: Annotated[float, Ge(-2), Le(2)] | None = None  # and for each time that they were; null: 0
-    logit_bias: dict[str, Annotated[float, Ge(-100), Le(100)]] | None = None  # by token id: added to the logit
-    seed: Annotated[int, Ge(-(2**63)), Le(2**63 - 1)] | None = None  # the same seed draws the same; null: another every time
+    repetition_penalty: Annotated[float, Ge(0.01), Le(100)] | None = None  # above 1: tokens seen get rarer
+    presence_penalty: Annotated[float, Ge(-2), Le(2)] | None = None  # subtracted from the logit of a token already drawn; null: 0
+    frequency_penalty: Annotated[float, Ge(-2), Le(2)] | None = None  # the same, times how often it was drawn; null: 0
+    logit_bias: dict[str, Annotated[float, Ge(-100), Le(100)]] | None = None  # by token id: what is added to its logit
+    seed: Annotated[int, Ge(-(2**63)), Le(2**63 - 1)] | None = None  # the same seed draws the same; null: another each time
     n: Annotated[int, Ge(1), Le(128)] | None = None  # completions of a prompt; null: 1
     stop: str | tuple[str, ...] | None = None  # end before the first of these texts
     stream: bool | None = None  # send the text while it is drawn
@@ -113,7 +113,7 @@ class ChatRequest(CommonRequest):
     messages: tuple[Message, ...]
     max_completion_tokens: PositiveInt | None = None  # the newer name of max_tokens
     logprobs: bool | None = None  # return the log-probability of every token of the answer
-    top_logprobs: Annotated[int, Ge(0), Le(MOST_TOP_LOGPROBS)] | None = None  # and of so many alternatives
+    top_logprobs: Annotated[int, Ge(0), Le(MOST_TOP_LOGPROBS)] | None = None  # and of this many alternatives to it
     reasoning_effort: Literal["none"] | None = None  # none: answer without thinking; null: as the model was trained
 
     def __post_init__(self) -> None:
@@ -129,7 +129,7 @@ class CompletionRequest(CommonRequest):
     """A request to /v1/completions."""
 
     prompt: str | tuple[str, ...] | tuple[NonNegativeInt, ...] | tuple[tuple[NonNegativeInt, ...], ...]  # texts, or token ids
-    logprobs: Annotated[int, Ge(0), Le(MOST_TOP_LOGPROBS)] | None = None  # return log-probabilities, with so many alternatives
+    logprobs: Annotated[int, Ge(0), Le(MOST_TOP_LOGPROBS)] | None = None  # log-probabilities, with this many alternatives
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -151,10 +151,10 @@ class OptionsRequest:
 
     question: str  # with its options, as a person pastes it
     model: str | None = None  # a name of /v1/models; null: its first
-    reasoning_content: str | None = None  # what the model is to have thought before; null: nothing
+    reasoning_content: str | None = None  # thinking to put before the answer; null: none
 
 
-# Parameters of OpenAI's and other servers that mean something and are not there: the values that ask for nothing, and the reason.
+# Parameters of other servers that Osler does not have: the values that ask for nothing, which it accepts, and why it has none.
 _NO_TOOLS = "Osler's models call no tools"
 _NO_FORMS = "Osler cannot force a form on an answer"
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {

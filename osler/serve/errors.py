@@ -1,4 +1,4 @@
-"""Errors as OpenAI's API tells them: a status, and a JSON object that names the parameter."""
+"""Errors in the form of OpenAI's API: a status, and a JSON object that names the parameter."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +17,6 @@ class ApiError(Exception):
     headers: dict[str, str] = field(default_factory=dict)
 
     def body(self) -> dict[str, Any]:
-        """Return the JSON object that a client is sent."""
+        """Return the JSON object that the client gets."""
         kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}

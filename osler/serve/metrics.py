@@ -1,7 +1,7 @@
-"""What the server counts of itself, in the text form that Prometheus reads. All of it belongs to the web server's thread.
+"""The server's metrics, in the text form that Prometheus reads. Only the web server's thread may touch them.
 
-The form is described at https://prometheus.io/docs/instrumenting/exposition_formats/. Nothing of a request but its model, its
-path and its status is a label.
+The form is described at https://prometheus.io/docs/instrumenting/exposition_formats/. Of a request, only its
+model, path and status become labels.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Labels = tuple[tuple[str, str], ...]
 
 
 class Histogram:
-    """Counts of observed seconds, by upper bounds."""
+    """Counts of observations in seconds, one for each of the upper bounds ``SECONDS`` and one above them."""
 
     def __init__(self) -> None:
         self.counts, self.sum = [0] * (len(SECONDS) + 1), 0.0

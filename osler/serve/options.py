@@ -1,7 +1,7 @@
 """How likely a model finds each option of a pasted question, at once or after its own thinking: ``POST /v1/options``.
 
-The options' log-likelihoods are those of an exam by likelihood (``option_rows`` in ``eval/exams.py``), not divided by length, and
-are shared out to the sum of 1.
+The options' log-likelihoods are those of an exam by likelihood (``option_rows`` in ``eval/exams.py``), not divided by length.
+Their softmax gives the probabilities.
 """
 
 from collections.abc import Sequence
@@ -29,26 +29,26 @@ class AskedOptions:
     start: int
 
     def probabilities(self, decoder: Decoder) -> list[float]:
-        """Return how likely the model finds each option; they sum to 1."""
+        """Return the probability of each option; they sum to 1."""
         sums = [total for total, _ in sum_logprobs(decoder, self.rows, self.start)]
         shares = [exp(total - max(sums)) for total in sums]
         return [share / sum(shares) for share in shares]
 
     def described(self, probabilities: Sequence[float]) -> dict[str, Any]:
-        """Return what a client is told."""
+        """Return the JSON object that the client gets."""
         rows = zip(LETTERS, self.options, probabilities, strict=False)
         options = [{"letter": letter, "text": text, "probability": share} for letter, text, share in rows]
         return {"prompt": self.prompt, "options": options}
 
 
 def read_options(ready: LoadedModel, question: str, thinking: str | None = None) -> AskedOptions:
-    """Read a question as a person pasted it, in the form in which the model is asked.
+    """Read a question as a person pasted it, and put it into the form that the model knows.
 
-    ``thinking``: what the model is to have thought before. Raises UserError for a question without options, and for one that does
-    not fit into the model's ``max_seq_len``.
+    ``thinking`` is put before the answer, as if the model had thought it. Raises UserError for a question without options, and
+    for one that does not fit into the model's ``max_seq_len``.
     """
     stem, options = read_pasted(question)
-    item = ExamItem("pasted", stem, options, answer_index=0)  # which option is right is not known, and not asked
+    item = ExamItem("pasted", stem, options, answer_index=0)  # nobody knows which option is right; scoring does not need it
     template, longest = ready.answers_questions, ready.model.config.max_seq_len
     form: Form = "answer" if template else "letters"
     rows = option_rows(ready.tokenizer, item, form, template=template, max_seq_len=longest, thinking=thinking)
@@ -60,7 +60,7 @@ def read_options(ready: LoadedModel, question: str, thinking: str | None = None)
 
 
 def example_of(ready: LoadedModel) -> str | None:
-    """Return a question of the exam of the clinic that a model was not taught, written as in its training.
+    """Return a question of the clinic's exam that a model has not seen in training, but in the form of its training.
 
     None for a model that learned another exam.
     """

@@ -1,6 +1,6 @@
-"""The chat page: one HTML text with its style and its scripts in it, which talks to the server that sent it and to nobody else.
+"""The chat page: one HTML text with its style and its scripts in it, which talks only to the server that sent it.
 
-Its content policy names the style and the script by their hashes, so that nothing which a model writes can become either.
+Its content policy names the style and the script by their hashes, so no text that a model writes can act as style or script.
 """
 
 import base64

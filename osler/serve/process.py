@@ -36,8 +36,8 @@ except ImportError as error:
 logger = logging.getLogger(__name__)
 
 KEY_VARIABLE = "OSLER_API_KEY"
-HEAD_SECONDS = 20.0  # that a connection may be open without a whole request head
-UNREAD_SECONDS = 60.0  # after which a client that does not take what it is sent is disconnected
+HEAD_SECONDS = 20.0  # the longest time that a connection may be open without a whole request head
+UNREAD_SECONDS = 60.0  # the server disconnects a client that reads nothing for this long
 
 
 def run(models: Sequence[str], **settings: Any) -> int:
@@ -69,7 +69,7 @@ def opened(path: str, config: ServeConfig) -> LoadedModel:
 
 
 def names_of(models: Sequence[str]) -> dict[str, str]:
-    """Return the paths of models by name: NAME=PATH, or the name of the folder, with the step of a checkpoint in a run."""
+    """Return the paths of models by name. A name is given as NAME=PATH; else it is the folder's, as RUN@STEP for a checkpoint."""
     found: dict[str, str] = {}
     for model in models:
         name, equals, path = model.partition("=")
@@ -101,7 +101,7 @@ def api_key(config: ServeConfig) -> str | None:
 
 @contextlib.contextmanager
 def listening(config: ServeConfig) -> Iterator[socket.socket]:
-    """Open the port before models load, so that one which is taken is found at once."""
+    """Open the port before models load, so that a port in use is found at once."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -126,7 +126,7 @@ class Connection(H11Protocol):
     _patience: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin to wait for a head."""
+        """Start the timer for a request head."""
         super().connection_made(transport)
         self._await_head()
 
@@ -136,7 +136,7 @@ class Connection(H11Protocol):
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Wait no longer."""
+        """Stop the timer."""
         self._stop_waiting()
         super().connection_lost(exc)
 
@@ -175,7 +175,7 @@ class Server(uvicorn.Server):
         api.worker.on_end = self._stop_after_failure
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to drain at the first signal, and end at the second."""
+        """Drain at the first signal; stop at once at the second."""
         if self.should_exit:
             self.force_exit, self.exit_code = True, EXIT_STOPPED
             return
@@ -185,7 +185,7 @@ class Server(uvicorn.Server):
         self.should_exit = self.api.is_draining = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Wait for running requests, and end those that take too long with an error."""
+        """Wait for running requests; after ``drain_seconds`` end the rest with an error."""
         self.api.is_draining = True
         loop = asyncio.get_running_loop()
         timer = loop.call_later(self.api.config.drain_seconds, self._give_up)

@@ -15,13 +15,13 @@ from osler.serve.config import ChatRequest
 from osler.serve.requests import Asked
 from osler.tokenizer.bpe import ANSWER, Tokenizer
 
-_END = -1  # the marker behind the last token
+_END = -1  # stands after the last token
 REASONING, CONTENT = "reasoning_content", "content"  # the parts of an answer
 
 
 @dataclass
 class TokenLogprob:
-    """A token with its log-probability, the likeliest tokens in its place, and where its text begins in the completion."""
+    """A token, its log-probability, those of the likeliest tokens in its place, and the character where its text begins."""
 
     token: int
     logprob: float
@@ -31,7 +31,7 @@ class TokenLogprob:
 
 @dataclass
 class Piece:
-    """Text of one part of a completion."""
+    """New text of a completion, all in one part of it: ``REASONING`` or ``CONTENT``."""
 
     part: str
     text: str
@@ -39,9 +39,9 @@ class Piece:
 
 
 class Choice:
-    """One completion as it is drawn: its pieces, and how it ended.
+    """One completion while it is drawn: turns tokens into pieces of text, and knows how it ended.
 
-    An answer ends at the next special token, whatever it is, as an exam reads it (``parse_completion``).
+    An answer ends at the next special token of any kind, as in an exam (``parse_completion``).
     """
 
     def __init__(self, asked: Asked, limit: int) -> None:
@@ -55,7 +55,7 @@ class Choice:
         self.tokens = self.reasoning_tokens = 0
 
     def add(self, news: Continuation) -> list[Piece]:
-        """Return what is certain of the text with more tokens; those behind the end are ignored."""
+        """Add tokens and return the text that is certain now; tokens after the end are ignored."""
         pieces: list[Piece] = []
         for place, token in enumerate(news.ids):
             if self.finish is not None:
@@ -84,7 +84,7 @@ class Choice:
         return self._tokenizer.special_id(ANSWER) if self._is_chat else None
 
     def _keep(self, pieces: list[Piece], said: str, *, is_whole: bool) -> None:
-        """Add text, and the tokens that it comes from, to the last piece of its part."""
+        """Add text, and the tokens that it comes from, to the last piece, or to a new one where the part changes."""
         tokens: list[TokenLogprob] = []
         while self._waiting and (is_whole or self._waiting[0].offset < self._text.shown):
             tokens.append(self._waiting.popleft())
@@ -119,7 +119,7 @@ class Reply:
         return all(choice.finish is not None for choice in self.choices)
 
     def usage(self) -> dict[str, Any]:
-        """Return the count of tokens."""
+        """Return the numbers of tokens."""
         prompt, drawn = self.asked.prompt_tokens, sum(choice.tokens for choice in self.choices)
         usage: dict[str, Any] = {"prompt_tokens": prompt, "completion_tokens": drawn, "total_tokens": prompt + drawn}
         if self._is_chat:
@@ -128,7 +128,7 @@ class Reply:
         return usage
 
     def whole(self, pieces: Sequence[Sequence[Piece]]) -> dict[str, Any]:
-        """Return the answer that is no stream, from all pieces of every completion."""
+        """Return the answer to a request without ``stream``, from all pieces of every completion."""
         found = []
         for index, (choice, own) in enumerate(zip(self.choices, pieces, strict=True)):
             text = {part: "".join(piece.text for piece in own if piece.part == part) for part in (REASONING, CONTENT)}
@@ -140,12 +140,12 @@ class Reply:
         return {**self._head, "choices": found, "usage": self.usage()}
 
     def first_chunks(self) -> list[dict[str, Any]]:
-        """Return the chunks that begin a stream: in a chat they tell the role."""
+        """Return the chunks that begin a stream: in a chat they give the role."""
         delta = {"role": "assistant", "content": ""}
         return [self._chunk(index, {"delta": delta}, [], None) for index in range(len(self.choices))] if self._is_chat else []
 
     def chunks(self, index: int, pieces: Sequence[Piece]) -> list[dict[str, Any]]:
-        """Return chunks of new pieces of a completion, and if it has ended one that says how."""
+        """Return the chunks for new pieces of a completion; if it has ended, the last chunk says how."""
         found = []
         for piece in pieces:
             form = {"delta": {piece.part: piece.text}} if self._is_chat else {"text": piece.text}
@@ -155,7 +155,7 @@ class Reply:
         return found
 
     def last_chunks(self) -> list[dict[str, Any]]:
-        """Return the chunk that counts tokens, if it was asked for."""
+        """Return the chunk with the numbers of tokens, if the request asks for it."""
         return [{**self._stream_head, "choices": [], "usage": self.usage()}] if self._tells_usage else []
 
     @property
@@ -187,11 +187,11 @@ class Reply:
 
 
 def _possible(likeliest: dict[int, float]) -> list[tuple[int, float]]:
-    """Return the tokens that could be drawn, the likeliest first."""
+    """Return the tokens with a probability above 0, the likeliest first."""
     return [(token, value) for token, value in likeliest.items() if value > float("-inf")]
 
 
 def _named(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
-    """Return a token with its text; the bytes of half a character are not known."""
+    """Return a token with its text; its bytes are None where it is half a character, because decoding loses them."""
     text = tokenizer.decode([token])
     return {"token": text, "logprob": logprob, "bytes": None if "\N{REPLACEMENT CHARACTER}" in text else list(text.encode())}

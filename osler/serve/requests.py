@@ -1,4 +1,4 @@
-"""From the body of a request to rows for the batch: what is asked for is honoured, or refused by name."""
+"""From the body of a request to rows for the batch. Every field is either obeyed or refused by name."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from osler.serve.worker import Served
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.chat import Turn, encode_examples, encode_prompt
 
-COMPLETION_TOKENS = 16  # of /v1/completions without max_tokens, as in OpenAI's API
-_FIRST_KEY = re.compile(r"\n  (\w+)[\w.\[\]]*:")  # of the errors that ``decode`` lists
+COMPLETION_TOKENS = 16  # for a request to /v1/completions without max_tokens, as in OpenAI's API
+_FIRST_KEY = re.compile(r"\n  (\w+)[\w.\[\]]*:")  # the first key in the list of errors that ``decode`` raises
 
 Body = TypeVar("Body")
 
@@ -33,17 +33,17 @@ class Asked:
     served: Served
     given: CommonRequest
     rows: Sequence[Request]
-    logprobs: int | None  # alternatives that are told with each token; None: nothing is told
-    reasons: bool  # whether the model begins with its reasoning
+    logprobs: int | None  # alternatives to return with each token's log-probability; None: no log-probabilities
+    reasons: bool  # whether the model reasons before it answers
 
     @property
     def prompt_tokens(self) -> int:
-        """The tokens of all prompts; the completions of one prompt count it once."""
+        """The tokens of all prompts; a prompt with several completions counts once."""
         return sum(len(row.prompt) for row in self.rows[:: self.given.n or 1])
 
 
 def json_object(data: bytes) -> dict[str, Any]:
-    """Read a body. Raises ApiError for what is no JSON object."""
+    """Read a body. Raises ApiError where it is no JSON object."""
 
     def refuse(name: str) -> NoReturn:
         raise ValueError(f"{name} is no number of JSON")
@@ -84,7 +84,7 @@ def chat_rows(request: ChatRequest, served: Served) -> Asked:
 
 
 def completion_rows(request: CompletionRequest, served: Served) -> Asked:
-    """Return what a completion request asks for: texts follow an end-of-text token, token ids stand as they are."""
+    """Return what a completion request asks for: a text is put after an end-of-text token, token ids are used as they are."""
     tokenizer, top = served.ready.tokenizer, request.logprobs
     with refused("prompt"):
         prompts = [
@@ -97,7 +97,7 @@ def completion_rows(request: CompletionRequest, served: Served) -> Asked:
 
 @contextlib.contextmanager
 def refused(param: str) -> Iterator[None]:
-    """Inside, what a user can mend is told as an error of a parameter."""
+    """Turn a UserError or ValueError inside into an ApiError that names the parameter."""
     try:
         yield
     except (UserError, ValueError) as error:
@@ -105,7 +105,7 @@ def refused(param: str) -> Iterator[None]:
 
 
 def _conversation(messages: Sequence[Message], tokenizer: Tokenizer, *, reasons: bool) -> list[int]:
-    """Return the ids of a question; earlier turns stand before it as examples, as in the rows of training data."""
+    """Return the ids of the last question, after the earlier turns in the form of examples, as in training data."""
     for index, message in enumerate(messages):
         if message.role in ("system", "developer"):
             raise ValueError(f"messages[{index}]: the template has no role {message.role}; put this text into the question.")
@@ -123,7 +123,7 @@ def _conversation(messages: Sequence[Message], tokenizer: Tokenizer, *, reasons:
 
 
 def _rows(prompts: Sequence[Sequence[int]], request: CommonRequest, served: Served, limit: int, top: int | None) -> list[Request]:
-    """Return a row for every completion of every prompt; row k of a request has random numbers of its own."""
+    """Return a row for every completion of every prompt; each row draws with random numbers of its own."""
     name = "prompt" if isinstance(request, CompletionRequest) else "messages"
     config, count = served.config, request.n or 1
     if len(prompts) * count > config.max_outstanding:

@@ -1,9 +1,9 @@
-"""The one thread in which models compute: rows of all requests join, draw a token at a time together, and leave.
+"""The one thread in which models compute. The rows of all requests form a batch: they join, draw a token per step, and leave.
 
-The web server's thread asks for rows with ``draw`` and reads what they drew from a ``Drawing``. After every step the news of all
-rows travel to it in one call, so a client that reads slowly delays nobody. A row that is given up draws nothing more at the next
-step, and is free after it. Nothing is kept between requests but the keys and values of finished rows, which only prompts with
-the same beginning can use.
+The web server's thread asks for rows with ``draw`` and reads what they drew from a ``Drawing``. After every step
+one call delivers the new tokens of all rows, so a client that reads slowly delays nobody. A cancelled row draws nothing from the
+next step on, and is free after it. Between requests only the keys and values of finished rows are kept, which prompts with the
+same beginning use.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from osler.serve.errors import ApiError
 
 logger = logging.getLogger(__name__)
 
-JOIN_TOKENS = 2048  # of prompts that join at a step, while the rows that run wait
+JOIN_TOKENS = 2048  # the most prompt tokens that join in one step, because running rows wait for them
 
 T = TypeVar("T")
 
@@ -38,15 +38,15 @@ class Served:
     ready: LoadedModel
     config: ServeConfig
     batch: Batch = field(init=False)
-    rows: dict[int, tuple[Drawing, int]] = field(default_factory=dict)  # of the batch, by number; the worker's thread alone
-    outstanding: int = 0  # completions that were asked for and have not ended; the web server's thread alone
+    rows: dict[int, tuple[Drawing, int]] = field(default_factory=dict)  # by row number of the batch; for the worker's thread only
+    outstanding: int = 0  # completions that have not ended; for the web server's thread only
 
     def __post_init__(self) -> None:
         self.open()
 
     @property
     def longest_prompt(self) -> int:
-        """The most tokens of a prompt."""
+        """The most tokens that a prompt may have."""
         room = self.ready.model.config.max_seq_len - 1
         return min(room, self.config.max_prompt_tokens or room)
 
@@ -77,7 +77,7 @@ class Served:
 
 
 class Drawing:
-    """The completions of one request while they are drawn. Belongs to the web server's thread."""
+    """The completions of one request while they are drawn. For the web server's thread only."""
 
     def __init__(self, worker: Worker, served: Served, requests: Sequence[Request]) -> None:
         self._worker, self._served = worker, served
@@ -87,20 +87,20 @@ class Drawing:
         served.outstanding += len(requests)
 
     async def news(self) -> dict[int, Continuation]:
-        """Return what completions drew since the last call, of at least one; raises ApiError if they failed."""
-        told: dict[int, Continuation] = {}
-        while not told or not self._news.empty():
+        """Wait for new tokens; return by index what each completion drew since the last call. Raises ApiError on failure."""
+        drawn: dict[int, Continuation] = {}
+        while not drawn or not self._news.empty():
             item = await self._news.get()
             if isinstance(item, ApiError):
                 raise item
             index, new = item
-            before = told.setdefault(index, Continuation([], [], finished=False))
+            before = drawn.setdefault(index, Continuation([], [], finished=False))
             joined = before.top_logprobs + new.top_logprobs
-            told[index] = Continuation(before.ids + new.ids, before.logprobs + new.logprobs, new.finished, None, joined)
-        return told
+            drawn[index] = Continuation(before.ids + new.ids, before.logprobs + new.logprobs, new.finished, None, joined)
+        return drawn
 
     def deliver(self, index: int, continuation: Continuation) -> None:
-        """Take what a completion drew."""
+        """Take over the tokens that a completion drew."""
         if index not in self._running:
             return
         self._news.put_nowait((index, continuation))
@@ -109,13 +109,13 @@ class Drawing:
             self._leave(index)
 
     def fail(self, error: ApiError) -> None:
-        """Draw no more, and let ``news`` raise ``error``."""
+        """Stop drawing, and let ``news`` raise ``error``."""
         if self._running:
             self.cancel()
             self._news.put_nowait(error)
 
     def cancel(self, index: int | None = None) -> None:
-        """Draw no more for a completion, or for all; does nothing where they have ended."""
+        """Stop drawing one completion, or all; does nothing for those that have ended."""
         given_up = self._running & ({index} if index is not None else self._running)
         if given_up:
             self._worker.cancel(self, self._served, given_up)
@@ -130,15 +130,16 @@ class Drawing:
 
 
 class Worker:
-    """Computes for all models, in the order in which it is asked; start it in a running event loop."""
+    """Computes for all models, in the order of the requests; start it in a running event loop."""
 
     def __init__(self, models: Sequence[Served], config: ServeConfig) -> None:
         self.models = {served.name: served for served in models}
-        self.drawings: set[Drawing] = set()  # that have not ended
-        self._calls: set[asyncio.Future[Any]] = set()  # that have no result
-        self.on_end: Callable[[], None] = lambda: None  # is called in the web server's thread when no more is computed
+        self.drawings: set[Drawing] = set()  # those that have not ended
+        self._calls: set[asyncio.Future[Any]] = set()  # those that have no result yet
+        self.on_end: Callable[[], None] = lambda: None  # called in the web server's thread when the worker has ended
         self._max_outstanding = config.max_outstanding
-        self._asked: queue.SimpleQueue[tuple[Callable[[], None], bool] | None] = queue.SimpleQueue()  # and whether it is slow
+        # Functions for the worker's thread, each with whether it is slow; None ends the thread.
+        self._asked: queue.SimpleQueue[tuple[Callable[[], None], bool] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="osler-serve", daemon=True)
 
     def start(self) -> None:
@@ -147,7 +148,7 @@ class Worker:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread after the present step, and wait for that."""
+        """End the thread after the current step, and wait for its end."""
         self._asked.put(None)
         self._thread.join()
 
@@ -168,7 +169,7 @@ class Worker:
         return drawing
 
     async def call(self, function: Callable[[], T]) -> T:
-        """Return what ``function`` returns in the worker's thread, between two steps; raises what it raises."""
+        """Call ``function`` in the worker's thread, between two steps; return what it returns and raise what it raises."""
         self._check_alive()
         if len(self._calls) >= self._max_outstanding:
             raise ApiError(429, "Too many questions wait: try again later.", "overloaded", headers={"Retry-After": "1"})
@@ -192,7 +193,7 @@ class Worker:
             self._calls.discard(done)
 
     def cancel(self, drawing: Drawing, served: Served, indices: set[int]) -> None:
-        """Give completions of a drawing up."""
+        """Remove completions of a drawing from the batch."""
 
         def give_up() -> None:
             for number in [number for number, row in served.rows.items() if row[0] is drawing and row[1] in indices]:
@@ -219,15 +220,15 @@ class Worker:
             self._tell(self._end)
 
     def _answer(self) -> bool:
-        """Do what was asked for, at most one thing that is slow, or wait for something to do; return False at the end."""
-        goes_on = not any(served.batch for served in self.models.values())
-        while goes_on or not self._asked.empty():
+        """Call the functions that wait, at most one slow one; if no row runs, wait for a function. Return False at the end."""
+        must_wait = not any(served.batch for served in self.models.values())
+        while must_wait or not self._asked.empty():
             asked = self._asked.get()
             if asked is None:
                 return False
             function, is_slow = asked
             function()
-            goes_on = False
+            must_wait = False
             if is_slow:
                 break
         return True
@@ -235,7 +236,7 @@ class Worker:
     def _step(self, served: Served) -> None:
         try:
             served.batch.step()
-            news = [(*served.rows[number], told) for number, told in served.batch.news() if number in served.rows]
+            news = [(*served.rows[number], drawn) for number, drawn in served.batch.news() if number in served.rows]
             for number, _ in served.batch.collect():
                 served.rows.pop(number, None)
         except RuntimeError:  # such as too little memory
@@ -245,7 +246,7 @@ class Worker:
             return
         failed = {id(drawing): drawing for drawing, _ in served.rows.values()}
         served.rows.clear()
-        del served.batch  # the exception, which held it too, is gone, so its memory is free before another takes as much
+        del served.batch  # outside of `except`, because the exception holds the batch too: its memory must be free first
         served.open()
         for drawing in failed.values():
             self._tell(drawing.fail, ApiError(500, "The model failed while it computed; see the server's log.", "failed"))
