@@ -7,9 +7,9 @@
     for exam in api.score(model, "clinic", subset=100):
         print(exam.split, exam.accuracy, exam.interval)
 
-These functions and their arguments stay as they are from release to release; what they return is what the commands use, so
-everything else of Osler goes on from there. What does not exist or does not fit raises ``UserError`` with what to do. Importing
-this module takes no torch; calling it does, except for ``model_config``.
+These functions and their arguments stay the same from release to release. They return the objects that the commands use, so the
+rest of Osler can be called with them. ``UserError`` says what does not exist or does not fit, and what to do. Importing this
+module does not import torch; every function does, except ``model_config``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Reply", "SamplingParams", "build", "chat", "generate", "load", "loss", "model_config", "score"]
 
-DRAWN = SamplingParams(max_new_tokens=200, temperature=0.7, top_p=0.95)  # as `osler generate` and `osler chat` draw
+DRAWN = SamplingParams(max_new_tokens=200, temperature=0.7, top_p=0.95)  # the defaults of `osler generate` and `osler chat`
 
 
 class Reply(NamedTuple):
@@ -44,7 +44,7 @@ class Reply(NamedTuple):
 
 
 def model_config(recipe: str, *overrides: str) -> ModelConfig:
-    """Return the shape of a recipe's model: ``num_parameters``, ``flops_per_token``, ``kv_cache_bytes`` and the fields.
+    """Return the config of a recipe's model, with ``num_parameters``, ``flops_per_token`` and ``kv_cache_bytes``.
 
     ``recipe`` is a name that ``osler recipes`` lists, or a YAML file; ``overrides`` are texts such as ``"model.num_layers=6"``.
     """
@@ -55,9 +55,9 @@ def model_config(recipe: str, *overrides: str) -> ModelConfig:
 
 
 def build(recipe: str, *overrides: str, seed: int = 0) -> Transformer:
-    """Return the model of a recipe as training begins with it: a plain ``torch.nn.Module`` with fp32 weights on the CPU.
+    """Return a recipe's model with its initial weights: a plain ``torch.nn.Module``, in fp32 on the CPU.
 
-    Called with ids [B, T] it returns hidden states, and ``logits`` turns these into scores of the vocabulary.
+    Called with ids [B, T] it returns hidden states, and ``logits`` turns them into scores of every token.
     """
     from osler.model.transformer import Transformer
 
@@ -69,39 +69,39 @@ def build(recipe: str, *overrides: str, seed: int = 0) -> Transformer:
 def load(path: str | Path, *, which: Literal["newest", "best"] = "newest", device: str = "auto") -> LoadedModel:
     """Load a run's newest good or best checkpoint, or a given checkpoint, with its tokenizer.
 
-    ``device`` is auto, cpu, cuda or cuda:N. The module of torch is ``.model``, what reads and writes text ``.tokenizer``.
+    ``device`` is auto, cpu, cuda or cuda:N. The result has the torch module as ``.model``, and ``.tokenizer``.
     """
     from osler.inference.load import open_model
 
     return open_model(path, device=device, which=which)
 
 
-def _loaded(model: object) -> None:
-    """Raise UserError for a path in place of the model that ``load`` makes of it."""
+def _check_loaded(model: object) -> None:
+    """Raise UserError for anything but the result of ``load``, such as the path of a run."""
     if not hasattr(model, "tokenizer"):
         raise UserError(f"{model!r} is not a loaded model: give api.load(RUN), which takes a run folder or a checkpoint.")
 
 
 def generate(model: LoadedModel, prompt: str = "", sampling: SamplingParams = DRAWN, *, stop: Sequence[str] = ()) -> str:
-    """Return how a model continues a text, up to the first of the texts in ``stop``; one text for each call."""
+    """Return a model's continuation of one text; it ends before the first of the texts in ``stop``."""
     from osler.inference.chat import continue_text
     from osler.inference.engine import InferenceEngine
 
-    _loaded(model)
+    _check_loaded(model)
     if not isinstance(prompt, str):
         raise UserError(f"The prompt is {type(prompt).__name__}, not text: call generate once for each text.")
     return "".join(continue_text(InferenceEngine(model.model), model.tokenizer, prompt, sampling, stop))
 
 
 def chat(model: LoadedModel, question: str, sampling: SamplingParams = DRAWN, *, reasoning: bool | None = None) -> Reply:
-    """Return a model's reply to a question; with ``reasoning`` None it thinks first if it learned to.
+    """Return a model's reply to a question. With ``reasoning`` None it thinks first if it learned to.
 
     Raises UserError for a model that was trained on text alone. The answer is empty where ``max_new_tokens`` ends the thinking.
     """
     from osler.inference.chat import stream_answer
     from osler.inference.engine import InferenceEngine
 
-    _loaded(model)
+    _check_loaded(model)
     if not model.answers_questions:
         raise UserError(f"{model.path} was trained on text alone: let it continue a text with generate, or fine-tune it first.")
     reasoning = model.reasons if reasoning is None else reasoning
@@ -114,13 +114,13 @@ def score(model: LoadedModel, exam: str | dict[str, Any] | None = None, **settin
     """Let a model sit an exam, and return a score for each of its parts: ``accuracy``, its 95 % ``interval``, ``results``.
 
     ``exam`` is what ``osler eval`` takes as ``task``: "clinic", "medqa:FILE", the name of a public exam, or a section of fields;
-    None: the exam of the run's training. ``settings`` are fields of ``osler show eval``, such as ``subset=200`` or
+    None takes the exam of the run's training. ``settings`` are fields of ``osler show eval``, such as ``subset=200`` or
     ``method="likelihood"``. Nothing is written to the run folder.
     """
     from osler.eval.config import config_of
     from osler.eval.run import complete, sit
 
-    _loaded(model)
+    _check_loaded(model)
     config, _ = complete(config_of([], settings if exam is None else {**settings, "task": exam}), model)
     if not config.exams:
         raise UserError(f"What shall {model.path} be examined on? It learned text alone: name an exam, such as medqa:FILE.")
@@ -128,9 +128,9 @@ def score(model: LoadedModel, exam: str | dict[str, Any] | None = None, **settin
 
 
 def loss(model: Transformer | LoadedModel, rows: Tensor | Sequence[Sequence[int]]) -> Tensor:
-    """Return the mean cross-entropy in nats of every token given those before it in its row, with a gradient.
+    """Return the mean cross-entropy, in nats per token, of each token given those before it in its row. It has a gradient.
 
-    ``rows`` are token ids, [B, T] or lists of any lengths, of at least two tokens each. A sparse model adds its index's loss.
+    ``rows`` are token ids, [B, T] or lists of any lengths, with two tokens or more. A sparse model adds the loss of its index.
     """
     import torch
 
@@ -140,7 +140,7 @@ def loss(model: Transformer | LoadedModel, rows: Tensor | Sequence[Sequence[int]
     from osler.runtime.device import to_device
 
     if not isinstance(model, Transformer):
-        _loaded(model)
+        _check_loaded(model)
     module = model if isinstance(model, Transformer) else model.model
     given = rows.tolist() if isinstance(rows, torch.Tensor) else rows
     if any(isinstance(row, str) for row in given):

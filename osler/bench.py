@@ -1,8 +1,8 @@
 """``osler bench``: how fast a recipe trains on this machine.
 
-The training step itself (``train/trainer.py``) is timed, over batches of random tokens from the real loader; zeros would
-flatter caches and branch predictors. FLOPs are counted by the PaLM convention. MFU is relative to the GPU's data sheet
-(``config/devices.yaml``) and missing on a CPU. On any device a matmul is timed too, and the rate is given relative to it.
+The training step itself (``train/trainer.py``) is timed, over batches of random tokens from the real loader: batches of zeros
+would be faster, by caches and branch predictors. FLOPs are counted by the PaLM convention. MFU is relative to the GPU's data
+sheet (``config/devices.yaml``) and missing on a CPU. The speed is also given relative to that of a large matmul.
 ``benchmarks/beside_peers.py`` times other libraries' models in the same way.
 """
 
@@ -42,9 +42,9 @@ from osler.train.setup import pass_tokens
 from osler.train.trainer import TrainStep
 
 CONVENTION = "PaLM: 6 x (matrices + head) + 12 x layers x heads x head_dim x seq_len FLOPs per token, non-causal"
-STEPS_ALWAYS_COMPILED = 1_000_000  # of a run so long that compile=auto compiles its step
+STEPS_ALWAYS_COMPILED = 1_000_000  # the steps of a run that compile=auto is sure to compile
 WARMUP_STEPS = 3
-DOCUMENT_TOKENS = 700  # the length of a stand-in document; rows begin and end anywhere in one
+DOCUMENT_TOKENS = 700  # the length of a stand-in document; rows cut such documents anywhere
 MATMUL_SIZES = (1024, 2048, 4096)
 MATMUL_SECONDS = 0.5  # per size
 
@@ -61,7 +61,7 @@ def run(recipe: str | None, overrides: Sequence[str], *, steps: int) -> str:
     config = decode(TrainConfig, {**given, "kind": kind}, source=recipe or "")
     if config.teacher is not None:
         raise UserError("osler bench times a step without a teacher: give teacher=null.")
-    model_in(encode(config), recipe or "defaults")  # with init_from, too, the recipe's own model is timed, so it is checked
+    model_in(encode(config), recipe or "defaults")  # checks the recipe's own model, which is timed even with init_from
     machine = machine_of(config)
     keep_freed_memory()
     measured = measure(config, build_learner(config, machine), steps)
@@ -113,7 +113,7 @@ def training_step(config: TrainConfig, learner: Learner, mark: Callable[[str], N
 
 
 def measure(config: TrainConfig, learner: Learner, steps: int) -> dict[str, Any]:
-    """Return tokens and FLOPs of training per second, the seconds of a step and of its parts, and the peak memory."""
+    """Return tokens and FLOPs per second of training, the seconds of a step and of its parts, and the peak memory in bytes."""
     device = learner.device
     stopwatch = Stopwatch(device)
     with tempfile.TemporaryDirectory() as folder:
@@ -134,7 +134,7 @@ def measure(config: TrainConfig, learner: Learner, steps: int) -> dict[str, Any]
 
 
 def stand_in(config: TrainConfig, folder: Path, *, pin_memory: bool = False) -> Loader:
-    """Write shards of random tokens, enough for a few batches, and return the loader that training uses over them.
+    """Write shards of random tokens, enough for a few batches, and return the loader that training would use for them.
 
     For a curriculum the loader gives the longest rows.
     """
@@ -155,7 +155,7 @@ def time_steps(
 ) -> dict[str, Any]:
     """Return the seconds of a step, of the first step (which compiles), and of the parts of a step.
 
-    On a CPU a step's seconds are the median; on a GPU, where steps are only queued, they are the mean, with one wait at the end.
+    On a CPU the time of a step is the median. A GPU only queues steps, so there it is the mean, with one wait at the end.
     """
     began = time.perf_counter()
     step(next(batches))

@@ -1,6 +1,6 @@
-"""``osler doctor``: what this machine can do, found out by trying it rather than from version numbers.
+"""``osler doctor``: finds out what this machine can do by trying it, rather than from version numbers.
 
-A missing thing leads to advice and not to an error: Osler trains on two CPU cores with nothing but its own requirements.
+What is missing leads to advice, not to an error: Osler trains on two CPU cores with nothing but its own requirements.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _MATMUL_TRIAL_SECONDS = 0.2
 _NEIGHBOUR_SECONDS = 0.5
 _BUSY_CPUS = 0.25  # a desktop at rest stays below this
 
-Found = tuple[str, str]  # what a check found, and advice that would make it better, empty when nothing would
+Found = tuple[str, str]  # what a check found, and advice; the advice is empty when nothing could be better
 
 
 class Check(NamedTuple):
-    """One line of the examination; the advice is empty when nothing is to be done."""
+    """One line of the table; the advice is empty when nothing could be better."""
 
     name: str
     status: Literal["ok", "slow", "missing"]
@@ -48,19 +48,19 @@ def run(*, as_json: bool = False, folder: str | Path = ".") -> int:
 
 
 def examine(folder: Path) -> list[Check]:
-    """Return the result of every check, in about fifteen seconds; ``folder`` is where runs will be written."""
+    """Run every check, which takes about fifteen seconds, and return the results; ``folder`` is where runs will be written."""
     checks = []
     for name, (check, remedy) in CHECKS.items():
         try:
             finding, advice = check(folder)
             checks.append(Check(name, "slow" if advice else "ok", finding, advice))
-        except (ImportError, OSError, RuntimeError) as error:  # OSError: also a library of torch that is missing or broken
+        except (ImportError, OSError, RuntimeError) as error:  # a missing or broken library of torch is an OSError, too
             checks.append(Check(name, "missing", next(iter(str(error).splitlines()), ""), remedy))
     return checks
 
 
 def render(checks: Sequence[Check]) -> str:
-    """Lay the checks out as a table, the advice below it."""
+    """Return the checks as a table, with the advice below it."""
     advice = [f"- {check.name}: {check.advice}" for check in checks if check.advice]
     lines = table([(check.status, check.name, check.finding) for check in checks], left=3)
     return "\n".join([lines, "", *(["Advice:", *advice] if advice else ["Nothing to improve."])])
@@ -72,7 +72,7 @@ def find_python(folder: Path) -> Found:
 
 
 def find_cores(folder: Path) -> Found:
-    """Count the cores this process may use: the machine's, less what affinity and a container's quota take away."""
+    """Count the cores that this process may use, by its CPU affinity and by the container's quota."""
     # os.cpu_count() alone would start one thread per core of the host and let them fight over a small quota.
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     usable = usable_cores()
@@ -93,7 +93,7 @@ def find_other_work(folder: Path) -> Found:
 
 
 def find_memory(folder: Path) -> Found:
-    """Return how much memory a process may take here, a container's limit included."""
+    """Return how much memory a process may take here: the machine's, or the container's limit if that is lower."""
     total = memory_limit_bytes()
     if total is None:
         return "unknown on this system", ""
@@ -115,7 +115,7 @@ def find_disk(folder: Path) -> Found:
 
 
 def find_device(folder: Path) -> Found:
-    """Name torch and the device that training picks, and find a GPU that this torch cannot use."""
+    """Name torch and the device that training would use; advise where there is a GPU that this torch cannot use."""
     import torch
 
     if torch.cuda.is_available():
@@ -130,7 +130,7 @@ def find_device(folder: Path) -> Found:
 
 
 def find_bf16(folder: Path) -> Found:
-    """Time matrix products in fp32 and bf16, and find which of them ``precision: auto`` uses, on a CPU in compiled runs."""
+    """Time matrix products in fp32 and bf16, and say which ``precision: auto`` uses; on a CPU, bf16 only in compiled runs."""
     import torch
 
     from osler.runtime.device import bf16_pays, matmul_flops, pick_device
@@ -154,13 +154,13 @@ def find_compile(folder: Path) -> Found:
     return f"compiled and ran in {time.perf_counter() - start:.1f} s", ""
 
 
-CHECKS = {  # each with advice for when it fails
+CHECKS = {  # each with the advice for when it fails
     "python": (find_python, ""),
     "cores": (find_cores, ""),
     "other work": (find_other_work, ""),
     "memory": (find_memory, ""),
     "disk": (find_disk, "Choose a folder you own: --run DIR"),
-    "device": (find_device, "Install torch anew"),
+    "device": (find_device, "Install torch again"),
     "bf16": (find_bf16, "Runs use fp32"),
     "compile": (find_compile, "Training works without it, more slowly"),
 }

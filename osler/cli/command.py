@@ -1,4 +1,4 @@
-"""A command as the table in ``commands.py`` has it: its options, and how it is called; nothing heavy loads before that."""
+"""The form of a command in the table of ``commands.py``, and how it is called. Heavy modules load only when it is called."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ Option = tuple[tuple[str, ...], dict[str, Any]]
 
 
 def option(*flags: str, **settings: Any) -> Option:
-    """Return an option as ``ArgumentParser.add_argument`` takes it."""
+    """Return the arguments of ``ArgumentParser.add_argument`` for an option."""
     return flags, settings
 
 
 class Command(NamedTuple):
-    """A command: its name, one line on what it does, an example, the function that it calls, its options, more for its help.
+    """A command. ``line`` says what it does, and ``more`` is text for the end of its help.
 
-    A function that is heavy to import is named as ``module:function``. It takes the options by name (a command that trains takes
-    them as one ``request``), and returns the exit code or a text to print.
+    ``call`` is the function or, where its import is heavy, ``module:function``. It takes the options by name (as one ``request``
+    if the command trains), and returns the exit code or a text to print.
     """
 
     name: str

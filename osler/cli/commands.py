@@ -54,7 +54,7 @@ COMMANDS: tuple[Command, ...] = (
         "Print a recipe with every default filled in; --explain says what each field means",
         "osler show text-10min --explain",
         "osler.cli.show:show_recipe",
-        (RECIPE, option("--explain", action="store_true", help="say behind each field what it means")),
+        (RECIPE, option("--explain", action="store_true", help="add to each field what it means")),
     ),
     Command(
         "plan",
@@ -122,7 +122,7 @@ COMMANDS: tuple[Command, ...] = (
             option("--workers", dest="processes", type=int, metavar="N", help="processes (default: one for each core; 0: none)"),
         ),
         "Ctrl-C or a kill loses nothing: the same command goes on. `osler pretrain data.type=prepared data.path=shards/notes`\n"
-        "trains on the shards, with the tokenizer that they were cut with; tokenizer.path=FILE chooses one, else it is trained.",
+        "trains on the shards, with the tokenizer that cut them; tokenizer.path=FILE chooses one, else it is trained.",
     ),
     Command(
         "data sources",
@@ -138,7 +138,7 @@ COMMANDS: tuple[Command, ...] = (
         (
             RECIPE,
             option("--tokenizer", dest="tokenizer_path", metavar="FILE", help="show the documents as its tokens too"),
-            option("--documents", type=int, default=3, metavar="N", help="of each source (default: 3)"),
+            option("--documents", type=int, default=3, metavar="N", help="documents of each source (default: 3)"),
         ),
     ),
     Command(
@@ -228,7 +228,7 @@ COMMANDS: tuple[Command, ...] = (
             option("--intermediate-size", type=int, metavar="M", help="this many neurons of a feed-forward layer stay"),
             option("--data", metavar="PATH", help="text that decides, or shards (default: what the run holds out)"),
             option("--field", default="text", metavar="NAME", help="the column of text in tables (default: text)"),
-            option("--tokens", type=int, default=65_536, metavar="N", help="of the text, so many tokens (default: 65536)"),
+            option("--tokens", type=int, default=65_536, metavar="N", help="how many tokens of the text (default: 65536)"),
             EXPORTED,
         ),
         PRUNE_HELP,
@@ -317,7 +317,7 @@ COMMANDS: tuple[Command, ...] = (
         "osler.watch.screen:run",
         (
             option("folder", metavar="DIR", help="a run folder; of a pipeline, the stage that is running is shown"),
-            option("--every", dest="every_seconds", type=float, default=2.0, metavar="S", help="seconds a frame (default: 2)"),
+            option("--every", dest="every_seconds", type=float, default=2.0, metavar="S", help="seconds per frame (default: 2)"),
             option("--once", action="store_true", help="print one frame as plain text, and end"),
         ),
         WATCH_HELP,

@@ -39,13 +39,13 @@ REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free some of the disk; the same command then goes on."),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Name another place, or ask its owner for the permission."),
     errno.EBADF: "Send the output to a place that can be written.",
-}  # advice for errors of the operating system
+}  # advice for errors of the operating system, by their number
 
 
 def program() -> NoReturn:
     """Run the command that ``sys.argv`` names, and end the process."""
     open_streams()
-    hear_requests()  # never switched back: a process that was asked to stop does not listen again
+    hear_requests()  # for the rest of the process: once asked to stop, it takes no second request
     code: int | str | None = 1
     try:
         code = main()
@@ -71,7 +71,7 @@ def end(code: int | str | None) -> NoReturn:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code; errors of Osler itself pass through."""
+    """Run one command and return its exit code; errors in Osler's code pass through."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # an ASCII terminal shows ? where it cannot show a character

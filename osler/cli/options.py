@@ -1,4 +1,4 @@
-"""The options that commands share, and the groups of them."""
+"""The options that several commands share, some of them in groups."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ EXPORTED = option("--out", required=True, metavar="PATH", help="what to write, w
 RUN = option("path", metavar="DIR", help="a run folder")
 TOKENIZER = "a tokenizer.json, GPT-2's vocab.bpe, or a folder with one"
 SAMPLING = (
-    option("--max-new-tokens", type=int, default=200, metavar="N", help="stop after so many tokens (default: 200)"),
+    option("--max-new-tokens", type=int, default=200, metavar="N", help="stop after this many tokens (default: 200)"),
     option("--temperature", type=float, default=0.7, metavar="T", help="0 always takes the likeliest (default: 0.7)"),
     option("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens (default: from all)"),
     option("--top-p", type=float, default=0.95, metavar="P", help="leave out the unlikely rest (default: 0.95)"),
@@ -47,15 +47,15 @@ SERVER = (
             ("--api-key-file", str, "FILE", "demand the key in FILE (default: in OSLER_API_KEY, or no key)"),
             ("--max-rows", int, "N", "completions of a model that are drawn together (default: 64)"),
             ("--max-waiting", int, "N", "completions of a model that may wait; 429 for the next (default: 256)"),
-            ("--max-new-tokens", int, "N", "tokens of a completion at most (default: 1024)"),
-            ("--max-prompt-tokens", int, "N", "tokens of a prompt at most (default: as many as the model reads)"),
-            ("--max-body-bytes", int, "N", "of a request at most (default: 1000000)"),
-            ("--max-seconds", float, "S", "that a request may take, waiting included (default: 300)"),
-            ("--drain-seconds", float, "S", "that running requests have after a signal to stop (default: 30)"),
+            ("--max-new-tokens", int, "N", "the most tokens of a completion (default: 1024)"),
+            ("--max-prompt-tokens", int, "N", "the most tokens of a prompt (default: as many as the model reads)"),
+            ("--max-body-bytes", int, "N", "the most bytes of a request (default: 1000000)"),
+            ("--max-seconds", float, "S", "the longest time for a request, waiting included (default: 300)"),
+            ("--drain-seconds", float, "S", "the time that running requests have after a signal to stop (default: 30)"),
             ("--device", str, "NAME", "auto, cpu, cuda or cuda:N (default: auto)"),
         )
     ),
-    option("--log-requests", action="store_true", default=argparse.SUPPRESS, help="tell path, status and tokens of each request"),
+    option("--log-requests", action="store_true", default=argparse.SUPPRESS, help="log path, status and tokens of each request"),
 )
 
 DEPLOYED = (

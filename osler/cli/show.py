@@ -1,7 +1,7 @@
 """``osler recipes`` and ``osler show``: the list of recipes, and one recipe with every default filled in. Torch-free.
 
-``--explain`` adds a comment to every field. It has the comment that is behind or directly above the field in the config class,
-and the choices or the range of the field's type. A section without a comment takes the docstring of its class.
+``--explain`` adds a comment to every field. It has the comment that stands after or directly above the field in the
+config class, and the choices or the range of the field's type. A section without a comment takes the docstring of its class.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class ModelFamily:
         }
 
 
-# The config of each `kind` of recipe but pipelines; a recipe without a kind is a model family.
+# The config of each `kind` of recipe except pipelines; a recipe without a kind is a model family.
 KINDS: dict[str, type[Any]] = {
     "pretrain": TrainConfig,
     "sft": TrainConfig,
@@ -51,7 +51,7 @@ KINDS: dict[str, type[Any]] = {
 }
 # Bits of a weight in each format that a checkpoint may have, the scales of a quantised one included.
 FORMATS = {"fp32": 32, "bf16": 16, "int8": 8.5, "int4": 4.5}
-# The config of each command that runs without a recipe, and the fields that this config cannot do without.
+# The config of each command that runs without a recipe, and its required fields.
 WITHOUT_RECIPE: dict[str, tuple[type[Any], Mapping[str, Any]]] = {
     "pretrain": (TrainConfig, {"kind": "pretrain"}),
     "sft": (TrainConfig, {"kind": "sft"}),
@@ -104,7 +104,7 @@ COLUMNS = 120  # a longer line has its comment above it
 
 
 def explained(value: Any, indent: str = "", without: Sequence[str] = ()) -> list[str]:
-    """Return the lines of a config as YAML, without the fields ``without``. A comment is behind its field, or above if long."""
+    """Return the lines of a config as YAML, without the fields ``without``. Comments stand after fields, or above if long."""
     cls: Any = type(value)
     meanings = explanations(cls)
     lines: list[str] = []
@@ -125,7 +125,7 @@ def explained(value: Any, indent: str = "", without: Sequence[str] = ()) -> list
 
 
 def explanations(cls: type) -> dict[str, str]:
-    """Return the comment behind or directly above each field of a config class, empty where there is none."""
+    """Return the comment after or directly above each field of a config class, empty where it has none."""
     found: dict[str, str] = {}
     for part in reversed(cls.__mro__[:-1]):
         source = textwrap.dedent(inspect.getsource(part))
@@ -161,7 +161,7 @@ def _commented(text: str, comments: list[str], indent: str) -> list[str]:
     first, *rest = text.split("\n")
     if not comment:
         return [first, *rest]
-    behind = f"{first}  # {comment}"
-    if len(behind) <= COLUMNS and (not rest or first.endswith(":")):
-        return [behind, *rest]
+    one_line = f"{first}  # {comment}"
+    if len(one_line) <= COLUMNS and (not rest or first.endswith(":")):
+        return [one_line, *rest]
     return [*(f"{indent}# {line}" for line in textwrap.wrap(comment, COLUMNS - len(indent) - 2)), first, *rest]

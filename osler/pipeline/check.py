@@ -1,4 +1,4 @@
-"""Checks of the stages of a pipeline before the first of them runs: will each find its files, and fit its model?"""
+"""Checks the stages of a pipeline before the first one runs: will each find its files, and will its settings fit its model?"""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ JOBS: dict[type[Any], Job] = {TrainConfig: SUPERVISED, GrpoConfig: TUNING}
 
 
 class Origin(NamedTuple):
-    """The model that a stage starts from, whether it is there or yet to be trained."""
+    """The model that a stage starts from: one in a checkpoint, or one that an earlier stage will train."""
 
-    place: str
+    place: str  # the checkpoint or the stage, for messages
     model: ModelConfig
     trained_seq_len: int
-    stage: TrainConfig | None  # the stage that will train it from the start; None when there is a checkpoint already
-    tokenizer: str  # fingerprint of its tokenizer, empty while that is yet to be trained
+    stage: TrainConfig | None  # the stage that will train it from scratch; None for a checkpoint
+    tokenizer: str  # fingerprint of its tokenizer; empty if that will be trained, too
 
 
 def refuse_missing(pipeline: PipelineConfig, names: Sequence[str]) -> None:
@@ -55,16 +55,16 @@ def refuse_missing(pipeline: PipelineConfig, names: Sequence[str]) -> None:
     missing: dict[str, str] = {}
     for name in names:
         for key, path in flat(encode(pipeline.stages[name])).items():
-            is_file = key.rpartition(".")[2] in FILES and key != "teacher.path"  # which may name a checkpoint of a run
+            is_file = key.rpartition(".")[2] in FILES and key != "teacher.path"  # check_fit looks for it
             if is_file and isinstance(path, str) and path and not Path(path).exists():
                 missing.setdefault(path, f"{name}.{key}")
-    if len(missing) < 2:  # a single one is told by the check of its stage
+    if len(missing) < 2:  # the check of the stage reports a single one
         return
     folders = sorted({Path(path).parts[0] for path in missing if not Path(path).is_absolute()})
     is_without_root = folders and not pipeline.root
     remedy = f"Give root=DIR with {' and '.join(f'DIR/{folder}' for folder in folders)}" if is_without_root else "Put them there"
-    told = "".join(f"\n  {path}   ({key})" for path, key in missing.items())
-    raise UserError(f"{len(missing)} files or folders that the stages read do not exist. {remedy}, or give them otherwise:{told}")
+    rows = "".join(f"\n  {path}   ({key})" for path, key in missing.items())
+    raise UserError(f"{len(missing)} files or folders that the stages read do not exist. {remedy}, or give them otherwise:{rows}")
 
 
 def check_stage(pipeline: PipelineConfig, name: str, run: RunFolder) -> None:
@@ -80,7 +80,7 @@ def check_stage(pipeline: PipelineConfig, name: str, run: RunFolder) -> None:
         return
     check_trackers(stage.monitor)
     if isinstance(stage, GrpoConfig):
-        tell_of_reasoning(pipeline, name, stage)
+        warn_of_reasoning(pipeline, name, stage)
     is_fitted = isinstance(stage, TrainConfig) and isinstance(stage.data, PreparedData) and stage.init_from is not None
     if isinstance(stage, TrainConfig) and stage.init_from is not None:
         stage = replace(stage, teacher=None)  # check_fit has compared the teacher with the origin, too
@@ -121,13 +121,13 @@ def origin_of(pipeline: PipelineConfig, text: str, run: RunFolder) -> Origin:
 
 
 def after(stage: TrainConfig | GrpoConfig, origin: Origin) -> Origin:
-    """Return what a later stage starts from when ``stage`` has trained the model of ``origin``."""
+    """Return the origin of a stage that starts from ``stage``, which itself starts from ``origin``."""
     before = origin.trained_seq_len
     return origin._replace(model=stage.model_from(origin.model, before), trained_seq_len=stage.trained_after(before))
 
 
 def check_fit(stage: Any, origin: Origin) -> None:
-    """Raise UserError when a stage asks for more than its model will have room for, or for another model or tokenizer."""
+    """Raise UserError when a stage needs a longer context than its model will have, or another model, tokenizer or teacher."""
     if isinstance(stage, TrainConfig):
         after(stage, origin)
         if isinstance(stage.data, PreparedData):
@@ -137,9 +137,9 @@ def check_fit(stage: Any, origin: Origin) -> None:
                 raise UserError(f"the shards in {stage.data.path} were made with another tokenizer than that of {place}.")
         if stage.teacher is not None:
             check_teacher(described_teacher(stage.teacher), origin.model, origin.tokenizer, stage.seq_len)
-        first, alike = origin.stage, partial(replace, attention=ModelConfig.attention)
+        first, without_attention = origin.stage, partial(replace, attention=ModelConfig.attention)
         for key, given, usual, there in (
-            ("model", alike(stage.model), ModelConfig(), first and alike(first.model)),
+            ("model", without_attention(stage.model), ModelConfig(), first and without_attention(first.model)),
             ("tokenizer", stage.tokenizer, BPEConfig(), first and first.tokenizer),
         ):
             if there is not None and given not in (usual, there):
@@ -153,8 +153,8 @@ def check_fit(stage: Any, origin: Origin) -> None:
         )
 
 
-def tell_of_reasoning(pipeline: PipelineConfig, name: str, stage: GrpoConfig) -> None:
-    """Warn when GRPO asks for reasoning that the stage it starts from does not teach, or for none and that stage teaches it."""
+def warn_of_reasoning(pipeline: PipelineConfig, name: str, stage: GrpoConfig) -> None:
+    """Warn when GRPO asks for answers with reasoning and the stage before it teaches them without, or the other way round."""
     above = read_reference(stage.init_from or "", pipeline.stages)[0]
     if not above or pipeline.stages[above].kind not in ("sft", "grpo"):
         return
@@ -183,7 +183,7 @@ def check_exam(pipeline: PipelineConfig, stage: ExamStage) -> None:
 
 
 def learned_by(stage: Stage) -> list[ExamItem]:
-    """Return the exam questions that a stage learns from, as far as its config tells: those of rewards, and exams by name."""
+    """Return the exam questions that a stage learns from, as far as its config shows: tasks of GRPO, and sources by name."""
     if isinstance(stage, GrpoConfig):
         return [item for entry in stage.tasks for item in load_task(entry.task)]
     if isinstance(stage, ExamStage) or isinstance(stage.data, PreparedData):

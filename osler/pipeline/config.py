@@ -1,4 +1,4 @@
-"""A pipeline: named stages, one after the other, each an ordinary run that may start from an earlier one, or an exam. Torch-free.
+"""A pipeline: named stages, one after the other. Each is an exam, or a run that may start from an earlier one. Torch-free.
 
     kind: pipeline
     read: {base: text-10min, total_tokens: 2000000}
@@ -25,10 +25,10 @@ from osler.rl.config import GrpoConfig
 from osler.runtime.errors import UserError
 from osler.train.config import TrainConfig
 
-FILES = ("path", "shots_path", "ids")  # keys of files that are looked for in `root`
-OWN_FOLDERS = ("answers", "checkpoints", "trackers")  # in the folder of a pipeline; no stage may be named so
+FILES = ("path", "shots_path", "ids")  # keys whose files are looked for in `root`
+OWN_FOLDERS = ("answers", "checkpoints", "trackers")  # folders of a pipeline, so no stage may have these names
 ACCURACY = "accuracy="
-SHOWN = ("steps", "completions", "parameters", "sparse attention")  # which of a stage's numbers are shown
+SHOWN = ("steps", "completions", "parameters", "sparse attention")  # the numbers of a stage that are shown
 
 
 @config
@@ -37,7 +37,7 @@ class ExamStage(ExamSettings):
 
     kind: Literal["exam"] = "exam"
     description: str = ""  # for the reader; changes nothing
-    of: dict[str, str]  # name in the report: the checkpoint to examine, written as init_from is
+    of: dict[str, str]  # by name in the report: the checkpoint to examine, written like init_from
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,7 +54,7 @@ class PipelineConfig:
     """Stages, one after the other, in one run folder. A stage's init_from names an earlier one, or any run or checkpoint.
 
     sft is the newest checkpoint of the stage sft, sft@best its best, sft@accuracy=0.6 the one whose mean accuracy in the exams
-    during training was nearest to that, and sft@start the one that it started from.
+    during training was nearest to 0.6, and sft@start the checkpoint that the stage sft started from.
     """
 
     kind: Literal["pipeline"] = "pipeline"
@@ -69,8 +69,8 @@ class PipelineConfig:
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in OWN_FIELDS}
 
     def numbers(self) -> dict[str, str]:
-        """Return for a person how long each stage that trains is, and what its model costs if an earlier stage makes it."""
-        models: dict[str, tuple[ModelConfig, int]] = {}  # with the longest rows that its weights have learned
+        """Return, for a person to read, the length of each stage that trains, and its model's cost if a stage made that model."""
+        models: dict[str, tuple[ModelConfig, int]] = {}  # and the longest rows that its weights have learned
         found: dict[str, str] = {}
         for name, stage in self.stages.items():
             if isinstance(stage, ExamStage):
@@ -79,8 +79,8 @@ class PipelineConfig:
                 models[name] = stage.model, stage.seq_len
             elif (start := models.get(read_reference(stage.init_from, self.stages)[0])) is not None:
                 models[name] = stage.model_from(*start), stage.trained_after(start[1])
-            of = stage.numbers(models[name][0] if name in models else None)
-            found[name] = "; ".join(f"{what} {of[what]}" for what in SHOWN if what in of)
+            numbers = stage.numbers(models[name][0] if name in models else None)
+            found[name] = "; ".join(f"{what} {numbers[what]}" for what in SHOWN if what in numbers)
         return found
 
     def __post_init__(self) -> None:
@@ -103,14 +103,14 @@ def read_reference(text: str, stages: Container[str]) -> tuple[str, str]:
 
 
 def references_of(stage: Stage) -> list[str]:
-    """Return the checkpoints that a stage needs, as its config writes them."""
+    """Return the checkpoints that a stage needs, as they stand in its config."""
     if isinstance(stage, ExamStage):
         return list(stage.of.values())
     return [] if stage.init_from is None else [stage.init_from]
 
 
 def check_reference(text: str, what: str, earlier: Mapping[str, Stage], stages: Container[str]) -> None:
-    """Raise ValueError for a reference to a later stage, to an exam, or to a checkpoint that there cannot be."""
+    """Raise ValueError for a reference to a later stage, to an exam, or to a checkpoint that cannot exist."""
     stage, choice = read_reference(text, stages)
     if not stage:
         return
@@ -132,7 +132,7 @@ def check_reference(text: str, what: str, earlier: Mapping[str, Stage], stages: 
 
 
 def exam_metrics(stage: TrainConfig | GrpoConfig) -> list[str]:
-    """Return the metrics that an exam during this stage gives: the accuracy on each of its splits."""
+    """Return the metrics of the exams during a stage: the accuracy on each split."""
     if isinstance(stage, GrpoConfig):
         names = [] if stage.eval_task is None else [stage.eval_task.split or stage.eval_task.exam]
     else:
@@ -142,7 +142,7 @@ def exam_metrics(stage: TrainConfig | GrpoConfig) -> list[str]:
 
 
 def decode_pipeline(recipe: Mapping[str, Any], *, source: str = "") -> PipelineConfig:
-    """Return the config of a recipe. Stages that train and have no seed get its seed; relative paths are taken in its root."""
+    """Return the config of a recipe. Stages that train and have no seed get the recipe's; relative paths start at its root."""
     cls = pipeline_class(recipe, source)
     seed, root = recipe.get("seed", PipelineConfig.seed), recipe.get("root")
     resolved = dict(recipe)
@@ -157,7 +157,7 @@ def decode_pipeline(recipe: Mapping[str, Any], *, source: str = "") -> PipelineC
 
 
 def _seeded(data: Any, seed: Any) -> Any:
-    """Return the section about data with the seed for each source that has none."""
+    """Return the section ``data`` with ``seed`` in each source that has none."""
     if not isinstance(data, Mapping) or data.get("type") == "prepared":
         return data
     if isinstance(data.get("sources"), list):
@@ -195,7 +195,7 @@ def pipeline_class(recipe: Mapping[str, Any], source: str = "") -> type[Pipeline
 
 @functools.cache
 def _class_of(kinds: tuple[tuple[str, str], ...]) -> type[PipelineConfig]:
-    # With these names `inspect` finds the source of the extended class, whose comments explain the fields.
+    # With the names of PipelineConfig, `inspect` finds that class's source, whose comments explain the fields.
     named = {name: getattr(PipelineConfig, name) for name in ("__module__", "__qualname__", "__doc__")}
     made = type(PipelineConfig.__name__, (PipelineConfig,), {**named, "__annotations__": {n: STAGES[k] for n, k in kinds}})
     return config(cast("type[PipelineConfig]", made))

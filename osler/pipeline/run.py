@@ -55,7 +55,7 @@ from osler.runtime.world import World, joined
 
 logger = logging.getLogger(__name__)
 
-SAMPLES_SHOWN = 6  # of each checkpoint
+SAMPLES_SHOWN = 6  # sample answers of each checkpoint, for the report
 
 
 def quickstart(**given: Any) -> int:
@@ -100,7 +100,7 @@ def run(
 
 
 def resumed_recipe(stored: dict[str, Any], overrides: Sequence[str], folder: RunFolder) -> dict[str, Any]:
-    """Return the stored recipe with changed fields of stages. The check of all stages refuses a change of one that has begun.
+    """Return the stored recipe with changed fields of stages. ``Pipeline.check`` refuses changes of one that has begun.
 
     Raises UserError for a key of the pipeline itself: the stored stages have its seed and its root in their own fields.
     """
@@ -130,7 +130,7 @@ class Pipeline:
         return RunFolder(self.run.root / name)
 
     def check(self, stored: dict[str, Any] | None) -> None:
-        """Raise UserError when a stage was changed after it began, or could not be carried out later."""
+        """Raise UserError when a stage was changed after it began, or will not be able to run."""
         stages = self.config.stages
         if gone := [stage.name for stage in self.finished if stage.name not in stages]:
             raise UserError(f"{self.run.root} holds another pipeline, with a stage {gone[0]}: choose another folder with --run.")
@@ -154,7 +154,7 @@ class Pipeline:
             )
 
     def refuse_gone(self, name: str, stage: Stage) -> None:
-        """Raise UserError when a stage is to go on from one that is finished and whose folder is no longer there."""
+        """Raise UserError when a stage starts from a finished one whose folder is gone."""
         for text in [] if self.has_begun(name) else references_of(stage):
             above = self.folder(read_reference(text, self.config.stages)[0])
             if above.root.name in [done.name for done in self.finished] and not above.config.exists():
@@ -164,7 +164,7 @@ class Pipeline:
                 )
 
     def describe(self) -> str:
-        """Return what ``--dry-run`` prints: for every stage its state and how long it is. ``osler show`` prints all fields."""
+        """Return what ``--dry-run`` prints: for every stage its state and length. ``osler show`` prints all fields."""
         finished = [stage.name for stage in self.finished]
         said = {"run folder": str(self.run.root)}
         for name in self.config.stages:
@@ -210,7 +210,7 @@ class Pipeline:
             return JOBS[type(stage)].train(replace(stage, init_from=start), folder, self.world)
 
     def start_of(self, name: str) -> str:
-        """Return the run or checkpoint that a stage starts from; if it has begun, the one that its stored config names."""
+        """Return the run or checkpoint that a stage starts from. A stage that has begun keeps the one in its stored config."""
         if self.folder(name).config.exists():
             return str(read_config(self.folder(name))["init_from"])
         stage: Any = self.config.stages[name]
@@ -267,8 +267,8 @@ class Pipeline:
         for score in scores:
             logger.info(f"{label}, {score.split}: {score.accuracy:.1%} [{score.low:.1%}, {score.high:.1%}] of {score.n}")
             samples += [asdict(result.sample(label)) for result in score.results[: max(1, SAMPLES_SHOWN // len(scores))]]
-        again = {(label, sample["id"]) for sample in samples}  # after an interruption they may be in the file already
-        kept = [row for row in jsonl.read(self.run.samples)[0] if (row.get("stage"), row.get("id")) not in again]
+        new = {(label, sample["id"]) for sample in samples}  # after an interruption they may be in the file already
+        kept = [row for row in jsonl.read(self.run.samples)[0] if (row.get("stage"), row.get("id")) not in new]
         write_atomic(self.run.samples, "".join(map(jsonl.to_line, [*kept, *samples])))
         return scores
 
@@ -287,8 +287,8 @@ class Pipeline:
                 pairs = [(early, late) for early in scores[before] for late in scores[after] if same_exam(early, late)]
                 for early, late in pairs:
                     title = late.split if late.method == "generation" else f"{late.split}, {late.method}"
-                    if told := asked_differently(early.settings, late.settings):
-                        logger.warning(f"{title}: {before} and {after} are not compared, as they were asked differently: {told}.")
+                    if why := asked_differently(early.settings, late.settings):
+                        logger.warning(f"{title}: {before} and {after} are not compared, as they were asked differently: {why}.")
                         continue
                     gain = compare(early, late)
                     pair = early.accuracy, late.accuracy, gain.mean, gain.interval, gain.n
@@ -303,7 +303,7 @@ def same_exam(one: ScoredExam, other: ScoredExam) -> bool:
 
 @contextmanager
 def in_stage(name: str) -> Iterator[None]:
-    """Put the name of the stage before the message of an error, and say how the fields in the message are given to a pipeline."""
+    """Put the name of the stage before the message of an error, and say how to give its fields to a pipeline."""
     try:
         yield
     except UserError as error:
