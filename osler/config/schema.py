@@ -62,7 +62,7 @@ class Without(NamedTuple):
 
 
 class _Tagged:
-    """Mark a union of configs that are told apart by their ``type`` field; pydantic asks the mark for the union's schema."""
+    """Mark a union of configs that differ in their ``type`` field; pydantic asks the mark for the union's schema."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
         from pydantic import Field
@@ -73,7 +73,7 @@ class _Tagged:
 TAGGED = _Tagged()
 
 
-_WORDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}  # as Ge(1).ge and operator.ge are called
+_WORDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}  # keys are names of `operator`
 
 
 def is_config_class(annotation: Any) -> bool:

@@ -28,7 +28,7 @@ from osler.tasks.item import ExamItem
 
 RULES = 2  # version of the rules; rules that judge in another way get another number, and so make other data
 NEWER_FIELDS = {"fold": "all"}  # fields of exams that are left out at these values, at which they change nothing: for old shards
-LANGUAGE_CHARACTERS = 400  # from the start of a document, by which its language is told
+LANGUAGE_CHARACTERS = 400  # the start of a document, which decides its language
 LANGUAGE_WORDS = 20  # in a document of fewer words the language would be a guess, so the document is kept
 EXAM = "exam question"  # the reason why a document that contains one is dropped
 
@@ -102,9 +102,9 @@ class Cleaner:
             for document, *judged in zip(documents, texts, counts, letters, shingles, strict=True)
         ]
         if config.languages:
-            told = [number for number, reason in enumerate(reasons) if not reason and counts[number] >= LANGUAGE_WORDS]
-            languages = languages_of([texts[number][:LANGUAGE_CHARACTERS] for number in told])
-            for number, language in zip(told, languages, strict=True):
+            long = [number for number, reason in enumerate(reasons) if not reason and counts[number] >= LANGUAGE_WORDS]
+            languages = languages_of([texts[number][:LANGUAGE_CHARACTERS] for number in long])
+            for number, language in zip(long, languages, strict=True):
                 reasons[number] = "" if language in config.languages else f"language {language}"
         if config.exam_questions == "drop":
             reasons = [reason or (EXAM if number in items else "") for number, reason in enumerate(reasons)]
@@ -133,7 +133,7 @@ class Cleaner:
 
 
 def check_clean(config: CleanConfig, key: str) -> None:
-    """Raise UserError when a package that cleaning needs is missing, or a language cannot be told.
+    """Raise UserError when a package that cleaning needs is missing, or a language is unknown.
 
     ``key`` is the section's place in the config.
     """

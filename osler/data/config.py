@@ -33,15 +33,15 @@ HoldoutFraction = Annotated[float, Ge(0), Lt(1)]
 class CleanConfig:
     """What is left out of a source before it is learned; the data card counts it by reason and shows examples."""
 
-    min_words: NonNegativeInt = 5  # of a text; this and the next three limits do not count for questions with answers
-    max_words: PositiveInt | None = None  # of a text; null: no limit
-    max_symbols: Fraction = 0.5  # of a text: share of characters that are neither letters, digits nor white space; 1: no limit
-    max_repetition: Fraction = 0.5  # of a text: share of its sequences of 5 words that occur in it more than once; 1: no limit
+    min_words: NonNegativeInt = 5  # words of a text; this and the next three limits do not count for questions with answers
+    max_words: PositiveInt | None = None  # words of a text; null: no limit
+    max_symbols: Fraction = 0.5  # share of a text's characters that are neither letters, digits nor white space; 1: no limit
+    max_repetition: Fraction = 0.5  # share of a text's sequences of 5 words that occur in it more than once; 1: no limit
 
     languages: tuple[str, ...] = ()  # languages that are kept, such as en; none: all are
     duplicates: Literal["keep", "exact", "near"] = "exact"  # copies to leave out; exact: equal but for case and spacing
     similarity: Annotated[float, Ge(0.5), Le(1)] = (
-        0.8  # of near copies: share of the sequences of 5 words that two have in common
+        0.8  # texts are near copies from this share of common sequences of 5 words on
     )
     duplicates_memory_mb: PositiveInt = 256  # for each source; copies are found among as many of its latest documents as fit
 
@@ -65,10 +65,10 @@ class Preparation:
 class Source(Preparation):
     """What every source of data has."""
 
-    name: str = ""  # for metrics and messages; empty: of the clinic or of the path
+    name: str = ""  # for metrics and messages; empty: clinic, or the name of the path
     # share of a run's tokens, relative to the other sources of a mixture; share of its rows where documents are kept whole
     weight: PositiveFloat = 1.0
-    licence: str = ""  # of the texts, for the data card
+    licence: str = ""  # the texts' licence, for the data card
 
     def __post_init__(self) -> None:
         if self.name and self.name != _for_folders(self.name):
@@ -97,13 +97,13 @@ class ClinicData(Source):
     """The built-in synthetic world: textbook prose, exam questions with reasoning, and drills of the form of the exam."""
 
     type: Literal["clinic"] = "clinic"
-    seed: Seed = 0  # of every text and question that is drawn
-    passages: NonNegativeInt = 20_000  # of textbook prose
+    seed: Seed = 0  # decides every text and question that is drawn
+    passages: NonNegativeInt = 20_000  # passages of textbook prose
     examples: NonNegativeInt = 20_000  # exam questions with reasoning and answer
     cards: NonNegativeInt = 5_000  # exercises in matching a word with its partner: form, no fact
     drills: NonNegativeInt = 5_000  # multiple-choice questions about nothing but the options themselves: form, no fact
     reasoning: bool = True  # learn the reasoning between question and answer
-    validation_passages: NonNegativeInt = 200  # of textbook prose, held out
+    validation_passages: NonNegativeInt = 200  # passages of textbook prose, held out
     validation_examples: NonNegativeInt = 200  # exam questions, held out
 
     def __post_init__(self) -> None:
@@ -120,7 +120,7 @@ class FilesData(Source):
     path: str  # a .parquet, .jsonl, .ndjson, .txt or .md file (all but parquet also .gz and .zst), or a folder of them
     field: str = "text"  # the column of text in tables
     holdout_fraction: HoldoutFraction = 0.05  # about this share of the documents is for validation, one at least; 0: none
-    seed: Seed = 0  # of the order in which the documents are written
+    seed: Seed = 0  # decides the order in which the documents are written
 
 
 @config
@@ -133,7 +133,7 @@ class TurnsData(Source):
     thinking_field: str | None = None  # the column with the reasoning between question and answer; null: there is none
     answer_field: str = "answer"  # the column with the answer
     holdout_fraction: HoldoutFraction = 0.05  # about this share of the examples is for validation, one at least; 0: none
-    seed: Seed = 0  # of the order in which the examples are written
+    seed: Seed = 0  # decides the order in which the examples are written
 
 
 @config
@@ -147,10 +147,10 @@ class HubData(Source):
     revision: str = "main"  # a commit, branch or tag of the hub's repository; the commit is kept with the shards
     path: str = ""  # a file or folder of the same schema, instead of the hub
     root: str = ""  # a folder with a folder or file of each source, called by its name; empty: the mixture's
-    fold: Fold = "all"  # of an exam that the model also sits: train, or held-out, a fifth of its questions by hash
+    fold: Fold = "all"  # for an exam that the model also sits: train, or held-out (a fifth of its questions, by hash)
     reasoning: bool = True  # learn the reasoning between question and answer where rows have one
     holdout_fraction: HoldoutFraction = 0.001  # share of the documents kept for validation; 0: none
-    seed: Seed = 0  # of the order in which files are taken
+    seed: Seed = 0  # decides the order in which files are taken
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -275,7 +275,7 @@ class CurriculumStage:
     seq_len: PositiveInt  # tokens in a row
     until_tokens: PositiveInt | None = None  # counted from the start of the run; the step that crosses it is the stage's last
     batch_tokens: PositiveInt | None = None  # null: the run's; a batch is as many whole rows as fit
-    weights: dict[str, NonNegativeFloat] | None = None  # of all sources by name, from this stage on; null: those of the data
+    weights: dict[str, NonNegativeFloat] | None = None  # weights of all sources by name, from this stage on; null: the data's
 
     def __post_init__(self) -> None:
         if self.weights is not None:

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from osler.data.ngrams import Hashes, Places, Words
 from osler.tasks.item import ExamItem, points_at_options
 
-SEQUENCE_WORDS = 13  # of a sequence that is compared
+SEQUENCE_WORDS = 13  # the length of the sequences that are compared
 LEAST_WORDS = 4  # a shorter question is not looked for
 COVERAGE = 0.6  # share of an item's sequences that a document must have
 MOST_ITEMS = 3  # a sequence that more items have is a phrase of the exam
@@ -47,7 +47,7 @@ class ExamIndex:
         self.ids = [item.id for item in given]
         self.too_short: list[str] = []  # ids of items whose questions are not looked for
         long: dict[bytes, list[int]] = {}  # questions and passages, by their sequences, with the items that have them
-        short: dict[int, list[tuple[Hashes, _Short]]] = {}  # by the number of words
+        short: dict[int, list[tuple[Hashes, _Short]]] = {}  # keys: the number of words
         words = Words([text for item in given for text in (item.question, item.context)])
         sequences = words.sequences(SEQUENCE_WORDS)
         for text, (first, last) in enumerate(pairwise(words.firsts.tolist())):

@@ -70,7 +70,7 @@ class Seen:
         # Documents are numbered from 1 on, and 0 means none. Untouched pages of the arrays take no memory.
         self._rows = np.zeros((self._capacity, self.width), np.uint8)
         self._latest = np.zeros((bands, self._capacity), np.uint32)  # the latest document with each hash
-        self._previous = np.zeros((self._capacity, bands), np.uint32)  # for each document, the one before it with the same hash
+        self._previous = np.zeros((self._capacity, bands), np.uint32)  # by document: the one before it with the same hash
         self._bands = np.arange(bands)
         self._new: list[bytes] = []
         self.count = 0

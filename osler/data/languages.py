@@ -1,4 +1,4 @@
-"""The languages of texts, told by py3langid. Its automaton walks through many texts at once here, five times as fast."""
+"""Finds the languages of texts with py3langid. Its automaton walks through many texts at once here, five times as fast."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def languages_of(texts: Sequence[str]) -> list[str]:
 
 
 def check_languages(names: Sequence[str], key: str) -> None:
-    """Raise UserError when a language cannot be told, or the library is missing; ``key`` is the field that names them."""
+    """Raise UserError when a language is unknown, or the library is missing; ``key`` is the field that names the languages."""
     known = sorted(code for code, _ in _langid().rank(""))
     for name in names:
         if name not in known:

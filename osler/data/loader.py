@@ -137,7 +137,7 @@ class WorkAhead:
 
     def __init__(self, batch: Callable[[int], Batch], workers: int, start_step: int) -> None:
         self._batch, self._step, self._workers = batch, start_step, workers
-        self._ahead: deque[Future[Batch]] = deque()  # of the steps from `_step` on
+        self._ahead: deque[Future[Batch]] = deque()  # batches of the steps from `_step` on
         self._executor = ThreadPoolExecutor(workers, thread_name_prefix="loader") if workers else None
 
     def __iter__(self) -> WorkAhead:

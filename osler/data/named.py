@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 ToDocuments = Callable[[Iterable[Row], HubData], Iterable[Document]]
 
 _THOUGHT = re.compile(r"\A\s*<think>(.*?)</think>\s*", re.DOTALL)
-_TITLE = re.compile(r"\A = (?!=)[^\n]* = \s*\Z")  # of an article of WikiText; titles of its sections have more equals signs
+_TITLE = re.compile(r"\A = (?!=)[^\n]* = \s*\Z")  # the title of a WikiText article; its sections have more equals signs
 # Words in the names of files, and the splits that they mean.
 _SPLITS = {"train": "train", **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"), "test": "test"}
 

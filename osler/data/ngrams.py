@@ -19,7 +19,7 @@ Hashes = npt.NDArray[np.uint64]
 Places = npt.NDArray[np.int64]
 
 PIECE = 1 << 16  # characters that are split at a time, so that their arrays stay in the cache
-_END = "\0"  # of a text
+_END = "\0"  # ends a text
 _BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse
 _INVERSE = pow(_BASE, -1, 1 << 64)
 

@@ -126,7 +126,7 @@ class WholePacking:
         self.prompt_loss = prompt_loss
         self.drop_torn = drop_torn
         self._lock = threading.RLock()  # the threads of a loader share the plans
-        self._first_rows, self._first_tokens = [0], [0]  # of every window that is planned, and of the next one
+        self._first_rows, self._first_tokens = [0], [0]  # for every planned window, and the next one
         self._carried = [_NOTHING]  # the pieces that each of these windows gets from the window before
         self._plan = functools.lru_cache(CACHED_WINDOWS)(self._plan_window)
 
@@ -221,7 +221,7 @@ class WholePacking:
         kept = kept[permutation(len(kept), self.order.seed, self.order.shards.fingerprint_up_to(1), epoch, number, "rows")]
         place_of_row = np.full(len(row_tokens), len(kept), np.int64)
         place_of_row[kept] = np.arange(len(kept))
-        by_row = np.argsort(place_of_row[row_of], kind="stable")  # in a row, documents are in the order of the window
+        by_row = np.argsort(place_of_row[row_of], kind="stable")  # within a row the window's order stays
         counts = np.bincount(place_of_row[row_of], minlength=len(kept))[: len(kept)]
         row_ends = np.cumsum(counts)
         used = int(row_ends[-1]) if len(kept) else 0

@@ -36,7 +36,7 @@ POLL_SECONDS = 0.05
 END_SECONDS = 10.0  # how long the process may take to end by itself
 GIGABYTE = 10**9
 BLOCK_BYTES = 4096  # size of a block of a disk
-SHARDS_SHARE = 15 / 16  # of a budget; the rest is for indices, journals and the files that describe the data
+SHARDS_SHARE = 15 / 16  # the share of a budget; the rest is for indices, journals and the files that describe the data
 
 
 class Preparer:

@@ -1,6 +1,6 @@
 """Local files as documents: parquet and JSONL tables, text and Markdown, plain or compressed, or folders of any mix.
 
-A reader is lazy: each iteration opens the files anew and gives the same documents in the same order (files sorted by name), and
+A reader is lazy: each iteration opens the files again and gives the same documents in the same order (files sorted by name), and
 any part of a file can be read alone. A text file is one document, or several if it is long; a table has one per row. The log
 names once which files and columns are not read.
 """

@@ -170,8 +170,8 @@ class ShardSet:
 
     num_documents = _Count("documents")
     num_tokens = _Count("tokens")
-    num_loss_tokens = _Count("loss_tokens")  # that the model learns, by the loss masks
-    num_bytes = _Count("num_bytes")  # of text in UTF-8
+    num_loss_tokens = _Count("loss_tokens")  # tokens that the model learns, by the loss masks
+    num_bytes = _Count("num_bytes")  # the size of the text in UTF-8
 
     def bytes_per_token(self, token: int) -> float:
         """Return the average bytes of text per token, up to the end of the shard that holds this token of the first epoch."""

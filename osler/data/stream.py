@@ -36,7 +36,7 @@ PATIENCE_SECONDS = 1.0  # before the log gives the reason for a wait; it does so
 STUCK_SECONDS = 300.0  # the longest wait for a preparation that has no room
 STEPS_AGREED = 64  # at most, while data are being prepared
 ALL_STEPS = 1 << 62  # more than any run has: all data are prepared
-SURE_SHARE = 0.8  # of the tokens estimated in unread files; the estimate assumes that they are like the files that were read
+SURE_SHARE = 0.8  # trusted share of the estimate for unread files, which assumes that they are like those that were read
 
 
 def untended(seconds: float) -> None:
@@ -143,7 +143,7 @@ class DiskBudget:
     ) -> None:  # fmt: skip
         self.folder, self.gigabytes, self.loader, self.checkpoints = folder, gigabytes, loader, checkpoints
         self.keep_last, self.steps, self.spare_tokens = keep_last, loader.timeline.steps_for(total_tokens), spare_tokens
-        self.looked_at: object = None  # the facts behind the last decision
+        self.looked_at: object = None  # the facts of the last decision
 
     def make_room(self, waited: float) -> None:
         """Delete shards when the preparation is paused; `waited` is how many seconds the run has waited for data.

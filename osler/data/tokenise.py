@@ -54,7 +54,7 @@ class Chunk(NamedTuple):
     tokens: TokenArray
     masks: MaskArray | None
     is_masked: npt.NDArray[np.bool_] | None
-    rows: Rows | None  # by which copies are found
+    rows: Rows | None  # hashes by which copies are found
 
 
 class PartEnd(NamedTuple):

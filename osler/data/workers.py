@@ -33,7 +33,7 @@ FEWER = (
     "that, and a run with data.type=prepared trains on its shards."
 )
 MOST_PROCESSES = 16
-WORTHWHILE_BYTES = 1 << 25  # of files; fewer are tokenised faster than processes start
+WORTHWHILE_BYTES = 1 << 25  # smaller files are tokenised faster than processes start
 ONE_CORE = {name: "1" for name in ("RAYON_NUM_THREADS", "OMP_NUM_THREADS")}
 
 
@@ -113,7 +113,7 @@ def serve() -> None:
     """Tokenise the parts that come through standard input; a thread writes results and messages to standard output."""
     pipe, results = os.fdopen(os.dup(1), "wb"), queue.Queue[bytes](CHUNKS)
     os.dup2(2, 1)  # prints of libraries go to standard error
-    messages = logging.Handler()  # which the parent logs
+    messages = logging.Handler()  # sends messages to the parent, which logs them
     messages.emit = lambda record: results.put(pickle.dumps(record.getMessage()))  # type: ignore[method-assign]
     logging.getLogger("osler").addHandler(messages)
     logging.getLogger("osler").setLevel(logging.INFO)

@@ -40,7 +40,7 @@ _NUM_DISTINCT = "kept"  # counts the documents that are no copies of earlier one
 _NUM_KEYS = "keys"  # counts the documents of a validation corpus
 _OTHER_COUNTS = {"bytes", "documents", "train", "validation", _NUM_DISTINCT, _NUM_KEYS, EMPTY, COPIES}  # not drops by reason
 
-Choice = Mapping[str, npt.NDArray[np.bool_]]  # which documents of a chunk belong to each split
+Choice = Mapping[str, npt.NDArray[np.bool_]]  # by split: which documents of a chunk belong to it
 
 
 class CorpusWriter:

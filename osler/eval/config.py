@@ -11,7 +11,7 @@ from osler.runtime.errors import UserError
 from osler.tasks.config import HubExam
 from osler.tasks.registry import ClinicTask, NeedleTask, TaskConfig
 
-EXAM_SEED = 7_001  # of the clinic's exam: the same items for every model, and not those that training draws for its own exams
+EXAM_SEED = 7_001  # gives every model the same items of the clinic, and not those that training draws for its own exams
 CLINIC_EXAM = ClinicTask(split="new_findings,new_questions", limit=500, seed=EXAM_SEED)
 
 
@@ -27,7 +27,7 @@ class DistillConfig:
     max_new_tokens: PositiveInt = 128  # thinking and answer together
     temperature: float = 0.7  # higher: more varied answers, fewer of them right
     top_p: Annotated[float, Gt(0), Le(1)] = 0.95  # draw from the fewest likeliest tokens that have this share of the probability
-    seed: Seed = 0  # of option orders and sampling
+    seed: Seed = 0  # for option orders and sampling
     rows: PositiveInt = 256  # answers written at once; fewer need less memory
 
     which: Literal["newest", "best"] = "newest"  # checkpoint of a run folder
@@ -61,7 +61,7 @@ class ExamSettings:
     temperature: float = 0.0  # 0: always the likeliest token
     # divides an option's log-likelihood; the raw score is shown beside it. lm-evaluation-harness's acc_norm divides by characters
     normalise: Literal["bytes", "characters", "tokens", "none"] = "bytes"
-    seed: Seed = 0  # of option orders, subsets and sampling
+    seed: Seed = 0  # for option orders, subsets and sampling
     rows: PositiveInt = 256  # answers written at once; fewer need less memory
     device: str = "auto"  # auto, cpu, cuda or cuda:N
 
@@ -83,7 +83,7 @@ class EvalConfig(ExamSettings):
     text: str | None = None  # a file or folder of text, measured in bits per byte; not one that the model was trained on
     text_field: str = "text"  # the column of tables
     source: HubData | None = None  # a text by name, as source.name=wikitext or c4, in its last split unless another is given
-    documents: PositiveInt | None = None  # of a text, counted from its start; null: all
+    documents: PositiveInt | None = None  # how many of a text, from its start; null: all
     seq_len: PositiveInt | None = None  # tokens read at once; null: as many as in training
 
     which: Literal["newest", "best"] = "newest"  # checkpoint of a run folder

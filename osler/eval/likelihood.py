@@ -29,7 +29,7 @@ from osler.runtime.stop import AskedToStop, asked
 from osler.runtime.world import World
 
 VALIDATION_SEED = 0  # the rows of a set are the same whatever the seed of the run
-BATCH_TOKENS = 16_384  # of a forward pass, padding included
+BATCH_TOKENS = 16_384  # the most in a forward pass, padding included
 SORTED_WINDOWS = 4096  # windows sorted by length at a time, for less padding; the sum does not depend on the order
 LabelledRow = tuple[list[int], list[int]]  # ids, and a label for each: the id that follows it, or -100 if it is not scored
 

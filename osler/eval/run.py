@@ -115,7 +115,7 @@ def complete(config: EvalConfig, ready: LoadedModel) -> tuple[EvalConfig, Mappin
     data = ready.shards
     if data is not None and data.is_dir() and not ready.answers_questions and (held_out := held_out_so_far(data)):
         if next(iter(held_out.values())).tokenizer_fingerprint != ready.tokenizer.fingerprint:
-            raise UserError(f"{data} was prepared with another tokenizer than the model's; prepare it anew.")
+            raise UserError(f"{data} was prepared with another tokenizer than the model's; prepare it again.")
         return config, held_out
     raise UserError(
         f"What shall {ready.path} be examined on? Give an exam (task=medqa:FILE, or task=clinic) or a text "

@@ -27,7 +27,7 @@ UNPARSED = "unparsed"  # the completion ended by itself, but no single option (o
 CUT = "cut"  # the length limit came before a readable answer
 TOO_LONG = "too_long"  # the question did not fit into the model's context
 COVERAGES = (0.25, 0.5, 0.75)  # shares of the questions that are answered when the model skips those it is least sure of
-BINS = 10  # of confidence
+BINS = 10  # intervals of confidence
 Z_95 = NormalDist().inv_cdf(0.975)  # 95 % of a normal distribution lies within this many standard deviations of its mean
 
 

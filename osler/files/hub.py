@@ -22,7 +22,7 @@ from osler.runtime.errors import UserError
 
 RANGE_BYTES = 1 << 20  # one request asks for at least this many
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
-RETRIES, LONGEST_SECONDS = 12, 60  # of a request, and the longest wait. Waits double up to it, and take seven minutes in all
+RETRIES, LONGEST_SECONDS = 12, 60  # a request's retries, and the longest wait: waits double up to it, in all seven minutes
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from osler.ops.sampling import RowSampling
 from osler.ops.sampling_params import SamplingParams
 
 _PREFILL_TOKENS = 16_384  # tokens of prompts that run through the model at a time
-_WORTH_SHARING = 16  # a prompt starts from a row that has at least so many of its tokens, and at least half of them
+_WORTH_SHARING = 16  # a prompt starts from a row that has at least this many of its tokens, and at least half of them
 
 Prompt = tuple[int, ...]
 
@@ -35,7 +35,7 @@ class _Place:
     request: Request | None = None  # None: the row is free
     drawn: int = 0  # an upper bound of the tokens drawn, exact after ``collect``
     tokens: Prompt = ()  # tokens in the cache: of a running row its prompt, of a finished one all but the last
-    told: int = 0  # tokens that ``news`` has returned
+    returned: int = 0  # tokens that ``news`` has returned
 
 
 class Batch:
@@ -103,9 +103,9 @@ class Batch:
         """
         busy = [row for row, place in enumerate(self._places) if place.request is not None]
         places = [self._places[row] for row in busy]
-        found = self._continuations(busy, [place.told for place in places]) if busy else []
+        found = self._continuations(busy, [place.returned for place in places]) if busy else []
         for place, continuation in zip(places, found, strict=True):
-            place.told += len(continuation.ids)
+            place.returned += len(continuation.ids)
         return [(place.number, continuation) for place, continuation in zip(places, found, strict=True)]
 
     @torch.inference_mode()
@@ -223,7 +223,7 @@ class Batch:
         rows_by_beginning: dict[Prompt, list[int]] = {}
         for row, place in enumerate(self._places):
             rows_by_beginning.setdefault(place.tokens[:_WORTH_SHARING], []).append(row)
-        parts: dict[int | None, list[Prompt]] = {}  # by the row that they start from
+        parts: dict[int | None, list[Prompt]] = {}  # keys: the row that they start from
         shared: dict[int | None, int] = {}  # tokens at the beginning of that row and of all prompts of the part
         for prompt in prompts:
             rows = rows_by_beginning.get(prompt[:_WORTH_SHARING], [])

@@ -132,7 +132,7 @@ def piped_lines() -> Iterator[str]:
 
 
 def show_answer(reply: Iterable[tuple[str, str]]) -> None:
-    """Print thinking and answer as they come, each behind its name."""
+    """Print thinking and answer as they come, each after its name."""
     shown = ""
     for part, text in reply:
         if part != shown:

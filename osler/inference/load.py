@@ -26,9 +26,10 @@ from osler.tokenizer.bpe import Tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "config.yaml"
-REASONS = "reasons"  # in the state of an imported checkpoint, which has no config: whether the model thinks before it answers
-MADE_BY = "made_by"  # in the state of a checkpoint of weights alone: the command that made it, and the checkpoint it was made of
-QUANTIZED = "quantized"  # in the state of a quantised checkpoint: bits and group_size
+# Keys of a checkpoint's state
+REASONS = "reasons"  # in an imported one, which has no config: whether the model thinks before it answers
+MADE_BY = "made_by"  # in one without optimizer: the command that made it, and what it was made from
+QUANTIZED = "quantized"  # in a quantised one: bits and group_size
 
 
 def teaches_reasoning(training: Mapping[str, Any]) -> bool:

@@ -148,7 +148,7 @@ class Rows:
             return torch.zeros(rows, *shape, dtype=dtype, device=device)
 
         self.vocab_size = vocab_size
-        places = new_tokens + 1  # one more, because finished rows write behind their end
+        places = new_tokens + 1  # one more, because finished rows write after their end
         self.token_B = zeros()  # the token drawn last, which is not yet in the cache
         self.running_B = zeros(dtype=torch.bool)
         self.drawn_B, self.limit_B, self.stop_BK = zeros(), zeros(), zeros(can.stop_ids)

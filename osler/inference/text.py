@@ -15,7 +15,7 @@ from osler.tokenizer.bpe import Tokenizer
 logger = logging.getLogger(__name__)
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what the bytes of half a character decode to
-_END = -1  # the marker behind the last token
+_END = -1  # stands after the last token
 _CONTEXT, _MOST_CONTEXT = 8, 32  # tokens that are decoded again with the next one: a character has at most four
 
 
@@ -27,7 +27,7 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, markers: Set[int], stops: Sequence[str] = ()) -> None:
         self.tokenizer, self.markers, self.stops = tokenizer, markers, stops
-        self.is_stopped = False  # by one of ``stops``
+        self.is_stopped = False  # whether one of ``stops`` came
         self._begin()
 
     def _begin(self) -> None:
@@ -65,7 +65,7 @@ class TextStream:
         return said
 
     def next_part(self) -> None:
-        """Begin the part behind a marker."""
+        """Begin the part after a marker."""
         self._begin()
 
 

@@ -69,7 +69,7 @@ class KVCache:
     def open_step(self) -> CacheStep:
         """Make the new token of every row visible to the row, and prepare the cache for all layers of a decode step."""
         self.filled = min(self.filled + 1, self.slots)
-        slot_BK = self._first_BK + self.length_B[:, None]  # in [C * S]
+        slot_BK = self._first_BK + self.length_B[:, None]  # indices into [C * S]
         self.bias_BKS.view(-1).index_fill_(0, slot_BK.view(-1), 0.0)
         read_k, read_v = (stored[..., : self.filled, :].flatten(1, 2) for stored in (self.k, self.v))
         return CacheStep(

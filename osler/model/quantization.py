@@ -19,7 +19,7 @@ from torch import Tensor
 
 from osler.model.init import is_of_indexer
 
-SHARES = (1.0, 0.95, 0.9, 0.85, 0.8)  # of the widest scale, tried in turn
+SHARES = (1.0, 0.95, 0.9, 0.85, 0.8)  # the scales to try, as shares of the widest one
 SCALE = ".scale"  # ends the name of a matrix's scales; ".int8" and ".int4" end those of its codes
 
 
@@ -74,7 +74,7 @@ def _in_groups(matrix_OI: Tensor, group_size: int) -> Tensor:
 
 
 def _packed(codes_OI: Tensor) -> Tensor:
-    """Return codes from -8 to 7 as bytes: an even column in the low half, the odd one behind it in the high half."""
+    """Return codes from -8 to 7 as bytes: an even column in the low half, the odd one after it in the high half."""
     halves = F.pad(codes_OI + 8, (0, codes_OI.shape[1] % 2)).to(torch.uint8)
     return halves[:, ::2] | halves[:, 1::2] << 4
 

@@ -34,7 +34,7 @@ def yarn_frequencies(frequencies: Tensor, theta: float, scaling: YarnConfig) -> 
     pairs = len(frequencies)
 
     def pair_with(rotations: float) -> float:
-        """Return the (fractional) number of the pair that rotates so many times in the original row."""
+        """Return the (fractional) number of the pair that rotates ``rotations`` times in the original row."""
         return pairs * math.log(scaling.original_max_seq_len / (2 * math.pi * rotations)) / math.log(theta)
 
     first = max(math.floor(pair_with(scaling.beta_fast)), 0)

@@ -163,7 +163,7 @@ class DecodeSparseAttention(DecodeAttention):
         stored_BSI = cached.index_BSI[self.layer]
         row_B = torch.arange(len(x_BD), device=x_BD.device)
         stored_BSI.index_put_((row_B, cached.place_B), new.k_BSI[:, 0].to(stored_BSI.dtype))
-        keys_BSI = stored_BSI[:, : cached.k_CHS[self.layer].shape[-1]]  # as far as the cache is filled
+        keys_BSI = stored_BSI[:, : cached.k_CHS[self.layer].shape[-1]]  # the filled part of the cache
         if keys_BSI.shape[1] <= self._choice.top_k:
             return super().step(x_BD, rope, cached)
         q_BNH, k_BKH, v_BKH = self._project(x_BD, rope)

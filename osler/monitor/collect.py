@@ -59,8 +59,8 @@ class Collector:
         self.steps = 0  # steps since the last line, or since the clock was restarted
         self.is_probing = False
         self.probed: dict[str, Tensor] = {}
-        self.forward_only: ModelConfig | None = None  # that of a teacher, whose forward pass reads every token too
-        self.cpus = read_cpus()  # as they were when the last line was written
+        self.forward_only: ModelConfig | None = None  # a teacher's shape: its forward pass reads every token, too
+        self.cpus = read_cpus()  # at the last line
 
     def fetch(self, batches: Iterator[T], step: int) -> T:
         """Begin to follow a step by taking its batch."""

@@ -54,7 +54,7 @@ class History:
         self.has_loss = False  # whether the newest line has a loss, finite or not
         self.loss: float | None = None  # the loss of the newest line that has one; NaN when it was not finite
         self.peak_lr = 0.0
-        self.had_gradient = False  # in GRPO: the rewards of some group differed
+        self.had_gradient = False  # GRPO: whether the rewards of some group differed
         self.without_reward = 0  # lines in a row that had no reward
         self.first: defaultdict[str, list[float]] = defaultdict(list)  # the first values of each metric
         self._begin_stage()

@@ -92,7 +92,7 @@ def unlearned(is_all: bool, past: History) -> Iterator[str]:
 def repeated(past: History) -> Iterator[str]:
     """The data were read so often that another time teaches next to nothing (Muennighoff et al. 2023, arXiv 2305.16264)."""
     epochs = past.line["data/epoch"]
-    if epochs > 16 and not past.settings.max_new_tokens:  # GRPO answers its questions anew each time
+    if epochs > 16 and not past.settings.max_new_tokens:  # GRPO samples new answers each time
         yield (
             f"the run has read its data {epochs:.0f} times. After about 16 times another one teaches next to nothing: keep the "
             "checkpoint with the lowest eval/loss, and give more data or a smaller total_tokens."

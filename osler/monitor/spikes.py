@@ -31,7 +31,7 @@ class SpikeWindow:
     def __init__(self, config: SpikeConfig) -> None:
         self.threshold = config.threshold
         self.usual: deque[float] = deque(maxlen=config.window_steps)
-        self.spikes: list[float] = []  # in a row, up to now
+        self.spikes: list[float] = []  # the values of the present series of spikes
 
     def observe(self, loss: float) -> Spike | None:
         """Take in a loss; return None when it is usual or not finite, or when less than half a window was seen before it."""

@@ -299,7 +299,7 @@ def index_measured(q_BNTH: Tensor, k_BKTH: Tensor, index: Index, first_BT: Tenso
 
 
 class _Compared(NamedTuple):
-    """Of some queries, the attention to all keys up to the last query, averaged over the heads of a choice, and index scores."""
+    """For some queries: the attention to all keys up to the last query, averaged over the heads of a choice, and index scores."""
 
     part: slice
     p_BRCS: Tensor

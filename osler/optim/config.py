@@ -12,11 +12,11 @@ class AdamWConfig:
 
     type: Literal["adamw"] = "adamw"
     lr: PositiveFloat = 2.5e-3  # peak learning rate of matrices and vectors
-    embedding_lr: PositiveFloat | None = None  # of embeddings and head; null: lr
+    embedding_lr: PositiveFloat | None = None  # the rate of embeddings and head; null: lr
     beta1: Momentum = 0.9  # decay of the mean of gradients, per step
     beta2: Momentum = 0.95  # decay of the mean of their squares, per step
     eps: PositiveFloat = 1e-8  # added to the root of the mean square
-    weight_decay: NonNegativeFloat = 0.1  # of matrices only; times the learning rate, per step
+    weight_decay: NonNegativeFloat = 0.1  # per step, matrices shrink by this times the learning rate
     weight_decay_schedule: WeightDecayConfig = ConstantWeightDecay()  # how it changes over the run
 
 
@@ -32,8 +32,8 @@ class MuonConfig:
     lr: PositiveFloat = 0.02  # peak learning rate of matrices
     momentum: Momentum = 0.95  # decay of the mean of gradients, per step
     momentum_warmup: MomentumWarmup = MomentumWarmup()
-    newton_schulz_steps: PositiveInt = 5  # of the iteration that makes singular values equal
-    weight_decay: NonNegativeFloat = 0.01  # of matrices only; times the learning rate, per step
+    newton_schulz_steps: PositiveInt = 5  # steps of the iteration that makes singular values equal
+    weight_decay: NonNegativeFloat = 0.01  # per step, matrices shrink by this times the learning rate
     weight_decay_schedule: WeightDecayConfig = ConstantWeightDecay()  # how it changes over the run
     adamw_lr: PositiveFloat = 2.5e-3  # peak learning rate of embeddings, head and vectors
     beta1: Momentum = 0.9  # AdamW's decay of the mean of gradients, per step

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 COMPILE_MIN_STEPS = 100  # compiling costs 10 to 30 seconds; shorter runs end sooner without it
 LINKING_SECONDS = 30  # the C++ compiler needs less to write a library
-COMPILED_SHAPES = 64  # of one function at most; torch's own limit is 8, and a curriculum may have more stages
+COMPILED_SHAPES = 64  # the most for one function; torch's own limit is 8, and a curriculum may have more stages
 
 
 def should_compile(mode: str, device: torch.device, *, steps: int) -> bool:

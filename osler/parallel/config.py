@@ -32,7 +32,7 @@ class DeepSpeedConfig:
     """DeepSpeed's ZeRO (an extra) shards the optimizer (stage 1), the gradients too (2), and the weights too (3)."""
 
     type: Literal["deepspeed"] = "deepspeed"
-    stage: Literal[1, 2, 3] = 2  # of ZeRO
+    stage: Literal[1, 2, 3] = 2  # the stage of ZeRO
     config_file: str | None = None  # DeepSpeed's own JSON, whose zero_optimization then replaces stage
 
 

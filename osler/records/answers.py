@@ -79,7 +79,7 @@ class AnswerLog:
         except OSError as error:
             if self._lasting:
                 raise
-            logger.warning(f"{self._path} cannot be written ({error.strerror}); an interrupted exam would begin anew.")
+            logger.warning(f"{self._path} cannot be written ({error.strerror}); an interrupted exam would begin again.")
             self._path = None
 
 

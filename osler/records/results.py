@@ -73,7 +73,7 @@ class Comparison(HasInterval):
 class SampledAnswer:
     """One question, and the answer of one checkpoint."""
 
-    id: str = ""  # of the question
+    id: str = ""  # the question's
     stage: str = ""  # label of the checkpoint
     question: str = ""
     options: list[str] = field(default_factory=list)

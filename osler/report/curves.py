@@ -63,7 +63,7 @@ class MetricsLog:
     def _start_over(self) -> None:
         self.curves: dict[str, Series] = {}
         self.tokens = Series()  # tokens seen
-        self.times: Floats = np.array([])  # in unix seconds, of every line that has one, in the order of the file
+        self.times: Floats = np.array([])  # the time of every line that has one, in unix seconds, in the order of the file
         self.unreadable = 0  # lines
         self._position, self._mark = 0, b""  # bytes read, and the last ``MARK_BYTES`` of them
 

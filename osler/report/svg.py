@@ -145,7 +145,7 @@ def line_chart(
         "marks": {(round(sx(at)), css): meaning for at, css, meaning in marks if x_low <= at <= x_high},
         "curves": curves,
         "above": above,
-        "data": {"kind": kind, "over": over, **axes, "lines": shown},  # for the script
+        "data": {"kind": kind, "over": over, **axes, "lines": shown},  # the page's script reads it
     }
 
 

@@ -133,10 +133,10 @@ class ServerRollout:
     """vLLM servers draw the completions; rank 0 asks them, and gives them the policy's weights before each step."""
 
     type: Literal["server"] = "server"
-    urls: tuple[str, ...]  # of the servers, such as http://localhost:8000; each gets its share of a step's questions
+    urls: tuple[str, ...]  # the servers, such as http://localhost:8000; each gets its share of a step's questions
     # where the run makes a folder for its weights, which the servers read under the same path; null: in the run folder
     weights_dir: str | None = None
-    timeout_seconds: PositiveFloat = 600.0  # of one request; a request that takes longer is sent again
+    timeout_seconds: PositiveFloat = 600.0  # for one request; a request that takes longer is sent again
     retry_seconds: PositiveFloat = 300.0  # how long the run waits for a server that cannot be reached, such as one that restarts
 
     def __post_init__(self) -> None:
@@ -153,7 +153,7 @@ def _is_address(url: str) -> bool:
     try:
         parts = urlsplit(url)
         return re.fullmatch(r"https?://[^/\s?#@]+", url) is not None and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # of a port that is no number, or too large
+    except ValueError:  # the port is no number, or too large
         return False
 
 
@@ -162,7 +162,7 @@ class RlTaskConfig:
     """Questions to train on: an exam, its share of every step, and which rewards count how much in the total."""
 
     task: TaskConfig = ClinicTask(split="train", limit=4000)
-    name: str = ""  # in metrics; empty: the exam's type
+    name: str = ""  # its name in metrics; empty: the exam's type
     weight: PositiveFloat = 1.0  # share of every step's questions, relative to the other tasks
     # functions of osler/tasks/rewards.py with their weights, or functions of your own, MODULE:FUNCTION or FILE.py:FUNCTION; a
     # reward for form alone destroys accuracy, gated_format pays for it only when the answer is right
@@ -200,7 +200,7 @@ class GrpoConfig(RunConfig):
     """
 
     kind: Literal["grpo"] = "grpo"  # the command sets it
-    seed: Seed = 0  # of the questions and the sampling
+    seed: Seed = 0  # decides the questions and the sampling
     init_from: str  # run folder or checkpoint to start from, with its model and tokenizer
     tasks: tuple[RlTaskConfig, ...] = (RlTaskConfig(),)  # what is asked: a list of exams, each with its weight and its rewards
     eval_task: TaskConfig | None = ClinicTask(split="validation", limit=200)  # the exam sat during training; null: none
@@ -223,7 +223,7 @@ class GrpoConfig(RunConfig):
 
     # how several processes share the work; with fsdp each of them gathers the whole policy to sample
     parallel: Annotated[NoParallelConfig | DdpConfig | FsdpConfig, TAGGED] = NoParallelConfig()
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of activations; weights are fp32; auto: bf16 where it is faster here
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # activations; weights are fp32; auto: bf16 where it is faster here
 
     def __post_init__(self) -> None:
         labels = [task.label for task in self.tasks]

@@ -144,7 +144,7 @@ def grpo_loss(inputs: LossInputs, algorithm: AlgorithmConfig) -> tuple[Tensor, d
             "clip_high": clipped_high_BT.sum(),
             "opsm_masked": (~on_policy_B & row_B).sum(),
             "seq_kl": (seq_kl_B * row_B).sum(),
-            "approx_kl": kl_estimate(log_ratio_BT, ratio_BT, "k3").sum(),  # of the policy that drew the tokens to this one
+            "approx_kl": kl_estimate(log_ratio_BT, ratio_BT, "k3").sum(),  # from the policy that drew the tokens to this one
             "logp_difference": log_ratio_BT.detach().abs().sum(),
             "logp_difference_max": log_ratio_BT.detach().abs().max(),
         }

@@ -45,7 +45,7 @@ from osler.runtime.world import World
 
 logger = logging.getLogger(__name__)
 
-MOST_REQUESTS = 64  # in flight at a time; the server queues what it cannot take yet
+MOST_REQUESTS = 64  # the most in flight at a time; the server queues what it cannot take yet
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 15.0  # between two tries
 POLL_SECONDS = 0.2  # between two checks whether the run was asked to stop
 TRANSIENT = (408, 429, 500, 502, 503, 504)  # statuses of a server that may answer later
@@ -121,7 +121,7 @@ class RolloutServers:
         finally:
             self._given_up.set()  # after an error or Ctrl-C no thread goes on waiting
             pool.shutdown(wait=False, cancel_futures=True)
-            if len(drawn) < len(prompts) * size:  # a run that is refused at its start leaves nothing behind
+            if len(drawn) < len(prompts) * size:  # a run that is refused at its start leaves nothing
                 _remove(self.folder, self._name)
                 self._written = lambda: None
 

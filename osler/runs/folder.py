@@ -42,7 +42,7 @@ DATA_SECTIONS = ("data", "validation", "tasks")  # a run learns from these and i
 def taken(folder: RunFolder, world: World = World()) -> Iterator[None]:  # noqa: B008 - frozen
     """Create the folder if it does not exist, and lock it inside the context; all ranks call this, and rank 0 locks.
 
-    A start that fails leaves no empty folder behind. Raises UserError when another process is at work on the folder.
+    A start that fails leaves no empty folder. Raises UserError when another process is at work on the folder.
     """
     RunFolder.create(folder.root)
     with locked(folder.root) if world.is_first else nullcontext():

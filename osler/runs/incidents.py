@@ -120,7 +120,7 @@ class Incidents:
         if path is None or self.rollbacks >= self.limits.max_rollbacks:
             raise UserError(self._diagnosis(step, path))
         cause, rollbacks = self.cause, self.rollbacks + 1
-        reached = position() + self.data_offset  # in the data
+        reached = position() + self.data_offset  # the place in the data
         loaded = store.load(path)
         restore(loaded)  # restores this object too
         self.run.world.barrier()  # the caller replaces the checkpoint, which others may still be reading

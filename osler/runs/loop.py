@@ -54,7 +54,7 @@ class Trainer(ABC):
     """Base class of the trainers that ``Loop`` drives."""
 
     config: RunConfig
-    unit = "steps"  # in which ``position`` and ``total`` count
+    unit = "steps"  # of ``position`` and ``total``
     best_metric = ""  # decides which checkpoint is the best; lower is better when its name ends with "loss"
 
     def __init__(self, config: RunConfig, run: Run, learner: Learner, *, total: int, lines_every: int = 1) -> None:

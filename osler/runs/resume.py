@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 CONFIG = "config.yaml"  # the file with the config, in a checkpoint
-ASIDE = "set-aside"  # in the run folder: checkpoints and lines from after the step that the run went back to
+ASIDE = "set-aside"  # a folder of the run: checkpoints and lines from after the step that it went back to
 REWIND = "rewind"  # the event that records going back
 
 

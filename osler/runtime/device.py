@@ -132,7 +132,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 def keep_freed_memory() -> None:
     """Ask glibc to keep freed memory for reuse; other C libraries are not asked.
 
-    By default glibc maps memory anew for each large tensor, so the kernel zeroes pages in every step; on virtual machines that
+    By default glibc maps new memory for each large tensor, so the kernel zeroes pages in every step; on virtual machines that
     can cost more than the arithmetic.
     """
     if platform.libc_ver()[0] != "glibc":

@@ -25,7 +25,7 @@ KINDS = ("kill", "sigterm", *ERRORS, "crash", "slow", "nan")
 SLOW_SECONDS = 0.2
 _FAULT = re.compile(rf"([^:,]+):({'|'.join(KINDS)})(?::([1-9]\d*)(-(?:[1-9]\d*)?)?)?")
 
-visits: Counter[tuple[str, str]] = Counter()  # by the variable's value and the point
+visits: Counter[tuple[str, str]] = Counter()  # keys: the variable's value and the point
 
 
 class InjectedError(RuntimeError):

@@ -28,7 +28,7 @@ from osler.runtime.faults import fault
 logger = logging.getLogger(__name__)
 fcntl: Any = None if os.name == "nt" else importlib.import_module("fcntl")
 
-DATA_MANIFEST = "manifest.json"  # in a folder of shards: what they are made of
+DATA_MANIFEST = "manifest.json"  # in a folder of shards; says what they are made of
 _HASH_BLOCK_BYTES = 1 << 20
 
 
@@ -101,7 +101,7 @@ def locked(folder: Path, option: str | None = "--run") -> Iterator[None]:
 
     The message names the ``option`` that chooses another folder, if there is one.
 
-    The lock is the system's, on the folder itself, so it ends with the process. A lock file would stay behind when a run is
+    The lock is the system's, on the folder itself, so it ends with the process. A lock file would remain when a run is
     killed and keep it from being resumed. Where the system has no such locks (Windows, some network disks) nothing is locked.
     """
     if fcntl is None:
@@ -119,7 +119,7 @@ def locked(folder: Path, option: str | None = "--run") -> Iterator[None]:
 
 
 def is_locked(folder: Path) -> bool | None:
-    """Return whether a process has locked the folder; None where that cannot be told, as on some network disks."""
+    """Return whether a process has locked the folder; None where that cannot be found out, as on some network disks."""
     if fcntl is None:
         return None
     with contextlib.suppress(OSError), _opened(folder) as descriptor:
@@ -260,7 +260,7 @@ class RunFolder:
     evaluations = _Entry("evaluations.json")  # what the run's checkpoints scored on the validation sets
     comparison = _Entry("comparison.json")  # pairs of checkpoints on the same questions
     notes = _Entry("notes.json")  # sentences that a reader of the run should know
-    stages = _Entry("stages.json")  # which stages of a pipeline are finished
+    stages = _Entry("stages.json")  # the finished stages of a pipeline
 
     @classmethod
     def create(cls, path: str | os.PathLike[str]) -> RunFolder:

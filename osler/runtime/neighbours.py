@@ -27,8 +27,8 @@ class CpuReading(NamedTuple):
     """CPU seconds used up to a moment."""
 
     at: float  # seconds of the monotonic clock
-    used: float  # by all processes on the CPUs that this process may use, and by other machines of the same hypervisor
-    own: float  # by this process
+    used: float  # taken by all processes on the CPUs that this process may use, and by other machines of the same hypervisor
+    own: float  # taken by this process
 
 
 def read_cpus() -> CpuReading | None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # a rank that hangs in a step is given up after this
 HOST_TIMEOUT = timedelta(days=1)  # the others wait as long as rank 0 needs to prepare the data
-REPORT_TIMEOUT = timedelta(seconds=10)  # to reach the store when an error is reported
+REPORT_TIMEOUT = timedelta(seconds=10)  # the longest wait for the store when an error is reported
 EXIT_LOST = 75  # other processes were lost, and the same command goes on; EX_TEMPFAIL of sysexits.h
 ERROR_KEY = "user_error"  # its entry in the store through which the processes met
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from osler.config.schema import NonNegativeInt, PositiveInt, Seed, config
 
-HELD_OUT_SHARE = 0.2  # of the questions of an exam, for the fold held-out
+HELD_OUT_SHARE = 0.2  # the share of an exam's questions in the fold held-out
 # train is four fifths of the questions and held-out the others, whatever the file and its order; all is every question
 Fold = Literal["all", "train", "held-out"]
 MEDICAL_SUBJECTS = (
@@ -22,7 +22,7 @@ class ExamFile:
     type: str  # which exam
     path: str  # a .parquet, .jsonl or .ndjson file (also .jsonl.gz and the like), or a folder of them
     split: str = ""  # a name for the file in tables and metrics
-    fold: Fold = "all"  # for a file to learn from and to be examined with: train, or held-out, a fifth of the questions by hash
+    fold: Fold = "all"  # train, or held-out (a fifth of the questions, by hash), for a file that is learned from and asked
     limit: PositiveInt | None = None  # questions to take; null: all
     seed: Seed | None = None  # draws the questions at random; a larger limit draws the same and more; null: the first ones
     shots: NonNegativeInt = 0  # solved examples before each question, the first of shots_path; 0: zero-shot
@@ -66,7 +66,7 @@ class MmluTask(ExamFile):
     """The medical part of MMLU, in the schema of cais/mmlu."""
 
     type: Literal["mmlu"] = "mmlu"
-    subjects: tuple[str, ...] = MEDICAL_SUBJECTS  # to take from the file
+    subjects: tuple[str, ...] = MEDICAL_SUBJECTS  # those to take from the file
 
 
 @config

@@ -41,7 +41,7 @@ def read_pasted(text: str) -> tuple[str, tuple[str, ...]]:
 
 def _run(marks: Iterable[re.Match[str]]) -> list[re.Match[str]]:
     """Return the longest run of marks A, B, C ... in the order of the text; of several, the one whose marks are the latest."""
-    runs: dict[str, list[re.Match[str]]] = {}  # by the last letter
+    runs: dict[str, list[re.Match[str]]] = {}  # keys: the last letter
     for mark in marks:
         place = LETTERS.index(_letter(mark))
         if place == 0 or LETTERS[place - 1] in runs:

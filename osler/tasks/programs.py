@@ -25,7 +25,7 @@ PASSED = "passed"
 TIMED_OUT = "timed out"
 NO_CODE = ("SyntaxError", "IndentationError", "TabError")  # what ends an answer that is no program
 CPU_SECONDS = 5
-WALL_SECONDS = 30  # for a program that waits; a busy machine uses up this time too
+WALL_SECONDS = 30  # ends a program that waits; on a busy machine other work counts, too
 MEMORY_BYTES, FILE_BYTES, OPEN_FILES = 1 << 30, 1 << 20, 32
 
 _BLOCK = re.compile(r"```[ \w]*\n(.*?)(?:^```|\Z)", re.DOTALL | re.MULTILINE)
@@ -66,7 +66,7 @@ def complete(prompt: str, answer: str) -> str:
 def run_tests(program: str, tests: str, cpu_seconds: int = CPU_SECONDS, wall_seconds: int = WALL_SECONDS) -> str:
     """Run a program and then its tests; return PASSED, TIMED_OUT, the name of an exception, or how else the process ended."""
     given = json.dumps([program, tests, cpu_seconds, wall_seconds]).encode()
-    kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "SYSTEMROOT") if name in os.environ}  # to start Python
+    kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "SYSTEMROOT") if name in os.environ}  # Python needs these
     with tempfile.TemporaryDirectory(prefix="osler-program-", ignore_cleanup_errors=True) as folder:
         try:
             ended = subprocess.run(

@@ -13,9 +13,9 @@ class MadeExam:
     """An exam that is made from a seed."""
 
     type: str  # which exam
-    split: str  # which questions of it
+    split: str  # which of its questions
     limit: PositiveInt  # how many questions
-    seed: Seed = 0  # of the questions that are drawn
+    seed: Seed = 0  # for drawing questions
 
     @property
     def exam(self) -> str:

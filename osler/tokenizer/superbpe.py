@@ -22,7 +22,7 @@ _ALONE = r" ?\p{N}| ?\([A-Z]\)"
 _WORD = rf"(?!{_ALONE})(?:[ (][^ (\p{{N}}\r\n]{{0,16}}|[^ (\p{{N}}\r\n]{{1,16}})"
 PIECES = rf"{_ALONE}|[\r\n]+|(?:{_WORD}){{1,64}}"
 
-_SPACE = "Ġ"  # as byte-level BPE writes it
+_SPACE = "Ġ"  # byte-level BPE's sign for it
 _FIRST = 0x10000  # the token of id i is the character of code _FIRST + i, which is never a surrogate
 _LEAST_OCCURRENCES = 2  # a superword that occurs only once is not worth a token
 _PART_CHARS = 1 << 16  # texts are encoded in parts of this length, because every encoding takes memory

@@ -82,7 +82,7 @@ class TrainConfig(RunConfig):
     """One supervised stage: ``pretrain`` learns every token, ``sft`` learns what the model must answer."""
 
     kind: Literal["pretrain", "sft"] = "pretrain"  # pretrain learns every token, sft only what the model must answer
-    seed: Seed = 0  # of the weights and of the order of the data
+    seed: Seed = 0  # decides the weights and the order of the data
     # run folder or checkpoint to start from; its model and tokenizer replace those given here, but for a sparse model.attention
     init_from: str | None = None
     model: ModelConfig = ModelConfig()

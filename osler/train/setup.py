@@ -47,7 +47,7 @@ from osler.train.teacher import check_teacher, described_teacher
 
 logger = logging.getLogger(__name__)
 
-DATA = "data"  # in the run folder: the shards that are prepared for it
+DATA = "data"  # the folder of the run's own shards
 ROUND_LENGTH = 64  # a proposed row length is a multiple of this
 # A run that reads its data more often than this says so at its start. Muennighoff et al. 2023, arXiv 2305.16264, found up to 4
 # passes over text nearly as good as new text, and hardly a gain after 16. Fine-tuning often repeats few examples many times.

@@ -37,7 +37,7 @@ from osler.train.setup import DATA, check_disk_budget, check_prepared
 
 logger = logging.getLogger(__name__)
 
-PARTIAL = ".data.partial"  # in the run folder: shards that are taken over from another run
+PARTIAL = ".data.partial"  # in the run folder, while shards are copied from another run
 CHECKED_BYTES = 4 * 2**30  # shards that are larger together are not read at a start; reading takes 1 s for about 0.7 GB
 
 
