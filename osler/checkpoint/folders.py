@@ -265,8 +265,7 @@ def describe_damaged(damaged: Damaged) -> str:
 def newest_checkpoint(root: Path, on_damage: Callable[[Damaged], object] = lambda damaged: None) -> Path | None:
     """Return the checkpoint to continue from, and warn when newer ones are damaged; None when none was saved.
 
-    ``on_damage`` is called with the damaged ones. Raises UserError when all are damaged, because starting over silently would
-    throw the run away.
+    ``on_damage`` is called with the damaged ones. Raises UserError when all are damaged: the run must not start over unasked.
     """
     found, damaged = newest_good(root)
     if damaged:

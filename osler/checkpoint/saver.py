@@ -92,8 +92,7 @@ class Saver:
         """Save a checkpoint; ``contents`` are further arguments of ``store.save``. Then rotate; see ``rotate`` for ``good_step``.
 
         The tensors may change after this returns, the contents may not. If the disk refuses, this warns; a save in the background
-        warns with the next ``wait``. Raises UserError instead when the save is the ``last`` of this process, because its content
-        would be lost.
+        warns with the next ``wait``. Raises UserError instead when the save is the ``last`` of this process.
         """
         self.wait()
         write = partial(self._write, step, good_step, **contents)
@@ -119,11 +118,6 @@ class Saver:
                 fsync_file(log)
         saved = store.save(self.root, step, pause=pause, **contents)
         return rotate(self.root, saved, self.keep_last, good_step, pause=pause)
-
-    @property
-    def is_saving(self) -> bool:
-        """Whether a save is in flight."""
-        return self._in_flight is not None and not self._in_flight.done()
 
     def hurry(self) -> None:
         """Let the save in flight use a whole core from now on."""

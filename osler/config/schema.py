@@ -128,8 +128,7 @@ def range_of(annotation: Any) -> str:
 def encode(value: Any, *, defaults: bool = True) -> Any:
     """Turn a config into plain dicts, lists and scalars that JSON and YAML can hold; ``decode`` is its inverse.
 
-    Without ``defaults``, fields that have their default are left out, except the type. Fields that ``Without`` marks are always
-    left out.
+    Fields that ``Without`` marks are left out and, without ``defaults``, fields that have their default, except the type.
     """
     if is_config_class(type(value)):
         given = {field: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}

@@ -90,8 +90,7 @@ def difference_of(
 ) -> tuple[str, str]:
     """Return what differs between a folder and what is wanted, and how; both are "" when nothing does.
 
-    A weight, a name or a time of change counts as no difference. None stands for a corpus whose files are gone, or for any
-    tokenizer.
+    Weights, names and times of change do not count. A corpus is None if its files are gone, the tokenizer if any will do.
     """
     manifest = read_data_manifest(out)
     for kind, title, given in (("sources", "source", corpora), ("validation", "validation set", validation)):

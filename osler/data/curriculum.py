@@ -15,10 +15,7 @@ from osler.data.config import CurriculumStage
 
 @dataclass(frozen=True)
 class Span:
-    """A stage with its place in the run: steps from `first_step` up to but without `end_step` (None: it has no end).
-
-    Its first token is token `first_token` of the run.
-    """
+    """A stage with its place: steps `first_step` to `end_step` - 1 (None: no end), from token `first_token` of the run on."""
 
     number: int  # 1, 2, ...
     seq_len: int

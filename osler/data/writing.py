@@ -8,8 +8,7 @@ doubled. It reads at most `CUT_BYTES` of files and one part again, because all s
 text or compressed file is one part.
 
 A validation split keeps only its first `VALIDATION_TOKENS`, because no evaluation reads more. For a corpus that is given for
-validation, the split keys of all documents are kept as well. Training leaves all of these documents out, so other programs can
-measure a model on the whole set.
+validation, the split keys of all documents are kept as well. Training leaves these out, so other programs can measure on them.
 """
 
 from __future__ import annotations

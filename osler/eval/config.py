@@ -22,7 +22,7 @@ class DistillConfig:
     # the questions; a split that models are examined on is allowed, and named in every row
     task: TaskConfig
     samples: PositiveInt = 8  # answers drawn to each question, each with its options in another order
-    keep: PositiveInt = 2  # right answers of a question that are kept at most; no two of them have the same reasoning
+    keep: PositiveInt = 2  # the most right answers to keep for a question; no two have the same reasoning
     reasoning: bool | None = None  # think before the answer; null: as the teacher was trained
     max_new_tokens: PositiveInt = 128  # thinking and answer together
     temperature: float = 0.7  # higher: more varied answers, fewer of them right

@@ -49,8 +49,7 @@ Encoded = tuple[tuple[str, str], list[int], list[int]]  # texts of context and c
 def run(options: str, device: str, **model: Any) -> int:
     """Run the harness's own command line with ``options``; ``device`` and ``model`` are arguments of ``OslerLM``.
 
-    Return 0. Raises UserError where the harness raises ValueError or ConnectionError: for options, tasks and data that it does
-    not find.
+    Return 0. Raises UserError where the harness raises ValueError or ConnectionError: for options, tasks or data not found.
     """
     try:
         given = ["--model", "osler", "--model_args", json.dumps(model), "--device", device, *shlex.split(options)]

@@ -138,8 +138,7 @@ def _measures(results: Sequence[Result]) -> Iterator[tuple[str, dict[str, Any]]]
 def _calibration(sure: Sequence[tuple[float, Result]], asked: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the accuracy at each coverage and in each bin of confidence, and the expected calibration error.
 
-    ``sure`` has the surest result first. At a coverage of 25 % the surest quarter counts, with all results that tie with its
-    last.
+    ``sure`` has the surest result first. A coverage of 25 % counts the surest quarter, and all results that tie with its last.
     """
 
     def measure(part: Sequence[tuple[float, Result]]) -> dict[str, Any]:

@@ -44,8 +44,7 @@ FORMS = {
 def run(checkpoint: str, out: str, to: str = "hf", dtype: str | None = None, max_tokens: int | None = None) -> int:
     """Write a checkpoint's model and tokenizer at ``out``, which must be new.
 
-    ``max_tokens`` makes the context shorter, which a sparse model needs: see ``dense_form``. Raises UserError for what the form
-    cannot hold.
+    ``max_tokens`` shortens the context, which a sparse model needs (``dense_form``). Raises UserError for what no form holds.
     """
     form = FORMS[to]
     if dtype not in (None, *form.dtypes):

@@ -25,8 +25,7 @@ from osler.ops.sampling_params import SamplingParams
 class InferenceEngine:
     """Draws completions from ``model``, on its device and in ``dtype`` (default: the model's compute dtype).
 
-    ``max_rows`` bounds the rows that decode together, and with them the cache; other requests wait for a row. Every call copies
-    the model's current weights.
+    ``max_rows`` bounds the rows that decode together, and so the cache; other requests wait. Every call copies the weights.
     """
 
     def __init__(

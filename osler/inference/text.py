@@ -39,8 +39,7 @@ class TextStream:
     def add(self, token: int) -> str:
         """Return the text that is certain with one more token. A marker is no text; it makes all text of its part certain.
 
-        A character that lacks bytes when a marker comes is returned as a replacement character. What comes after a stop string
-        is no text.
+        A character that lacks bytes when a marker comes is returned as a replacement character. Nothing follows a stop string.
         """
         if self.is_stopped:
             return ""

@@ -6,8 +6,7 @@ and in every ``full_every_steps``-th, rounded up to a step that ends a line. So 
 and resume is exact. The weights are the same at every level; ``benchmarks/bench_monitor.py`` measures what the levels cost.
 
 Nothing waits for the device before a line is written. Each rank probes its own rows, and the mean over the ranks is logged, also
-for maxima. Times and memory are those of rank 0. DeepSpeed leaves no gradients, so statistics of gradients and of the update are
-missing under it.
+for maxima. Times and memory are those of rank 0. Under DeepSpeed there are no statistics of gradients and update, which it hides.
 """
 
 import logging

@@ -74,8 +74,7 @@ class RunLogger:
     def lifetime(self, step: Callable[[], int], is_done: Callable[[], bool]) -> Iterator[None]:
         """Write the start and the end of the work inside. Work that ends early without an error was asked to stop, and has saved.
 
-        Only a failure also goes to the trackers, because a person knows of every other end. A run that is complete says what is
-        still wrong with it.
+        Only a failure also goes to the trackers: people know of every other end. A complete run says what is wrong with it.
         """
         first = step()
         name, message = ("resumed", f"Going on from step {first:,}.") if first else ("begun", "The run begins.")

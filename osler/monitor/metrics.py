@@ -1,8 +1,7 @@
 """What every logged number means and costs: one table, name -> (unit, meaning, cost), which `osler metrics` prints.
 
 A name in angle brackets stands for letters, digits, `_`, `-` and `.`: `eval/<split>_accuracy` declares `eval/test_accuracy`. The
-names for reinforcement learning are TRL's where it has one. The report takes its units and captions from here. Fractions are from
-0 to 1.
+names for reinforcement learning are TRL's where it has one. The report takes units and captions from here. Fractions are 0 to 1.
 """
 
 import re

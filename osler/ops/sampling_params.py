@@ -10,12 +10,9 @@ COLDEST = 1e-30  # the smallest temperature above 0: a logit divided by less may
 
 @config
 class SamplingParams:
-    """How the tokens of a row are drawn; a row ends with a stop token or after ``max_new_tokens``.
+    """How a row's tokens are drawn until a stop token or ``max_new_tokens``; by default from the model's own distribution."""
 
-    The defaults draw from the model's own distribution.
-    """
-
-    max_new_tokens: PositiveInt = 128  # tokens of a completion at most, its stop token included
+    max_new_tokens: PositiveInt = 128  # the most tokens of a completion, its stop token included
     temperature: float = 1.0  # 0 takes the likeliest token
     top_k: PositiveInt | None = None  # draw from this many of the likeliest tokens; None: from all
     top_p: Annotated[float, Gt(0), Le(1)] = 1.0  # draw from the fewest likeliest tokens that have this share of the probability

@@ -6,8 +6,7 @@
     exam: {kind: exam, of: {taught: ask}, task: {type: questions, path: EXAM.jsonl}}
 
 Every key but those of ``PipelineConfig`` is the name of a stage; on the command line ``ask.total_tokens=...`` changes a field of
-the stage ``ask``. So each recipe has a config class of its own (``pipeline_class``), whose fields are checked and explained like
-any others.
+the stage ``ask``. So each recipe has a config class of its own (``pipeline_class``), checked and explained like any other.
 """
 
 import functools

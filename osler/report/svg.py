@@ -1,7 +1,6 @@
 """Line charts and heat maps as the numbers that the template draws (`parts.html`), without a library, themed by the page's CSS.
 
-Colours are classes (`c0`, `c1`, ...) that the style sheet gives a colour in light and in dark. Coordinates are those of the
-viewBox.
+Colours are classes (`c0`, `c1`, ...) that the style sheet colours for light and dark. Coordinates are those of the viewBox.
 """
 
 import math

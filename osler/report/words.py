@@ -52,8 +52,7 @@ def stage_colour(name: str, position: int = 0) -> int:
 def headline_score(run: RunRecord) -> ExamScore | None:
     """Return the score that the page leads with: the last checkpoint's, on the split called test or else on the first.
 
-    Both checkpoints of a comparison that is a branch are left out: they show what a stage does to an earlier checkpoint, not
-    where the run ended.
+    Both checkpoints of a comparison that is a branch are left out: they do not show where the run ended.
     """
     aside = {label for c in run.comparisons if c.branch for label in (c.before_label, c.after_label)}
     scores = [score for score in run.exams if score.label not in aside]

@@ -1,7 +1,6 @@
 """Files that are either whole or absent: atomic writes, hashes, and the layout and the lock of a run folder.
 
-A file is written beside its place, flushed to the disk, and renamed over the old one, so a crash leaves the old file or the new
-one.
+A file is written beside its place, flushed to the disk, and renamed over the old one, so a crash leaves one of them whole.
 """
 
 from __future__ import annotations

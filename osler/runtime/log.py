@@ -60,8 +60,7 @@ _live: list[Progress] = []  # progress lines now on a terminal, so that say() do
 class Progress:
     """Shows progress through ``total`` units of work, and the time left at the rate of the last minute. A context manager.
 
-    ``initial`` is the work that earlier processes did. The clock starts with the first update, so that loading and compiling do
-    not count as slow work.
+    ``initial`` is the work that earlier processes did. The clock starts with the first update, after loading and compiling.
     """
 
     def __init__(self, total: float, unit: str, *, label: str = "", initial: float = 0) -> None:

@@ -77,7 +77,8 @@ class Api:
             ("/v1/completions", CompletionRequest, self.complete),
             ("/v1/options", OptionsRequest, self.options),
         ):
-            extra = {"requestBody": {"required": True, "content": {"application/json": {"schema": _reference(kind)}}}}
+            schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
+            extra = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
             app.add_api_route(
                 path,
                 answer,
@@ -380,10 +381,6 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
     )
 }
 _RESPONSES[200] = {"description": "The answer, whole or as a stream.", "content": {"text/event-stream": {}}}
-
-
-def _reference(kind: type) -> dict[str, str]:
-    return {"$ref": f"#/components/schemas/{kind.__name__}"}
 
 
 def _schemas() -> Iterator[tuple[str, Any]]:

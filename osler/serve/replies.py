@@ -49,6 +49,7 @@ class Choice:
         self._is_chat = isinstance(asked.given, ChatRequest)
         markers = self._tokenizer.special_ids if self._is_chat else {self._tokenizer.eos_id}
         self._text = TextStream(self._tokenizer, {*markers, _END}, asked.given.stops)
+        self._answer_id = self._tokenizer.special_id(ANSWER) if self._is_chat else None
         self._part = REASONING if asked.reasons else CONTENT
         self._waiting: deque[TokenLogprob] = deque()
         self.finish: str | None = None  # stop or length
@@ -78,10 +79,6 @@ class Choice:
                 self._text.next_part()
                 self._part = CONTENT if token == self._answer_id else self._part
         return pieces
-
-    @property
-    def _answer_id(self) -> int | None:
-        return self._tokenizer.special_id(ANSWER) if self._is_chat else None
 
     def _keep(self, pieces: list[Piece], said: str, *, is_whole: bool) -> None:
         """Add text, and the tokens that it comes from, to the last piece, or to a new one where the part changes."""

@@ -2,8 +2,7 @@
 
 The web server's thread asks for rows with ``draw`` and reads what they drew from a ``Drawing``. After every step
 one call delivers the new tokens of all rows, so a client that reads slowly delays nobody. A cancelled row draws nothing from the
-next step on, and is free after it. Between requests only the keys and values of finished rows are kept, which prompts with the
-same beginning use.
+next step on, and is free after it. Only keys and values of finished rows are kept, for prompts with the same beginning.
 """
 
 from __future__ import annotations

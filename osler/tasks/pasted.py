@@ -43,14 +43,10 @@ def _run(marks: Iterable[re.Match[str]]) -> list[re.Match[str]]:
     """Return the longest run of marks A, B, C ... in the order of the text; of several, the one whose marks are the latest."""
     runs: dict[str, list[re.Match[str]]] = {}  # keys: the last letter
     for mark in marks:
-        place = LETTERS.index(_letter(mark))
+        place = LETTERS.index(next(filter(None, mark.groups())).upper())
         if place == 0 or LETTERS[place - 1] in runs:
             runs[LETTERS[place]] = [*(runs[LETTERS[place - 1]] if place else []), mark]
     return max(runs.values(), key=len, default=[])
-
-
-def _letter(mark: re.Match[str]) -> str:
-    return next(filter(None, mark.groups())).upper()
 
 
 def _after(text: str, marks: Sequence[re.Match[str]]) -> list[str]:

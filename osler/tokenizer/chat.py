@@ -58,8 +58,7 @@ def encode_examples(tokenizer: Tokenizer, turns: Sequence[Turn]) -> list[tuple[l
 def parse_completion(tokenizer: Tokenizer, ids: Sequence[int], *, reasoning: bool = True) -> Completion:
     """Read the ids that followed a prompt, well-formed or not; without `reasoning` they begin with the answer.
 
-    The thinking ends at the first ``<|answer|>``, the answer at the next special token, and nothing counts after
-    ``<|endoftext|>``.
+    The thinking ends at the first ``<|answer|>``, the answer at the next special token, the text at ``<|endoftext|>``.
     """
     ids = list(ids)
     eos_id, answer_id = tokenizer.eos_id, tokenizer.special_id(ANSWER)
