@@ -171,7 +171,6 @@ def check_sources(data: TextData, validation: Sources = ()) -> None:
 
     Raises it also when cleaning cannot be done as the config says, or when a source has `no_benchmark_contamination` but does not
     drop the questions of any exam.
-    dropping the questions of any exam.
     """
     cleaners: dict[CleanConfig, Cleaner] = {}
     for key, source in _keyed(data):

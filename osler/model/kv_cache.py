@@ -20,9 +20,9 @@ class CacheStep(NamedTuple):
     """The parts of the cache that a decode step needs, prepared for all layers; each inner list has one entry per layer."""
 
     stored: Sequence[Sequence[Tensor]]  # keys and values to write, [C * S, H]
-    k_CHS: Sequence[Tensor]  # keys to read, as far as the cache is filled
+    k_CHS: Sequence[Tensor]  # keys to read: the filled part of the cache
     v_CSH: Sequence[Tensor]
-    slot_BK: Tensor  # where the new token of every row goes, in [C * S]
+    slot_BK: Tensor  # where the new token of every row goes: indices into [C * S]
     bias_C1S: Tensor  # added to the scores
     place_B: Tensor  # where the new token of every row is among the tokens of the row
     index_BSI: Sequence[Tensor] = ()  # keys of a sparse index, all slots

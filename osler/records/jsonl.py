@@ -7,9 +7,9 @@ Times are in unix seconds, and null stands for a number that was not finite. ``k
 so on. Details follow the message.
 
 A kill can tear the last line only. A reader skips lines that are not JSON objects, and a writer ends a torn line before it
-appends. If the disk refuses a line, that line is lost and the run continues. Resume is exact: metrics are cut to the
-step of the checkpoint, so each step occurs once. Events are cut by ``--from-step`` alone, so those of a step that was made twice,
-after a kill or a rollback, may occur twice.
+appends. If the disk refuses a line, that line is lost and the run continues. Resume is exact: metrics are cut to the step of
+the checkpoint, so each step occurs once. Only ``--from-step`` cuts events, so those of a step that was repeated after a kill or
+a rollback may occur twice.
 """
 
 from __future__ import annotations

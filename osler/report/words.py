@@ -30,7 +30,7 @@ HEADLINE_CURVES = {  # without an exam, the first of these that was measured is 
     "eval/bits_per_byte": "Held-out bits per byte", "eval/loss": "Held-out loss", "train/loss": "Loss", "reward": "Reward",
 }  # fmt: skip
 GRAVE = ("incident", "rollback", "alert")  # kinds of events that deserve attention, the gravest first; others are only listed
-STEPS_NAMED = 6  # steps of a group of events; of more, the first two and the last two are named
+STEPS_NAMED = 6  # a group of events names at most this many steps; of more, it names the first two and the last two
 UNPARSED_SHARE = 0.05  # a larger share of unreadable answers deserves attention
 HABIT_SHARE, HABIT_ANSWERS = 0.6, 40  # one letter is a habit above this share, in at least this many answers
 
@@ -208,15 +208,15 @@ def attention(run: RunRecord) -> list[str]:
     found = list(_about_exams(run))
     for stage in run.runs:
         newest = newest_lifetime_event(stage.events)
-        told = [newest.message] if newest and newest.details.get("unresolved") else []
+        remarks = [newest.message] if newest and newest.details.get("unresolved") else []
         grave = [group for group in group_events(stage.events) if group.weight in GRAVE]
-        told += [group.in_words for group in sorted(grave, key=lambda group: GRAVE.index(group.weight))]
+        remarks += [group.in_words for group in sorted(grave, key=lambda group: GRAVE.index(group.weight))]
         if pauses := time_at_work(stage.log.times)[1]:
-            told.append(
+            remarks.append(
                 f"{fmt.plural(len(pauses), 'pause')} in the log, the longest of {fmt.duration(max(pauses))}: the run was stopped "
                 "and resumed, or the machine slept. Times on this page leave pauses out."
             )
-        found += [f"{stage_title(stage.name)}: {text}" for text in told]
+        found += [f"{stage_title(stage.name)}: {text}" for text in remarks]
     return found + run.problems
 
 

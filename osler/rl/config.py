@@ -94,7 +94,7 @@ class AlgorithmConfig:
     reference_refresh_steps: PositiveInt | None = None
 
     dynamic_sampling: bool = False  # whether groups whose rewards are all equal are replaced
-    max_refills: NonNegativeInt = 3  # rollouts of a step at most, besides the first, to replace them
+    max_refills: NonNegativeInt = 3  # the most further rollouts in a step that replace them
     # difficulty pools: a question whose samples all earned the same is left out of the next epoch; when it happens again, of the
     # next two; and so on up to this number. Others are asked in its place. 0: every epoch asks every question
     most_rested_epochs: NonNegativeInt = 0

@@ -225,7 +225,7 @@ def pass_tokens(config: TrainConfig, processes: int) -> list[int]:
 
 
 def make_tokenizer(config: TrainConfig, given: Tokenizer | None, kept: Path) -> Tokenizer:
-    """Return the run's tokenizer: ``given``, that of the model; else that in ``kept``; else the one at hand; else a new one."""
+    """Return the run's tokenizer: the model's (``given``), or the one in ``kept``, or ``tokenizer_at_hand``, or a new one."""
     if given is not None:
         return given
     if kept.exists():
