@@ -148,7 +148,8 @@ def data_prepare(recipe: str | None, overrides: Sequence[str], out: str | None, 
     if processes is not None and processes < 0:
         raise UserError(f"--workers {processes} is no number of processes; give 1 or more, or 0 to work in this process alone.")
     sections = read_sections(recipe, overrides)
-    out = out or str(SHARDS / (Path(recipe).stem if recipe and Path(recipe).exists() else recipe or sections.data.type))
+    name = Path(recipe).stem if recipe and Path(recipe).exists() else recipe or sections.data.type
+    out = out or str(SHARDS / name)
     data, validation = at_known_commits(sections.data, sections.validation, out)
     wanted = sections.tokenizer
     if sections.init_from is not None:

@@ -100,8 +100,8 @@ class Order:
     def _epoch(self, epoch: int, count: int, is_complete: bool) -> Epoch:
         shards = self.shards
         if epoch == 0:
-            borders = [0, *([1] if count else [])]
-            while (end := borders[-1] + min(borders[-1], WINDOW_SHARDS)) <= count and borders[-1] < count:
+            borders = [0]
+            while (end := borders[-1] + min(max(borders[-1], 1), WINDOW_SHARDS)) <= count:
                 borders.append(end)
             if is_complete and borders[-1] < count:
                 borders.append(count)

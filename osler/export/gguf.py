@@ -85,7 +85,8 @@ def write(export: Export, path: Path) -> str:
     kept = []
     for name, kind, data in tensors(gguf, export):
         writer.add_tensor(name, data, raw_dtype=kind)
-        kept += [name] * (kind == gguf.GGMLQuantizationType.F16 != gguf.GGMLQuantizationType[export.dtype.upper()])
+        if kind == gguf.GGMLQuantizationType.F16 and export.dtype != "f16":
+            kept.append(name)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -196,6 +196,7 @@ def branch_config(cls: type[T], kind: str, branch: str, step: int | None, overri
     stored = read_config(folder) if folder.config.exists() else {}
     origin = stored.get("branch_from")  # the checkpoint that the new run began from, if it has begun
     there = Path(origin or "")
+    # Whether ``branch`` names that checkpoint again, or the run that it is in.
     is_same = path == there or (path in there.parents and (step is None or there.name == folders.folder_name(step)))
     if origin is None or not is_same:
         if match := folders.FOLDER_NAME.fullmatch(path.name):

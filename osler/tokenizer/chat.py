@@ -66,7 +66,9 @@ def parse_completion(tokenizer: Tokenizer, ids: Sequence[int], *, reasoning: boo
     body = ids[: ids.index(eos_id)] if finished else ids
     markers = [token_id for token_id in body if token_id in tokenizer.special_ids]
     well_formed = finished and len(body) + 1 == len(ids) and markers == ([answer_id] if reasoning else [])
-    border = (body.index(answer_id) if answer_id in body else len(body)) if reasoning else -1
+    border = -1  # where the marker between thinking and answer is
+    if reasoning:
+        border = body.index(answer_id) if answer_id in body else len(body)
     thinking, answer = body[: max(border, 0)], body[border + 1 :]
     end = next((index for index, token_id in enumerate(answer) if token_id in tokenizer.special_ids), len(answer))
     said = tokenizer.decode(answer[:end]).strip() if border < len(body) else None
