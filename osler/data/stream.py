@@ -34,7 +34,7 @@ T = TypeVar("T")
 POLL_SECONDS = 0.05
 PATIENCE_SECONDS = 1.0  # before the log gives the reason for a wait; it does so again after four times as long, and so on
 STUCK_SECONDS = 300.0  # the longest wait for a preparation that has no room
-STEPS_AGREED = 64  # at most, while data are being prepared
+STEPS_AGREED = 64  # the ranks agree on at most this many steps at once while data are being prepared
 ALL_STEPS = 1 << 62  # more than any run has: all data are prepared
 SURE_SHARE = 0.8  # trusted share of the estimate for unread files, which assumes that they are like those that were read
 
@@ -143,7 +143,7 @@ class DiskBudget:
     ) -> None:  # fmt: skip
         self.folder, self.gigabytes, self.loader, self.checkpoints = folder, gigabytes, loader, checkpoints
         self.keep_last, self.steps, self.spare_tokens = keep_last, loader.timeline.steps_for(total_tokens), spare_tokens
-        self.looked_at: object = None  # the facts of the last decision
+        self.last_basis: object = None  # what the last decision was based on
 
     def make_room(self, waited: float) -> None:
         """Delete shards when the preparation is paused; `waited` is how many seconds the run has waited for data.
@@ -151,9 +151,9 @@ class DiskBudget:
         Raises UserError at once when the run may read every source again, and after `STUCK_SECONDS` when no shard can go.
         """
         basis = identity_of(self.folder / PAUSED), identity_of(self.checkpoints)
-        if basis[0] is None or (basis == self.looked_at and waited <= STUCK_SECONDS):
+        if basis[0] is None or (basis == self.last_basis and waited <= STUCK_SECONDS):
             return
-        self.looked_at = basis
+        self.last_basis = basis
         done, needed = self._done_and_needed()
         sure = {name: self._sure_tokens(name, shards) for name, shards in self.loader.sources.items()}
         once = [name for name in sure if needed[name] < sure[name]]

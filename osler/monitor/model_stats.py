@@ -113,7 +113,7 @@ def weight_stats(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def effective_rank(matrix_MN: Tensor) -> Tensor:
-    """(Σ s²)² / Σ s⁴ over the singular values s: how many directions share the energy; 0 for a matrix of zeros.
+    """Return (Σ s²)² / Σ s⁴ over the singular values s: how many directions share the energy; 0 for a matrix of zeros.
 
     It is computed from the smaller Gram matrix, whose eigenvalues are s², so nothing is decomposed.
     """

@@ -18,7 +18,7 @@ from osler.tasks.registry import NeedleTask
 from osler.tokenizer.bpe import Tokenizer
 
 FEWEST_VISITS = 4  # beside the telling one, so that the five usual depths are five places
-SHORTEST = 256  # tokens, of the lengths that are asked by default
+SHORTEST = 256  # tokens: the shortest of the default lengths
 _CELL = re.compile(r"(\d+) tokens, (\d+)% deep")
 
 
@@ -71,7 +71,7 @@ class Ruler:
     def __init__(self, case: Case, split: str, longest: int, context: Context) -> None:
         self.case, self.split, self.context = case, split, context
         self.visits: list[Visit] = []
-        self.ends = [0]  # tokens before each visit, and in the end those of all
+        self.ends = [0]  # tokens before each visit, then those of all visits
         for visit in case.visits():
             if self.ends[-1] > longest and len(self.visits) > FEWEST_VISITS:
                 break
@@ -80,7 +80,6 @@ class Ruler:
 
     def item(self, length: int, depth: int, key: str) -> ExamItem:
         """Return the case with as many visits as a row of ``length`` tokens holds; ``depth`` percent precede the telling one."""
-
         tokens = partial(self.tokens, length=length, depth=depth)
         fewest = tokens(FEWEST_VISITS)
         if length < fewest:
@@ -133,4 +132,5 @@ def name_of(length: int, depth: int) -> str:
 def cells_in(groups: Mapping[str, Any]) -> dict[tuple[int, int], Any]:
     """Return what a score says of each cell, by length and depth, in order; empty for the score of another exam."""
     named = ((_CELL.fullmatch(name), value) for name, value in groups.items())
-    return dict(sorted((((int(found[1]), int(found[2])), value) for found, value in named if found), key=lambda pair: pair[0]))
+    cells = {(int(found[1]), int(found[2])): value for found, value in named if found}
+    return {cell: cells[cell] for cell in sorted(cells)}
