@@ -1,4 +1,4 @@
-"""``osler doctor``: finds out what this machine can do by trying it, rather than from version numbers.
+"""``osler doctor`` finds out what this machine can do by trying it, rather than from version numbers.
 
 What is missing leads to advice, not to an error: Osler trains on two CPU cores with nothing but its own requirements.
 """

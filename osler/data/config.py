@@ -23,7 +23,7 @@ from osler.config.schema import (
 from osler.data.mixture import Mixture
 from osler.tasks.config import AnyExam, Fold
 
-FIRST_SHARD_TOKENS = 1 << 17  # at most, so that a streamed run begins soon; each next shard may have twice as many
+FIRST_SHARD_TOKENS = 1 << 17  # the most in the first shard, so that a streamed run begins soon; the next may have twice as many
 VALIDATION_TOKENS = 1 << 20  # tokens of a validation set, and one more document at most: no evaluation reads more
 HUB = "the hub"  # the place of a source without local files
 HoldoutFraction = Annotated[float, Ge(0), Lt(1)]
@@ -47,7 +47,7 @@ class CleanConfig:
 
     # exams whose questions are looked for; what is found is recorded, and documents that contain a question are dropped or kept
     exams: tuple[Annotated[AnyExam, TAGGED], ...] = ()
-    exam_questions: Literal["drop", "keep"] = "drop"  # the documents that contain a question of an exam
+    exam_questions: Literal["drop", "keep"] = "drop"  # what happens to documents that contain a question of these exams
 
 
 @config

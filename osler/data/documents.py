@@ -19,7 +19,7 @@ from osler.runtime.errors import UserError
 from osler.tokenizer.chat import Turn
 
 EMPTY = "empty"  # the reason why a document without text is left out
-LOOK_CHARACTERS = 1 << 17  # about as much text is judged at a time
+LOOK_CHARACTERS = 1 << 17  # about this much text is judged at a time
 
 
 @dataclass(frozen=True)

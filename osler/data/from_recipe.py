@@ -32,7 +32,7 @@ from osler.tokenizer.round_trip import PROBES, Losses, refuse_missing_bytes
 logger = logging.getLogger(__name__)
 
 SHARDS = Path("shards")  # `osler data prepare` writes into a folder in this one, unless --out names another
-COMPARED_CHARS = 1 << 18  # about as much text is encoded at a time
+COMPARED_CHARS = 1 << 18  # about this much text is encoded at a time
 SHOWN_TOKENS = 48  # how many of a document
 SHOWN_CHARS = 600  # how many of each text of a document
 LABELS = {1: ("",), 2: ("question: ", "answer: "), 3: ("question: ", "thinking: ", "answer: ")}  # keys: the number of texts

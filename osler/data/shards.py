@@ -31,7 +31,7 @@ TOKENIZER = "tokenizer.json"  # the tokenizer that made the shards
 INDEX = "index.bin"
 SPLITS = ("train", "validation")
 VALIDATION_PREFIX = "validation."  # begins the folder name of a named validation set; no source has a dot in its name
-SHARD_TOKENS = 1 << 20  # at most, unless one document has more
+SHARD_TOKENS = 1 << 20  # the most in a shard, unless one document has more
 
 Int64Array = npt.NDArray[np.int64]
 TokenArray = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]

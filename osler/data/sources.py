@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 SAMPLE_CHARS = 1 << 16  # characters of a piece; the sample for a tokenizer takes or leaves whole pieces
 SAMPLE_PARTS, SAMPLE_PART_CHARS = 64, 1 << 24  # at most: parts of a source in the sample, and characters of each part
 FIRST_DOCUMENTS, FIRST_CHARS = 32, 1 << 16  # how much of a source is read before anything starts, whichever is less
-VALIDATION_SEED_SHIFT = 1_000_003  # so that no nearby seed for training gives the passages of validation
+VALIDATION_SEED_SHIFT = 1_000_003  # large, so that no nearby seed of a training run gives the validation passages
 
 
 def open_clinic(data: ClinicData, key: str) -> Corpus:
@@ -75,13 +75,13 @@ def _worked_example(item: ExamItem, reasoning: bool) -> Document:
 
 
 def open_files(data: FilesData, key: str) -> Corpus:
-    """Open text of one's own."""
+    """Open the user's own text."""
     reader = TextFiles(data.path, data.field, f"{key}.path", f"{key}.field")
     return Corpus(Parts(reader.files()), reader.read, {"field": data.field}, None, data.holdout_fraction, data.seed)
 
 
 def open_turns(data: TurnsData, key: str) -> Corpus:
-    """Open questions and answers of one's own."""
+    """Open the user's own questions and answers."""
     files = find_local(data.path, ROW_ENDINGS, f"{key}.path")
     options = {"fields": [data.question_field, data.thinking_field, data.answer_field]}
     return Corpus(Parts(files), partial(read_turns, data, key), options, None, data.holdout_fraction, data.seed)

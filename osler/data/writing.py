@@ -2,7 +2,6 @@
 
 A line of the journal is written when a part is finished. It counts, from the first part on, what was read, dropped, and given to
 each split. After a kill, the preparation resumes after the last part whose documents are all in finished shards. It reads the
-each split. After a kill, the preparation resumes after the last part whose documents are all in finished shards. It reads the
 later parts again and skips the documents that are in shards already, so no shard is written twice, and no document is lost or
 doubled. It reads at most `CUT_BYTES` of files and one part again, because all splits begin a new shard after that many bytes. A
 text or compressed file is one part.

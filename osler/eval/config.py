@@ -49,7 +49,7 @@ class ExamSettings:
     subset: PositiveInt | None = None  # questions of each exam, drawn at random by seed; null: all
     # generation: the model writes, and its answer is read; letters: the likeliest letter counts; cloze: the likeliest text of an
     # option, without a list of the options; likelihood: the likeliest answer in the form that is taught, or with a plain prompt
-    # both cloze and letters; both: generation and likelihood; auto: cloze for needle, likelihood for options after a plain
+    # cloze as well as letters; both: generation and likelihood; auto: cloze for needle, likelihood for options after a plain
     # prompt, else generation
     method: Literal["auto", "generation", "likelihood", "letters", "cloze", "both"] = "auto"
     # taught: the template, if the model learned it; plain: as lm-evaluation-harness asks, with the same score of every item

@@ -1,8 +1,8 @@
 """A published Qwen3 model as a run folder, to fine-tune, tune with GRPO and examine: the command ``import``.
 
-Weights are taken over exactly: bf16 and fp16 become fp32, which holds every number of theirs. Norms
-whose weights are all one become the norms without weights that ``huggingface.py`` writes as ones. A field that Osler's model
-cannot compute is refused by name, because a model that nearly fits would give wrong answers without any error.
+Weights are taken over exactly: bf16 and fp16 become fp32, which holds every number of theirs. Norms whose weights are all one
+become the norms without weights that ``huggingface.py`` writes as ones. A field that Osler's model cannot compute is refused by
+name, because a model that nearly fits would give wrong answers without any error.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Inputs and outputs have the names that ``optimum`` gives them: ``input_ids`` [B, T], ``attention_mask`` [B, S] (1, or 0 for
 padding on the left), ``past_key_values.N.key`` and ``.value`` [B, K, P, H]; ``logits`` [B, T, V], ``present.N.key`` and
-``.value`` [B, K, S, H]. P, the number of past tokens, is 0 for a prompt. B, T and P are free. A token's
-position is the number of ones before it in the mask.
+``.value`` [B, K, S, H]. P, the number of past tokens, is 0 for a prompt. B, T and P are free. A token's position is the
+number of ones before it in the mask.
 
 The graph is traced from ``QwenGraph``, the model in plain operators, because those of training have backward passes of their own
 and split the queries. Weights are kept as [in, out], because ONNX Runtime quantises the right side of a product only.

@@ -1,4 +1,4 @@
-"""``osler prune``: makes a smaller dense model from a checkpoint: it removes the parts that matter least for the loss on text.
+"""``osler prune`` makes a smaller dense model from a checkpoint: it removes the parts that matter least for the loss on text.
 
 Depth: it removes the layer without which the loss is least, then the next, until ``--layers`` are left. Width: in every
 feed-forward layer it keeps the neurons with the largest mean of |activation| times the norm of their column of ``down_proj``,

@@ -1,4 +1,4 @@
-"""``osler quantize``: writes a checkpoint with weights in int8, int4 or bf16, which every reader of checkpoints takes.
+"""``osler quantize`` writes a checkpoint with weights in int8, int4 or bf16, which every reader of checkpoints takes.
 
 ``osler/model/quantization.py`` has the formats. Loading the new checkpoint turns its weights back into full precision, so answers
 are those of the rounded weights on any machine, and speed and memory are those of the original.

@@ -17,7 +17,7 @@ TEXT_ENDINGS = (".txt", ".md")
 # A .json file is read, as JSON lines, only if the path names it. In a folder it more often describes the other files.
 NAMED_ONLY_ENDING = ".json"
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-NAMES_SHOWN = 3  # folders that cannot be opened and are named, at most
+NAMES_SHOWN = 3  # the most folders that a message names because they cannot be opened
 
 
 def find_files(path: str | Path, endings: Sequence[str], *, key: str) -> list[Path]:
