@@ -22,7 +22,7 @@ class CosineConfig:
 
     type: Literal["cosine"] = "cosine"
     warmup_tokens: NonNegativeInt | None = 0  # tokens over which the learning rate rises from 0; null: a 25th of all
-    final_fraction: Fraction = 0.1  # of the peak learning rate, reached at the end
+    final_fraction: Fraction = 0.1  # share of the peak learning rate at the end
 
 
 @config
@@ -31,7 +31,7 @@ class LinearConfig:
 
     type: Literal["linear"] = "linear"
     warmup_tokens: NonNegativeInt | None = 0  # tokens over which the learning rate rises from 0; null: a 25th of all
-    final_fraction: Fraction = 0.0  # of the peak learning rate, reached at the end
+    final_fraction: Fraction = 0.0  # share of the peak learning rate at the end
 
 
 @config
@@ -41,7 +41,7 @@ class WarmupStableDecayConfig:
     type: Literal["warmup_stable_decay"] = "warmup_stable_decay"
     warmup_tokens: NonNegativeInt | None = 0  # tokens over which the learning rate rises from 0; null: a 25th of all
     decay_fraction: Annotated[float, Gt(0), Le(1)] = 0.3  # share of all tokens over which the rate falls
-    final_fraction: Fraction = 0.0  # of the peak learning rate, reached at the end
+    final_fraction: Fraction = 0.0  # share of the peak learning rate at the end
 
 
 ScheduleConfig = Annotated[ConstantConfig | CosineConfig | LinearConfig | WarmupStableDecayConfig, TAGGED]

@@ -64,7 +64,7 @@ class MetricsLog:
         self.curves: dict[str, Series] = {}
         self.tokens = Series()  # tokens seen
         self.times: Floats = np.array([])  # the time of every line that has one, in unix seconds, in the order of the file
-        self.unreadable = 0  # lines
+        self.unreadable = 0  # unreadable lines so far
         self._position, self._mark = 0, b""  # bytes read, and the last ``MARK_BYTES`` of them
 
     def poll(self) -> None:

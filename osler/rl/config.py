@@ -61,12 +61,12 @@ class AlgorithmConfig:
 
     prompts_per_step: PositiveInt = 8  # questions in one rollout
     samples_per_prompt: Annotated[int, Ge(2)] = 8  # completions of each question: the group; one alone has no advantage
-    updates_per_batch: PositiveInt = 1  # optimizer updates on each rollout batch at most; every update uses the whole batch
+    updates_per_batch: PositiveInt = 1  # the most optimizer updates on each rollout batch; every update uses the whole batch
     # the update that finds the policy farther than this from the one that drew the batch is the last one on that batch
     max_masked_frac: Fraction | None = None  # share of completions under the off-policy mask (opsm_delta); null: any
     target_kl: PositiveFloat | None = None  # KL in nats per token (approx_kl); null: any
     balanced_letters: bool = False  # whether the right answers of a step's questions are spread evenly over the letters
-    max_new_tokens: PositiveInt = 128  # tokens of a completion at most
+    max_new_tokens: PositiveInt = 128  # the most tokens of a completion
 
     # these three are of sampling; the samples of a group must differ, so their ranges leave greedy sampling out
     temperature: Annotated[float, Ge(0.01)] = 1.0

@@ -198,7 +198,7 @@ class RolloutWorker:
     algorithm: AlgorithmConfig
     seed: int
     world: World = field(default_factory=World)
-    # by task and item id: times in a row that the samples all earned the same, and the last epoch without it; goes into JSON
+    # by task and item id: how often in a row all samples earned the same, and the last epoch of the rest; goes into JSON
     rests: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     servers: RolloutServers | None = None  # draw in place of the engine
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 OWN_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 POLL_SECONDS = 0.5
-CROWDED_CPUS = 0.2  # the CPUs are crowded when own threads and CPUs busy with other work exceed the CPUs by more than this
+CROWDED_CPUS = 0.2  # the CPUs that own threads and other work may need together beyond those there are
 CALM_POLLS = 4  # calm polls in a row before the threads spin again
 PARALLEL_NUMEL = 1 << 20  # an operation on this many elements uses the whole team
 

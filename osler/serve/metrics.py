@@ -1,7 +1,7 @@
 """The server's metrics, in the text form that Prometheus reads. Only the web server's thread may touch them.
 
-The form is described at https://prometheus.io/docs/instrumenting/exposition_formats/. Of a request, only its
-model, path and status become labels.
+The form is described at https://prometheus.io/docs/instrumenting/exposition_formats/. Of a request, only its model,
+path and status become labels.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The one thread in which models compute. The rows of all requests form a batch: they join, draw a token per step, and leave.
 
-The web server's thread asks for rows with ``draw`` and reads what they drew from a ``Drawing``. After every step
-one call delivers the new tokens of all rows, so a client that reads slowly delays nobody. A cancelled row draws nothing from the
-next step on, and is free after it. Only keys and values of finished rows are kept, for prompts with the same beginning.
+The web server's thread asks for rows with ``draw`` and reads what they drew from a ``Drawing``. After every step one
+call delivers the new tokens of all rows, so a client that reads slowly delays nobody. A cancelled row draws nothing from the next
+step on, and is free after it. Only keys and values of finished rows are kept, for prompts with the same beginning.
 """
 
 from __future__ import annotations

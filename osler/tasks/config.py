@@ -22,7 +22,7 @@ class ExamFile:
     type: str  # which exam
     path: str  # a .parquet, .jsonl or .ndjson file (also .jsonl.gz and the like), or a folder of them
     split: str = ""  # a name for the file in tables and metrics
-    fold: Fold = "all"  # train, or held-out (a fifth of the questions, by hash), for a file that is learned from and asked
+    fold: Fold = "all"  # train, or held-out (a fifth of the questions, by hash), for a file to learn from and to ask
     limit: PositiveInt | None = None  # questions to take; null: all
     seed: Seed | None = None  # draws the questions at random; a larger limit draws the same and more; null: the first ones
     shots: NonNegativeInt = 0  # solved examples before each question, the first of shots_path; 0: zero-shot

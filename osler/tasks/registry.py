@@ -39,8 +39,8 @@ class NeedleTask(MadeExam):
     type: Literal["needle"] = "needle"
     split: str = "needle,copy"  # needle asks for the diagnosis that one finding tells, copy for a phrase that was said
     limit: PositiveInt = 20  # questions of each split, length and depth, the same in every length and depth
-    # tokens of a history with its question and answer; empty: of 256, 512, 1,024 and so on those that hold all histories and
-    # that the model reads
+    # tokens of a history with its question and answer; empty: those of 256, 512, 1,024 and so on that hold all histories
+    # and that the model can read
     lengths: tuple[PositiveInt, ...] = ()
     # where the telling visit is, in percent of the history: 0 is its beginning
     depths: tuple[Annotated[int, Ge(0), Le(100)], ...] = (0, 25, 50, 75, 100)

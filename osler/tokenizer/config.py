@@ -15,7 +15,7 @@ class Vocabulary:
     # a tokenizer.json, or GPT-2's vocab.bpe with encoder.json beside it; null: train one on the run's own text
     path: str | None = None
     vocab_size: Annotated[int, Ge(SMALLEST_VOCABULARY)] = 2048  # the size to train; a loaded tokenizer has its own
-    max_bytes: PositiveInt = 32_000_000  # text to train on; more is sampled evenly
+    max_bytes: PositiveInt = 32_000_000  # the most text to train on; more is sampled evenly
 
 
 @config

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 GPT2_PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-MOST_PIECES = 1 << 18  # how many pieces are remembered at most, at about 200 bytes each
+MOST_PIECES = 1 << 18  # the most pieces to remember, at about 200 bytes each
 LONGEST_PIECE = 24  # characters; longer pieces are not remembered, because they hardly come again
 
 _SPACES = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # White_Space of Unicode

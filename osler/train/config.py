@@ -83,7 +83,7 @@ class TrainConfig(RunConfig):
 
     kind: Literal["pretrain", "sft"] = "pretrain"  # pretrain learns every token, sft only what the model must answer
     seed: Seed = 0  # decides the weights and the order of the data
-    # run folder or checkpoint to start from; its model and tokenizer replace those given here, but for a sparse model.attention
+    # run folder or checkpoint to start from; its model and tokenizer replace those given here, except a sparse model.attention
     init_from: str | None = None
     model: ModelConfig = ModelConfig()
     context: ContextConfig | None = None  # a longer context for the model of init_from; null: it stays as it is
@@ -102,7 +102,7 @@ class TrainConfig(RunConfig):
     too_long: Literal["refuse", "drop"] = "refuse"
     # whether attention stays inside a document; takes seq_len² bytes a row, and on a GPU more (`osler plan` says how much)
     document_mask: bool = False
-    # tokens in a row; with a curriculum in its longest rows, and in rows of held-out text. One process computes all of a row
+    # tokens in a row; with a curriculum, in its longest rows and in rows of held-out text. One process computes a whole row
     seq_len: PositiveInt = 128
     batch_tokens: PositiveInt = 8_192  # tokens per optimizer step
     micro_batch_tokens: PositiveInt | None = None  # tokens per forward pass of one process; null: its whole batch at once

@@ -129,7 +129,7 @@ def blocks(values: Floats, rows: int, *, zero: bool = False) -> list[str]:
     if not known.any():
         return [" " * len(values)] * rows
     low, high, _ = value_range(values[known], zero)
-    steps = 8 * rows - 1  # the lowest value is one eighth high, so that it can be told from no value
+    steps = 8 * rows - 1  # the lowest value is one eighth high, so that it differs from no value
     heights = np.where(known, 1 + np.rint(steps * np.minimum(1.0, (values - low) / (high - low))), 0)
     return ["".join(BLOCKS[int(n)] for n in np.clip(heights - 8 * row, 0, 8)) for row in reversed(range(rows))]
 
