@@ -35,7 +35,8 @@ logger = logging.getLogger(__name__)
 
 _KINDS = {str: "text", int: "a whole number", float: "a number", dict: "an object", list: "a list"}
 _DECISIONS = ("yes", "no", "maybe")  # the options of PubMedQA
-# If this many rows have no ``cop`` of 0, it counts from 1: a third of all answers are A, so chance misses A in 1 of 100,000 files.
+# Where this many rows have no ``cop`` of 0, it counts from 1: a third of all answers are A, so chance would avoid 0 in 1 of
+# 100,000 files.
 _ROWS_THAT_TELL = 32
 # The opening of an explanation: "Ans. (B) ", "Answer- C. ", "Ans. BSolitary bone cyst" (glued to the first word).
 _STUB = re.compile(r"^\W*(?i:ans(?:wer)?s?\b)\W*(?:(?i:is\b)\W*)?(?:(?i:[a-d])\b\W*|[A-D](?=[A-Z][a-z]))?")
