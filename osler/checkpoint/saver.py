@@ -119,6 +119,11 @@ class Saver:
         saved = store.save(self.root, step, pause=pause, **contents)
         return rotate(self.root, saved, self.keep_last, good_step, pause=pause)
 
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save is in flight."""
+        return self._in_flight is not None and not self._in_flight.done()
+
     def hurry(self) -> None:
         """Let the save in flight use a whole core from now on."""
         self._hurry.set()
