@@ -33,7 +33,7 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, index = name.partition(":")
-    if not re.fullmatch("cpu|cuda(:[0-9]+)?", name):
+    if name != "cpu" and (kind != "cuda" or (":" in name and not index.isdigit())):
         raise UserError(f"Unknown device {name!r}: use auto, cpu, cuda or cuda:N.")
     if kind == "cuda":
         if not torch.cuda.is_available():
