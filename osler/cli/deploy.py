@@ -1,4 +1,4 @@
-"""``osler deploy``: a recipe as manifests for other machines, and the calls that apply, look after and stop them. Torch-free."""
+"""``osler deploy``: writes a recipe as manifests for other machines, and applies, watches and stops them. Torch-free."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def run(
     follow: bool = False,
     **settings: Any,
 ) -> int | str:
-    """Render, apply, look after or stop a recipe on other machines: the command ``deploy``.
+    """Render, apply, watch or stop a recipe on other machines: the command ``deploy``.
 
     Raises UserError for a recipe that could not run there, before any machine costs money.
     """

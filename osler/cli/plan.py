@@ -39,7 +39,7 @@ def plan(
 
 
 def plans_of(recipe: str, overrides: Sequence[str], where: Where) -> list[Plan]:
-    """Return the plan of a recipe, of a pipeline those of its stages that train."""
+    """Return the plan of a recipe, or for a pipeline those of its stages that train."""
     resolved = decode_recipe(load_recipe(recipe, overrides), source=recipe)
     if isinstance(resolved, (TrainConfig, GrpoConfig)):
         return [plan_of(resolved, where, name=recipe)]

@@ -1,6 +1,6 @@
-"""The table of devices in ``devices.yaml``: what a GPU can do and what an hour of it costs; and this machine. Torch-free.
+"""What devices can do and what an hour of them costs: the GPUs in ``devices.yaml``, and this machine. Torch-free.
 
-Peaks are of data sheets and prices were seen on a day, so both are what a plan begins with and not what a run will find.
+Peaks come from data sheets, and prices were seen on some day. A plan begins with them; a run may find other ones.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from osler.runtime.machine import gpu_names, memory_limit_bytes, processor, usab
 DEVICES = Path(__file__).with_name("devices.yaml")
 GIB = 2**30
 HERE = "cpu"  # the name of this machine's processor among the devices
-# GFLOP/s of matrix products on a core, by what the processor can do: in bf16 with AMX, and in fp32. That with AMX and that with
-# AVX-512 were measured on one Intel Xeon (`osler bench`); the others are one multiply-add unit of that width at 2.5 GHz.
+# GFLOP/s of matrix products on a core, by the instructions of the processor: in bf16 with AMX, else in fp32. The rates of AMX and
+# AVX-512 were measured on one Intel Xeon (`osler bench`); the others are those of one multiply-add unit at 2.5 GHz.
 GFLOPS_OF_CORE = (("avx512f", 80.0), ("avx2", 40.0))
 AMX_GFLOPS_OF_CORE, LEAST_GFLOPS_OF_CORE = 500.0, 20.0
 CPU_BANDWIDTH_GB = 20.0
-FP32_OF_BF16 = 0.1  # of a GPU whose rate in fp32 is not in the table
+FP32_OF_BF16 = 0.1  # fp32 rate over bf16 rate of a GPU whose fp32 rate is not in the table
 UNKNOWN_MEMORY_GIB = 4.0
 
 
@@ -35,8 +35,8 @@ class Device:
     driver: str = ""  # words in the name that the driver gives such a card
     tflops: PositiveFloat  # dense TFLOP/s in bf16
     fp8_tflops: PositiveFloat | None = None  # the same in FP8; null: it has none
-    fp32_tflops: PositiveFloat | None = None  # of matrix products in fp32; null: a tenth of bf16
-    memory_gib: PositiveFloat  # of a card; of a machine what a process may take
+    fp32_tflops: PositiveFloat | None = None  # TFLOP/s of matrix products in fp32; null: a tenth of bf16
+    memory_gib: PositiveFloat  # memory of a card; for a machine, what a process may take
     bandwidth_gb: PositiveFloat  # GB/s of that memory
     bf16: bool = True  # whether it computes in bf16; false: recipes with precision=auto use fp32 there
     usd: tuple[float, float] | None = None  # lowest and highest price of an hour; null: unknown
@@ -70,7 +70,7 @@ def devices() -> dict[str, Device]:
 
 
 def find_device(text: str) -> Device:
-    """Return the device with a name of the table, as a driver writes it or ``cpu``, or the one in a YAML file.
+    """Return a device: by a name of the table, by a GPU's name as the driver writes it, ``cpu``, or from a YAML file.
 
     Raises UserError for an unknown name, with the nearest one, and for a file that is not there or describes no device.
     """
@@ -101,7 +101,7 @@ def _read(path: Path) -> Device:
 
 
 def device_of_gpu(gpu_name: str) -> Device | None:
-    """Return the device by a GPU's name as the driver spells it, for example ``NVIDIA H100 80GB HBM3``; None if not listed."""
+    """Return the device of a GPU named as the driver spells it, such as ``NVIDIA H100 80GB HBM3``; None if it is not listed."""
     words = f" {gpu_name.replace('-', ' ').replace('_', ' ')} "
     return next((device for device in devices().values() if f" {device.driver} " in words), None)
 
@@ -113,7 +113,7 @@ def peak_flops_of(gpu_name: str) -> float | None:
 
 
 def this_machine() -> Device:
-    """Return the processor of this machine; what a core computes is assumed from its instructions."""
+    """Return the processor of this machine; the speed of a core is assumed from its instructions."""
     name, flags = processor()
     cores = usable_cores()
     fp32 = next((gflops for flag, gflops in GFLOPS_OF_CORE if flag in flags), LEAST_GFLOPS_OF_CORE)

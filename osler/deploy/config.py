@@ -1,28 +1,28 @@
-"""Where and how large: what a deployment needs beside its recipe. Torch-free."""
+"""The configuration of a deployment: what it needs besides its recipe. Torch-free."""
 
 from osler.config.schema import NonNegativeInt, PositiveInt, config
 
 
 @config
 class DeployConfig:
-    """The machines of a run, and what they are to find there."""
+    """The machines of a run, and the volume, image and secrets that they use."""
 
-    name: str | None = None  # of the run, and of everything that is made for it; null: that of the recipe
-    machines: PositiveInt = 1  # that train together
-    gpus: NonNegativeInt = 1  # of each machine; 0: train on CPU cores
-    processes: PositiveInt | None = None  # of each machine; null: one for each GPU
-    gpu_name: str = "H100"  # what to rent (skypilot, dstack)
-    cpus: PositiveInt = 8  # of each machine
-    memory_gb: PositiveInt = 64  # of each machine, shared memory included
+    name: str | None = None  # name of the run and of everything that is made for it; null: the recipe's name
+    machines: PositiveInt = 1  # machines that train together
+    gpus: NonNegativeInt = 1  # GPUs of each machine; 0: train on CPU cores
+    processes: PositiveInt | None = None  # processes of each machine; null: one for each GPU
+    gpu_name: str = "H100"  # the GPU to rent (skypilot, dstack)
+    cpus: PositiveInt = 8  # CPU cores of each machine
+    memory_gb: PositiveInt = 64  # memory of each machine, shared memory included
     shm_gb: PositiveInt = 8  # shared memory, through which NCCL and gloo talk within a machine
-    disk_gb: PositiveInt = 200  # of the volume
-    volume: str = "osler"  # that holds runs and data, and outlives what trains: a PersistentVolumeClaim, a bucket, a volume
-    image: str = "osler:cuda"  # what the Dockerfile builds
-    namespace: str = "default"  # of Kubernetes
-    secret: str = "osler-tokens"  # of Kubernetes, which holds the tokens
+    disk_gb: PositiveInt = 200  # size of the volume
+    volume: str = "osler"  # holds runs and data, and outlives the machines: a PersistentVolumeClaim, a bucket or a volume
+    image: str = "osler:cuda"  # the image that the Dockerfile builds
+    namespace: str = "default"  # namespace of Kubernetes
+    secret: str = "osler-tokens"  # secret of Kubernetes that holds the tokens
     tokens: tuple[str, ...] = ()  # names of environment variables with tokens, such as HF_TOKEN; never their values
-    grace_seconds: PositiveInt = 120  # that a run has to finish its step and save when it is asked to stop
-    max_failures: NonNegativeInt = 3  # crashes after which Kubernetes gives up; an eviction is none
+    grace_seconds: PositiveInt = 120  # how long a run has to finish its step and save when it is asked to stop
+    max_failures: NonNegativeInt = 3  # crashes after which Kubernetes gives up; an eviction is no crash
 
     @property
     def processes_per_machine(self) -> int:

@@ -1,8 +1,9 @@
 """Kubernetes' manifests as plain mappings: a Job, a JobSet, a TrainJob of Kubeflow's Trainer, and a server of the trained model.
 
-What decides about a restart is the exit code. A pod that was evicted (the condition DisruptionTarget), one that was asked to
-stop and saved, and one that lost its other machines are started again and not counted. What has to be mended ends the Job.
-Anything else is counted as a failure (``max_failures``). Sources: the API of Kubernetes 1.37, JobSet v1alpha2, Trainer v1alpha1.
+The exit code decides about a restart. A pod is started again without being counted if it was evicted (the condition
+DisruptionTarget), if it saved because it was asked to stop, or if it lost the other machines. An error that the user must mend
+ends the Job. Anything else counts as a failure (``max_failures``).
+Sources: the API of Kubernetes 1.37, JobSet v1alpha2, Trainer v1alpha1.
 """
 
 from typing import Any
@@ -13,8 +14,8 @@ from osler.runtime.stop import EXIT_STOPPED
 from osler.runtime.world import EXIT_LOST
 
 Manifest = dict[str, Any]
-CONTAINER = "node"  # as Kubeflow's Trainer calls it
-USER = 1000  # of the image
+CONTAINER = "node"  # the name that Kubeflow's Trainer expects
+USER = 1000  # the user of the image
 INSTANCE = "app.kubernetes.io/instance"  # the label by which everything of one run is found
 TRAINER_GROUP = "trainer.kubeflow.org"
 RECIPE_FILE = "recipe.yaml"
@@ -22,7 +23,7 @@ SERVER_PORT = 8000
 
 
 def job(workload: Workload) -> list[Manifest]:
-    """One machine: a Job."""
+    """Return the manifests for one machine: a Job."""
     if workload.deployment.machines > 1:
         raise UserError("--target k8s-job is one machine; several train together in a jobset or a trainjob.")
     spec = _job_spec(workload, pod_template(workload), workload.deployment.max_failures)
@@ -30,14 +31,14 @@ def job(workload: Workload) -> list[Manifest]:
 
 
 def jobset(workload: Workload) -> list[Manifest]:
-    """Several machines: a JobSet, which starts all of them anew when one crashes."""
+    """Return the manifests for several machines: a JobSet, which starts all of them again when one crashes."""
     meeting = Meeting("$(NODE_RANK)", f"{workload.name}-{CONTAINER}-0-0.{workload.name}")
     spec = _jobset_spec(workload, {"spec": _members(workload, meeting)})
     return [*_shared(workload), _manifest(workload, "jobset.x-k8s.io/v1alpha2", "JobSet", spec=spec)]
 
 
 def trainjob(workload: Workload) -> list[Manifest]:
-    """Several machines by Kubeflow's Trainer, which tells them where they meet: a TrainJob, and the runtime that it refers to."""
+    """Return the manifests for several machines by Kubeflow's Trainer, which says where they meet: a TrainJob and its runtime."""
     version = f"{TRAINER_GROUP}/v1alpha1"
     deployment = workload.deployment
     labels = {"labels": {f"{TRAINER_GROUP}/trainjob-ancestor-step": "trainer"}}
@@ -57,8 +58,8 @@ def trainjob(workload: Workload) -> list[Manifest]:
 
 
 def server(workload: Workload) -> list[Manifest]:
-    """The trained model behind OpenAI's API: a Deployment and its Service."""
-    name = f"{workload.name}-server"  # it comes and goes on its own, so its label is another one
+    """Return the manifests that serve the trained model by OpenAI's API: a Deployment and its Service."""
+    name = f"{workload.name}-server"  # a label of its own, because it is applied and deleted by itself
     template = pod_template(workload)
     template["metadata"] = {"labels": {INSTANCE: name}}
     pod, container = template["spec"], template["spec"]["containers"][0]
@@ -83,7 +84,7 @@ def server(workload: Workload) -> list[Manifest]:
 
 
 def secret_template(workload: Workload) -> str:
-    """Return the Secret that the tokens are looked for in, commented out and without a value."""
+    """Return the Secret that holds the tokens, as comments and without values; empty without tokens."""
     deployment = workload.deployment
     if not deployment.tokens:
         return ""
@@ -159,7 +160,7 @@ def pod_template(workload: Workload, meeting: Meeting | None = None) -> Manifest
 
 
 def _job_spec(workload: Workload, template: Manifest, max_failures: int) -> Manifest:
-    """Return the part of a Job that says what happens when its pod ends."""
+    """Return the spec of a Job, which says what happens when its pod ends."""
 
     def ended_with(*codes: int) -> Manifest:
         return {"onExitCodes": {"containerName": CONTAINER, "operator": "In", "values": list(codes)}}
@@ -180,7 +181,7 @@ def _members(workload: Workload, meeting: Meeting | None) -> Manifest:
 
 
 def _jobset_spec(workload: Workload, members: Manifest) -> Manifest:
-    """Return a JobSet's spec: all machines start anew when one crashes, and none when the recipe is wrong."""
+    """Return a JobSet's spec: all machines start again when one crashes, but none when the recipe is wrong."""
     wrong = {"name": "whatHasToBeMended", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
     return {
         "failurePolicy": {"maxRestarts": workload.deployment.max_failures, "rules": [wrong]},

@@ -1,7 +1,7 @@
 """``python -m osler.deploy.launch``: torchrun, except that it ends with the exit code of its processes.
 
-torchrun itself ends with 1 whatever happened, so that who watches it cannot tell an eviction, after which the run goes on, from a
-wrong recipe, with which it never will. It takes torchrun's arguments and ``PET_`` variables. ``TORCH_ELASTIC_SHUTDOWN_TIMEOUT``
+torchrun itself ends with 1 whatever happened. So whoever watches it cannot tell an eviction, after which the run goes on, from a
+wrong recipe, which never runs. This module takes torchrun's arguments and ``PET_`` variables. ``TORCH_ELASTIC_SHUTDOWN_TIMEOUT``
 says how long the processes have to save when a signal comes (torch 2.13; before, it is 30 seconds).
 """
 
@@ -15,7 +15,7 @@ from osler.runtime.world import EXIT_LOST
 
 def main(arguments: Sequence[str]) -> int:
     """Start the processes, wait for them, and return the exit code for all of them: see ``exit_code_of``."""
-    hear_requests()  # from the first moment on, because process 1 of a container is deaf to signals without a handler
+    hear_requests()  # at once, because process 1 of a container ignores signals that have no handler
     try:
         import torch.distributed as dist
         from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str]) -> int:
         given.signals_to_handle = ",".join(signal.name for signal in REQUESTS)
         try:
             run(given)
-        except SignalException:  # the processes were told, and have ended
+        except SignalException:  # the processes got the signal, and have ended
             return EXIT_STOPPED
         except ChildFailedError as error:
             return exit_code_of([failure.exitcode for failure in error.failures.values()])
@@ -39,9 +39,9 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def exit_code_of(codes: Sequence[int]) -> int:
-    """Return what processes that ended with these codes say together; a negative code is the number of a signal.
+    """Return one exit code for processes that ended with these codes; a negative code is the number of a signal.
 
-    What has to be mended counts more than a crash, and a crash more than that others were lost, which is only its consequence.
+    An error that the user must mend comes first, then a crash, then lost processes, which are only the result of a crash.
     """
     order = [UserError.exit_code, *(code for code in codes if code != EXIT_LOST), EXIT_LOST]
     code = next(code for code in order if code in codes)

@@ -1,4 +1,4 @@
-"""Targets that run a shell script: Slurm, and rented machines by SkyPilot and dstack.
+"""The targets that run a shell script: Slurm, and SkyPilot and dstack, which rent machines.
 
 Each machine writes the recipe beside the run and calls the same command as in Kubernetes, in the folder of the volume.
 """
@@ -30,7 +30,7 @@ def script(workload: Workload, meeting: Meeting) -> list[str]:
 
 
 def slurm(workload: Workload) -> str:
-    """A batch script for a folder that all machines share; ``sbatch`` is called there."""
+    """Return a batch script for a folder that all machines share; call ``sbatch`` in that folder."""
     deployment = workload.deployment
     *preparation, command = script(workload, SLURM_MEETING)
     options = {
@@ -42,7 +42,7 @@ def slurm(workload: Workload) -> str:
         "mem": f"{deployment.memory_gb}G",
         "output": log_file(workload),
         "open-mode": "append",
-        "signal": f"TERM@{deployment.grace_seconds}",  # before the time is up, to the processes but not to this script
+        "signal": f"TERM@{deployment.grace_seconds}",  # before the time is up; it goes to the processes, not to this script
     }
     return "\n".join(
         [
@@ -64,12 +64,12 @@ def slurm(workload: Workload) -> str:
 
 
 def log_file(workload: Workload) -> str:
-    """Return the file into which Slurm writes what the run says."""
+    """Return the file into which Slurm writes the run's output."""
     return f"{workload.name}.log"
 
 
 def skypilot(workload: Workload) -> dict[str, Any]:
-    """A managed job on machines that may be taken away, with a bucket as its volume."""
+    """Return a managed job on spot machines, with a bucket as its volume."""
     deployment = workload.deployment
     gpus = {"accelerators": f"{deployment.gpu_name}:{deployment.gpus}"} if deployment.gpus else {}
     return {
@@ -82,7 +82,7 @@ def skypilot(workload: Workload) -> dict[str, Any]:
             "disk_size": deployment.disk_gb,
             "image_id": f"docker:{deployment.image}",
             "use_spot": True,
-            "job_recovery": {"recover_on_exit_codes": [EXIT_LOST, EXIT_STOPPED]},  # machines that are taken away aside
+            "job_recovery": {"recover_on_exit_codes": [EXIT_LOST, EXIT_STOPPED]},  # besides machines that are taken away
         },
         "file_mounts": {VOLUME: {"name": deployment.volume, "mode": "MOUNT_CACHED"}},
         **({"secrets": dict.fromkeys(deployment.tokens)} if deployment.tokens else {}),
@@ -91,7 +91,7 @@ def skypilot(workload: Workload) -> dict[str, Any]:
 
 
 def dstack(workload: Workload) -> dict[str, Any]:
-    """A task on spot machines, with a volume that has to be there."""
+    """Return a task on spot machines, with a volume that must exist."""
     deployment = workload.deployment
     gpus = {"gpu": f"{deployment.gpu_name}:{deployment.gpus}"} if deployment.gpus else {}
     return {

@@ -1,4 +1,4 @@
-"""The targets: what each is given, and the calls of the program that drives it (kubectl, sbatch, sky, dstack)."""
+"""The targets: what is rendered for each, and the calls of the program that drives it (kubectl, sbatch, sky, dstack)."""
 
 import shutil
 import subprocess
@@ -13,18 +13,18 @@ from osler.deploy import kubernetes, scripts
 from osler.deploy.workload import Workload
 from osler.runtime.errors import UserError
 
-FILE = "{file}"  # in a call: the file with what was rendered; without it, it goes to standard input
+FILE = "{file}"  # stands in a call for the rendered file; a call without it gets the text on standard input
 
 
 class Target(NamedTuple):
-    """How a target is rendered, and the calls for each verb."""
+    """How a target is rendered, and the call for each verb."""
 
     render: Callable[[Workload], str]
-    calls: Callable[[Workload, bool], Mapping[str, list[str]]]  # with whether logs are followed
+    calls: Callable[[Workload, bool], Mapping[str, list[str]]]  # the second argument: whether to follow the logs
 
 
 def _kubernetes(render: Callable[[Workload], list[kubernetes.Manifest]], *kinds: str, suffix: str = "") -> Target:
-    """Return a target of Kubernetes; ``kinds`` are those of which a run consists, its pods and its volume aside."""
+    """Return a target of Kubernetes; ``kinds`` are the kinds of objects that a run has besides its pods and its volume."""
 
     def rendered(workload: Workload) -> str:
         return kubernetes.secret_template(workload) + "---\n".join(map(dump_yaml, render(workload)))

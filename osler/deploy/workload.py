@@ -1,6 +1,6 @@
-"""What runs on the machines: a recipe, resolved to the last field but its defaults, and the command that carries it out.
+"""What runs on the machines: a recipe, merged with its bases and overrides, and the command that runs it.
 
-The recipe travels inside the manifest, so that what was checked is what runs, and a file of the user's own needs no image.
+The recipe travels inside the manifest. So exactly the recipe that was checked runs, and a user's own file needs no new image.
 """
 
 import re
@@ -16,12 +16,12 @@ VOLUME = "/osler"  # where containers find the volume; relative paths of a recip
 RECIPE_FOLDER = "/etc/osler"  # where containers find the recipe
 PORT = 29500  # where the machines of a run meet
 TRAINING = ("pretrain", "sft", "grpo")
-MAX_NAME_CHARS = 40  # a pod's name, which is longer by what JobSet adds, may have 63
+MAX_NAME_CHARS = 40  # JobSet makes a pod's name longer, and that may have 63
 _CREDENTIALS = re.compile(r"://[^/@\s]+@")
 
 
 class Meeting(NamedTuple):
-    """How a machine learns its number among those of its run, and the address of the first: words of the target's own."""
+    """How a machine learns its number within the run, and the address of the first machine: words for the target's shell."""
 
     node_rank: str
     master_addr: str
@@ -43,17 +43,17 @@ class Workload:
 
     @property
     def run_folder(self) -> str:
-        """The run folder, from the top of the volume on."""
+        """The run folder, relative to the top of the volume."""
         return f"runs/{self.name}"
 
     @property
     def served_folder(self) -> str:
-        """The run folder of the model that is finished: of a pipeline, that of the last stage that trains."""
+        """The run folder of the finished model; in a pipeline, that of the last stage that trains."""
         stages = [name for name, stage in self.recipe.items() if isinstance(stage, Mapping) and stage.get("kind") in TRAINING]
         return f"{self.run_folder}/{stages[-1]}" if self.kind == "pipeline" and stages else self.run_folder
 
     def command(self, recipe_file: str, meeting: Meeting | None = None) -> list[str]:
-        """Return the command of one machine; it is the same for the first start and for every other one."""
+        """Return the command of one machine; a restart uses the same command."""
         words = [self.kind, recipe_file, "--run-dir", self.run_folder]
         processes, machines = self.deployment.processes_per_machine, self.deployment.machines
         if processes * machines == 1:
@@ -75,7 +75,7 @@ class Workload:
 
 
 def workload_of(recipe: Mapping[str, Any], config: Any, source: str, deployment: DeployConfig) -> Workload:
-    """Return the workload of a recipe whose config was decoded; raises UserError for what cannot run like that."""
+    """Return the workload of a recipe and its decoded config; raises UserError for what cannot run on these machines."""
     kind = getattr(config, "kind", None)
     if kind is None:
         raise UserError(f"{source} is a model alone: add kind=pretrain, and what it is to read.")
@@ -99,7 +99,7 @@ def workload_of(recipe: Mapping[str, Any], config: Any, source: str, deployment:
 
 
 def refuse_secrets(section: Any, path: str = "") -> None:
-    """Raise UserError for what would stand in a manifest for everybody to read."""
+    """Raise UserError for a secret in the recipe, because many people read a manifest."""
     if isinstance(section, Mapping):
         for key, value in section.items():
             refuse_secrets(value, f"{path}.{key}".lstrip("."))

@@ -1,4 +1,4 @@
-"""The disk that a run takes: its shards and its checkpoints. Torch-free."""
+"""How much of the disk a run takes: its shards and its checkpoints. Torch-free."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from osler.plan.estimate import Estimate, exact, total
 from osler.plan.memory import state_bytes
 from osler.train.config import TrainConfig
 
-WIDE_VOCABULARY = 1 << 16  # from this many tokens on a token takes four bytes and not two
+WIDE_VOCABULARY = 1 << 16  # in a larger vocabulary a token takes four bytes instead of two
 CLINIC_TOKENS = Estimate(45, 65, 90, "computed: 45 to 90 tokens a document of the clinic")
 BYTES_PER_TOKEN = Estimate(3.0, 4.5, 7.0, "assumed: 3 to 7 bytes of a file to a token")
 
@@ -24,7 +24,7 @@ def checkpoint_bytes(model: ModelConfig, optimizer: str, precision: str) -> int:
 
 
 def disk_of(config: TrainConfig, model: ModelConfig, tokens: Estimate) -> dict[str, Estimate]:
-    """Return the bytes of shards and checkpoints in the run folder, at most at any moment."""
+    """Return the most bytes that shards and checkpoints take in the run folder at any moment."""
     size = checkpoint_bytes(model, config.optim.type, config.precision)
     every, milestones = config.checkpoint.every_tokens, config.checkpoint.keep_every_tokens
     saved = tokens.value // every or 1

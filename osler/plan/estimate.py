@@ -23,7 +23,7 @@ class Estimate:
         return self.low, self.value, self.high
 
     def through(self, function: Callable[[float], float], source: str = "") -> Estimate:
-        """Return the estimate of a function of the number, which may rise or fall with it."""
+        """Return the estimate of a function of the number; the function may rise or fall with the number."""
         low, value, high = map(function, self.numbers)
         return Estimate(min(low, high), value, max(low, high), source or self.source)
 

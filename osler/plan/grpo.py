@@ -1,7 +1,7 @@
 """The plan of GRPO: completions that are drawn, then learned from. Torch-free.
 
-How long answers get is learned and not known, so a plan of GRPO is a wide interval. Its upper end has every completion run to the
-limit.
+Nobody knows how long the answers will get, because that is learned. So a plan of GRPO has wide intervals; at the upper end every
+completion runs to the limit.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ STARTS = {
 PROMPT_TOKENS = Estimate(60, 200, 500, "assumed: 60 to 500 tokens a question")
 CLINIC_PROMPT_TOKENS = Estimate(40, 60, 80, "measured: 40 to 80 tokens a question of the clinic")
 LENGTH = Estimate(0.2, 0.6, 1.0, "assumed: completions have 20 to 100 % of max_new_tokens")
-# Time of a decode step over reading weights and cache once (GPU), or over its FLOPs at the rate of fp32 (CPU), and the seconds
-# that the calls of a layer take beside it.
+# Time of a decode step over its least possible time: on a GPU one reading of weights and cache, on a CPU its FLOPs at the rate of
+# fp32. The calls of a layer take seconds besides.
 DECODING = {
     "gpu": Estimate(1.2, 2.0, 4.0, "assumed: 1.2 to 4 times reading weights and cache once; not measured"),
     "cpu": Estimate(1.5, 3.0, 8.0, "assumed: 1.5 to 8 times its FLOPs at the rate of matrix products"),
@@ -54,7 +54,7 @@ def plan_grpo(
     arithmetic: Arithmetic | None = None,
     measured: Measured | None = None,
 ) -> Plan:
-    """Return the plan of GRPO on a ``model``, that of ``init_from``."""
+    """Return the plan of GRPO on ``model``, the model of ``init_from``."""
     measured = measured or Measured()
     arithmetic = arithmetic or arithmetic_of(config, where.device)
     algorithm = config.algorithm
@@ -66,7 +66,7 @@ def plan_grpo(
     sampling = sampling_seconds(config, model, where, arithmetic, prompt)
     learning, flops = learning_seconds(config, model, where, arithmetic, row)
     step = measured.step_seconds.get(1)
-    if step is not None:  # a probe tells a step's time; the parts keep their shares
+    if step is not None:  # a probe gives the time of a whole step; the parts keep their shares
         share = sampling.value / (sampling.value + learning.value)
         sampling, learning = step.times(share), step.times(1 - share)
     pace = Pace([Stretch(0, algorithm.completions_per_step * round(drawn.value), total([sampling, learning]), flops)])
@@ -148,7 +148,7 @@ def learning_seconds(
 
 
 def sampler_memory(config: GrpoConfig, model: ModelConfig, one: Pass, where: Where) -> dict[str, Estimate]:
-    """Return the bytes of what GRPO has beside a pass: sampler, cache, reference, logits."""
+    """Return the bytes that GRPO needs besides a pass: sampler, cache, reference, logits."""
     rows = min(config.rollout_rows, -(-config.algorithm.completions_per_step // where.gpus))
     cache = model.kv_cache_bytes(rows, one.seq_len, one.width)
     weights = state_bytes(model, config.optim.type, "fp32")[0]

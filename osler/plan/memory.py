@@ -1,8 +1,8 @@
 """The peak memory of one process of a run, part by part, from the config alone. Torch-free.
 
-A part is what lies in memory at the moment of the peak: where a step turns from forward to backward, with all activations, or at
-its end, with all gradients. On a GPU it is what torch's allocator holds and what the driver takes; on a CPU it is the resident
-memory of the process, mapped libraries and everything else that it did before included, as ``perf/memory_peak_bytes`` counts it.
+A part is what lies in memory at the peak. That is where a step turns from forward to backward, with all activations, or at its
+end, with all gradients. On a GPU the memory is what torch's allocator holds and the driver takes. On a CPU it is the resident
+memory of the process with its libraries, as ``perf/memory_peak_bytes`` counts it.
 
 What a layer keeps of a token follows from its operators (``layer_elements``) and was compared with ``bench_recompute.py`` and
 ``plan_vs_actual.py`` on a CPU. Nothing was compared with a GPU yet. A row is never split over processes, so all of a row's tokens
@@ -22,10 +22,10 @@ from osler.plan.speed import Arithmetic
 Mode = Literal["off", "selective", "full"]
 MODES: tuple[Mode, ...] = ("off", "selective", "full")
 MOST_ROWS = 4096
-INDEX_BYTES = 4  # of the number of a key
+INDEX_BYTES = 4  # the size of a chosen key's number
 UNTILED, TILED = (2048, 1 << 28), (4096, 400 << 20)  # the most tokens and bytes of a chunk of logits (ops/cross_entropy.py)
 ATTENTION_PIECE = 128  # queries that are computed at a time on a CPU (ops/attention.py)
-EVALUATED_TOKENS = 16_384  # of a forward pass of an evaluation (eval/likelihood.py)
+EVALUATED_TOKENS = 16_384  # tokens of a forward pass in an evaluation (eval/likelihood.py)
 
 CUDA = Estimate(0.5e9, 0.8e9, 1.6e9, "assumed: CUDA's context, libraries and code; not measured by Osler")
 CPU_EAGER = Estimate(0.28e9, 0.33e9, 0.40e9, "measured: Python, torch and the run's other libraries")
@@ -49,12 +49,12 @@ class Pass:
     arithmetic: Arithmetic
     on_cpu: bool = False
     optimizer: str = "adamw"
-    accumulates: bool = False  # whether gradients of earlier passes lie there
+    accumulates: bool = False  # whether gradients of earlier passes lie in memory
     document_mask: bool = False
     shards: int = 1  # processes that share weights, gradients and optimizer (FSDP)
     copies: bool = False  # whether a copy for a checkpoint lies in the process's memory
     evaluates: bool = False  # whether the process also evaluates
-    teacher: ModelConfig | None = None  # that lies there too
+    teacher: ModelConfig | None = None  # a teacher that lies in memory, too
 
     @property
     def tokens(self) -> int:
@@ -72,7 +72,7 @@ class Pass:
 def parameters_of(model: ModelConfig) -> tuple[int, int, int]:
     """Return how many numbers the matrices of the layers, the input embedding and the head have, padding rows included.
 
-    A head that is the embedding counts none.
+    A head that is the embedding counts as 0.
     """
     rank = model.embed_rank
     padded = model.padded_vocab_size
@@ -91,16 +91,16 @@ def state_bytes(model: ModelConfig, optimizer: str, precision: str) -> tuple[int
 
 
 def keys_of(seq_len: int, on_cpu: bool) -> float:
-    """Return how many attention weights a head keeps of a token on a CPU, on average; a GPU's kernel keeps none."""
+    """Return how many attention weights a head keeps for a token, on average, on a CPU; a GPU's kernel keeps none."""
     if not on_cpu:
         return 0.0
     return seq_len if seq_len < 2 * ATTENTION_PIECE else (seq_len + ATTENTION_PIECE) / 2
 
 
 def layer_elements(model: ModelConfig, mode: Mode, *, compiled: bool, weights_of_head: float = 0.0) -> float:
-    """Return how many numbers a layer keeps of a token for its backward pass.
+    """Return how many numbers a layer keeps for the backward pass of one token.
 
-    ``weights_of_head`` are the attention weights of a head. Compiled code keeps less, because it computes again what is cheap.
+    ``weights_of_head`` are the attention weights of a head. Compiled code keeps less, because it recomputes what is cheap.
     """
     hidden, wide = model.hidden_size, model.intermediate_size
     queries, keys = model.query_size, model.kv_size
@@ -115,7 +115,7 @@ def layer_elements(model: ModelConfig, mode: Mode, *, compiled: bool, weights_of
 
 
 def activation_bytes(one: Pass, mode: Mode) -> tuple[float, float]:
-    """Return the bytes that the layers keep of a pass, and those of the one layer that is computed again at a time."""
+    """Return the bytes that the layers keep for the backward pass, and those of the one layer that is recomputed at a time."""
     heads = 0.0 if chooses(one) else keys_of(one.seq_len, one.on_cpu)
     whole = layer_elements(one.model, "off", compiled=one.compiled, weights_of_head=heads)
     kept = one.model.num_layers * layer_elements(one.model, mode, compiled=one.compiled, weights_of_head=heads)
@@ -128,9 +128,9 @@ def chooses(one: Pass) -> bool:
 
 
 def mask_bytes(one: Pass, mode: Mode) -> int:
-    """Return the bytes of the document mask: one of a byte for the model, and for each layer that keeps it the kernel's copy.
+    """Return the bytes of the document mask: one byte for each pair of tokens, and the kernel's copy in each layer that keeps it.
 
-    Instead of a mask, sparse attention keeps the numbers of the chosen keys, in every layer unless all is computed again.
+    Instead of a mask, sparse attention keeps the numbers of the chosen keys, in every layer unless ``mode`` is full.
     """
     layers = one.model.num_layers
     if chooses(one):
@@ -144,9 +144,9 @@ def mask_bytes(one: Pass, mode: Mode) -> int:
 
 
 def copied_bytes(one: Pass) -> float:
-    """Return the bytes of the copies of the layers' matrices that a pass computes with.
+    """Return the bytes of the copies that a pass makes of the layers' matrices.
 
-    They are in the dtype of the activations; in fp32 only matrices with the same input are copied, to be joined.
+    The copies have the dtype of the activations; in fp32 only matrices with the same input are copied, to join them.
     """
     model = one.model
     joined = model.hidden_size * (model.query_size + 2 * model.kv_size + 2 * model.intermediate_size) * model.num_layers
@@ -181,19 +181,19 @@ def memory_of(one: Pass, mode: Mode) -> dict[str, Estimate]:
     layers = one.model.num_layers
     block = parameters_of(one.model)[0] / layers
     gathered = 2 * block * (one.width + 4) if one.shards > 1 else 0.0  # a block computes while the next one comes
-    kept, again = activation_bytes(one, mode)
+    kept, recomputed = activation_bytes(one, mode)
     copies, (logits, of_head) = copied_bytes(one), head_bytes(one)
     turning = {
         "gradients": gradients if one.accumulates else 0.0,
         "weight copies": copies if mode == "off" else copies / layers,
-        "activations": kept + max(0.0, again - logits),  # the logits are gone when a layer is computed again
+        "activations": kept + max(0.0, recomputed - logits),  # the logits are gone when a layer is recomputed
         "mask": float(mask_bytes(one, mode)),
         "loss head": logits + of_head,
     }
-    ending = {"gradients": gradients, "weight copies": copies / layers, "activations": kept / layers + again}
+    ending = {"gradients": gradients, "weight copies": copies / layers, "activations": kept / layers + recomputed}
     step = max(turning, ending, key=lambda parts: sum(parts.values()))
     beyond = max(0.0, evaluation_bytes(one) - sum(step.values())) if one.evaluates else 0.0
-    churned = sum(turning.values()) + sum(activation_bytes(one, "off")) - kept - max(0.0, again - logits)
+    churned = sum(turning.values()) + sum(activation_bytes(one, "off")) - kept - max(0.0, recomputed - logits)
     copied = weights + moments if one.copies else 0.0
     parts = {
         "process": process_bytes(one),
@@ -235,8 +235,8 @@ def measured_memory(parts: Mapping[str, Estimate], measured: Estimate | None) ->
     if measured is None:
         return dict(parts)
     factor = measured.value / total(parts.values()).value
-    width = measured.high / measured.value, measured.low / measured.value
+    low, high = measured.low / measured.value, measured.high / measured.value
     return {
-        name: Estimate(part.value * factor * width[1], part.value * factor, part.value * factor * width[0], measured.source)
+        name: Estimate(part.value * factor * low, part.value * factor, part.value * factor * high, measured.source)
         for name, part in parts.items()
     }

@@ -12,10 +12,10 @@ from osler.runtime import format as fmt
 from osler.train.config import TrainConfig
 
 KERNEL_SIZES = (64, 96, 128, 256)  # head sizes that fused attention kernels are made for
-WASTEFUL_SIZES = {72: 96, 96: 128}  # head size: the one that its work is that of
+WASTEFUL_SIZES = {72: 96, 96: 128}  # head size: the larger one that kernels compute instead
 FP8_GAINS_FROM = 1536  # hidden_size
 FP8_LOSES_BELOW = 1024
-FEW_TOKENS = 8192  # of a forward pass on a GPU
+FEW_TOKENS = 8192  # a forward pass with fewer hardly fills a GPU
 
 
 def notes_of(plan: Plan, config: TrainConfig | GrpoConfig, model: ModelConfig, arithmetic: Arithmetic) -> tuple[str, ...]:

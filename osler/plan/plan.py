@@ -2,9 +2,8 @@
 
     plan_of(config, Where(find_device("h100"), gpus=8))
 
-Everything follows from the config and from assumptions in ``speed.py`` and ``memory.py``. A probe (``Measured``) puts numbers of
-a few real steps in the place of assumptions. A plan says "yes" to whether a run fits only when the upper
-end of the estimate does.
+Everything follows from the config and from the assumptions in ``speed.py`` and ``memory.py``. A probe (``Measured``) replaces
+assumptions by what a few real steps took. A plan says that a run fits only if the upper end of its memory estimate does.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ HOUR = 3600.0
 
 @dataclass(frozen=True)
 class Where:
-    """The device that a plan is made for, how many of them, and the price of an hour of one (None: of the table)."""
+    """The device that a plan is made for, how many of them, and the price of an hour of one (None: the table's)."""
 
     device: Device
     gpus: int = 1
@@ -42,11 +41,11 @@ class Where:
 class Measured:
     """What a probe measured here; None or absent keeps the assumption."""
 
-    step_seconds: Mapping[int, Estimate] = field(default_factory=dict)  # of a step, by the number of its stage (1, 2 ...)
+    step_seconds: Mapping[int, Estimate] = field(default_factory=dict)  # seconds of a step, by the number of its stage (1, 2 ...)
     memory_bytes: Estimate | None = None  # peak of the process, as ``perf/memory_peak_bytes`` counts it
-    start_seconds: Estimate | None = None  # before the first step, and what the first step takes beyond others
-    evaluation_seconds: Estimate | None = None  # of one evaluation
-    save_seconds: Estimate | None = None  # that one checkpoint holds the run up
+    start_seconds: Estimate | None = None  # time before the first step, and what that step takes beyond the others
+    evaluation_seconds: Estimate | None = None  # time of one evaluation
+    save_seconds: Estimate | None = None  # how long one checkpoint holds the run up
 
 
 @dataclass(frozen=True)
@@ -57,13 +56,13 @@ class Plan:
     kind: str  # pretrain, sft or grpo
     where: Where
     parameters: int
-    tokens: Estimate  # that are learned; of GRPO those that are drawn
+    tokens: Estimate  # tokens that are learned; in GRPO those that are drawn
     steps: Estimate
     flops: Estimate
     pace: Pace
     time: Mapping[str, Estimate]  # seconds, by part
     memory: Mapping[str, Estimate]  # bytes of one process, by part
-    rows: int  # of a forward pass
+    rows: int  # rows of a forward pass
     seq_len: int
     recompute: str
     most_rows: Mapping[str, int]  # the most rows of a forward pass that surely fit, by mode of recomputation
@@ -106,5 +105,5 @@ class Plan:
     def tokens_within(self, seconds: float) -> Estimate:
         """Return how many tokens the run learns in this time, whatever its length."""
         beside = total(part for name, part in self.time.items() if name not in ("start", "training"))
-        share = self.time["training"].value / (self.time["training"].value + beside.value)  # of evaluations and the like
+        share = self.time["training"].value / (self.time["training"].value + beside.value)  # the rest is evaluations
         return self.pace.tokens(self.time["start"].through(lambda start: share * max(0.0, seconds - start)))

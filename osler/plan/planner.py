@@ -28,8 +28,8 @@ def plan_of(
 ) -> Plan:
     """Return the plan of a run on a device.
 
-    ``model`` is that of ``init_from`` where the caller knows it; else it is read from there (``start_model``). ``arithmetic`` is
-    what the run computes with where that is known, ``measured`` what a probe found.
+    ``model`` is the shape of the model in ``init_from``; if it is None, ``start_model`` reads it. ``arithmetic`` is what the run
+    computes with, where that is known, and ``measured`` what a probe found.
     """
     if isinstance(config, GrpoConfig):
         model = model or shape_from(config)
@@ -41,7 +41,7 @@ def plan_of(
 
 
 def model_at(path: str) -> ModelConfig | None:
-    """Return the model of a run or a checkpoint, of a recipe, or of the run that a shipped recipe is going to make; or None."""
+    """Return the model of a run, a checkpoint or a recipe, or of the run that a shipped recipe will make; else None."""
     file = Path(path, MODEL_FILE)
     if path and file.is_file():
         return decode(ModelConfig, json.loads(file.read_text(encoding="utf-8")), source=str(file))
@@ -60,7 +60,7 @@ def shape_from(config: TrainConfig | GrpoConfig, start: ModelConfig | None = Non
     """Return the model of a run that starts from another one; raises UserError where that is not there."""
     start = start or start_model(config.init_from or "", "init_from")
     context = config.context if isinstance(config, TrainConfig) else None
-    # How long the rows were that it learned changes no size, and is not known before it is trained.
+    # The length of the rows that the model learned is not known before it is trained, and it changes no size.
     trained = start.max_seq_len if context is None else min(start.max_seq_len, context.max_seq_len - 1)
     return config.model_from(start, trained)
 

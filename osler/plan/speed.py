@@ -1,4 +1,4 @@
-"""How fast a device trains: the assumptions about its share of the peak, and what follows for tokens and steps. Torch-free.
+"""How fast a device trains: the share of its peak that it is assumed to reach, and the time of steps that follows. Torch-free.
 
 FLOPs are counted by the PaLM convention (``flops_per_token`` in ``model/config.py``), so a share of the peak is an MFU. Nothing
 was measured on a GPU yet: the shares are those that others publish, and a plan says so. ``--probe`` replaces them.
@@ -25,14 +25,14 @@ CPU_SHARE = Estimate(
 )  # fmt: skip
 EAGER_CPU_SHARE = Estimate(0.15, 0.40, 0.70, "assumed 15 to 70 % of the rate of matrix products in fp32, uncompiled")
 SEVERAL = Estimate(0.80, 0.93, 1.0, "assumed 80 to 100 % of several GPUs' speed on one machine")
-# Time of a step with activations computed again, over the time without (bench_recompute.py, on a CPU; a third more arithmetic).
+# Time of a step that recomputes activations, over the time of one that does not (bench_recompute.py, on a CPU).
 AGAIN = {"off": Estimate(1, 1, 1), "selective": Estimate(1.02, 1.09, 1.15), "full": Estimate(1.20, 1.27, 1.34)}
-OPTIMIZER_BYTES = 28  # of a parameter that an update of AdamW in fp32 reads and writes
+OPTIMIZER_BYTES = 28  # bytes for each parameter that an update of AdamW in fp32 reads and writes
 
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """What a run computes with: the precision that ``auto`` becomes, whether it compiles, and what is computed again."""
+    """What a run computes with: the precision that ``auto`` becomes, whether it compiles, and what it recomputes."""
 
     precision: str  # bf16, fp32, pure-bf16 or fp8
     compiled: bool
@@ -40,12 +40,12 @@ class Arithmetic:
 
     @property
     def width(self) -> int:
-        """Bytes of a number among the activations."""
+        """Bytes of one number of the activations."""
         return 4 if self.precision == "fp32" else 2
 
 
 def flops_per_second(device: Device, arithmetic: Arithmetic, gpus: int) -> Estimate:
-    """Return the training FLOP/s of all GPUs together, those of a second forward pass for recomputation not counted."""
+    """Return the training FLOP/s of all GPUs together; the FLOPs of recomputation do not count."""
     on_cpu = device.kind == "cpu"
     peak = gpus * (device.fp32_flops if arithmetic.precision == "fp32" else device.flops)
     share = (CPU_SHARE if arithmetic.compiled else EAGER_CPU_SHARE) if on_cpu else (MFU if arithmetic.compiled else EAGER_MFU)
@@ -56,7 +56,7 @@ def flops_per_second(device: Device, arithmetic: Arithmetic, gpus: int) -> Estim
 
 
 def step_seconds(flops: float, rate: Estimate, device: Device, parameters: int) -> Estimate:
-    """Return the time of a step of so many FLOPs, its update included."""
+    """Return the time of a step with this many FLOPs, its update included."""
     update = OPTIMIZER_BYTES * parameters / (device.bandwidth_gb * 1e9)
     computing = Estimate(flops / rate.high, flops / rate.value, flops / rate.low, rate.source)
     return total([computing, Estimate(update / 2, update, 2 * update, rate.source)])
@@ -74,7 +74,7 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Pace:
-    """How long a run takes to learn so many tokens, stretch by stretch."""
+    """The speed of a run, stretch by stretch; a stretch has steps of one length."""
 
     stretches: Sequence[Stretch]
 
@@ -84,15 +84,15 @@ class Pace:
         return [(one, count) for one, count in found if count > 0]
 
     def flops(self, tokens: float) -> float:
-        """Return the FLOPs of the first so many tokens."""
+        """Return the FLOPs of the first ``tokens`` tokens."""
         return sum(count * one.token_flops for one, count in self._parts(tokens))
 
     def seconds(self, tokens: float) -> Estimate:
-        """Return the time of the first so many tokens."""
+        """Return the time of the first ``tokens`` tokens."""
         return total(one.seconds.times(count / one.step_tokens) for one, count in self._parts(tokens))
 
     def tokens(self, seconds: Estimate) -> Estimate:
-        """Return how many tokens are learned in a time, the fewest where the time is short and steps are slow."""
+        """Return how many tokens are learned in a time: at the low end in the shortest time with the slowest steps."""
         low, value, high = (self._tokens(time, 2 - place) for place, time in enumerate(seconds.numbers))
         return Estimate(low, value, high, self.stretches[0].seconds.source)
 

@@ -16,8 +16,8 @@ from osler.plan.plan import Measured, Plan, Where
 from osler.plan.speed import Arithmetic, Pace, Stretch, flops_per_second, step_seconds
 from osler.train.config import TrainConfig
 
-COMPILE_MIN_STEPS = 100  # as parallel/compile.py has it: shorter runs are not compiled
-CLOCK_SHARE = 0.97  # of max_minutes that training takes, as train/trainer.py has it
+COMPILE_MIN_STEPS = 100  # shorter runs are not compiled, as in parallel/compile.py
+CLOCK_SHARE = 0.97  # the share of max_minutes that training takes, as in train/trainer.py
 STARTS = {
     "gpu": Estimate(30, 120, 600, "assumed: libraries, tokenizer, first data, compilation"),
     "cpu": Estimate(10, 45, 180, "assumed: libraries, tokenizer, data, compilation; more with many files"),
@@ -30,7 +30,7 @@ DISK_SPEED = Estimate(100e6, 400e6, 2e9, "assumed: a disk that writes 0.1 to 2 G
 
 
 def arithmetic_of(config: TrainConfig, device: Device) -> Arithmetic:
-    """Return what a run computes with on a device: what ``auto`` will choose there, if a compiler is installed."""
+    """Return what a run will compute with on a device, where ``auto`` chooses as on a machine with a compiler."""
     steps = config.total_steps if config.max_minutes is None else int(config.max_minutes * COMPILE_MIN_STEPS)
     compiled = config.compile == "always" or (config.compile == "auto" and steps >= COMPILE_MIN_STEPS)
     precision = config.precision
@@ -49,7 +49,7 @@ def plan_training(
     arithmetic: Arithmetic | None = None,
     measured: Measured | None = None,
 ) -> Plan:
-    """Return the plan of a supervised run. ``model`` is that of ``init_from``, ``teacher`` that of ``teacher.path``."""
+    """Return the plan of a supervised run. ``model`` is the model of ``init_from``, ``teacher`` that of ``teacher.path``."""
     model, measured = model or config.model, measured or Measured()
     arithmetic = arithmetic or arithmetic_of(config, where.device)
     pace = pace_of(config, model, teacher, arithmetic, where, measured)

@@ -1,4 +1,4 @@
-"""What the system tells about this machine without torch: cores, memory, processor, GPUs. A container's limits count."""
+"""The cores, memory, processor and GPUs of this machine, found without torch. A container's limits count."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from pathlib import Path
 
 
 def usable_cores() -> int:
-    """Return the cores that this process may use: the machine's, less what affinity and a container's quota take away."""
+    """Return the number of cores that this process may use, by its CPU affinity and by the container's quota."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota, period = [*_cgroup("cpu.max").split(), "max", "1"][:2]
     return allowed if quota == "max" else min(allowed, max(1, int(quota) // int(period)))
 
 
 def memory_limit_bytes() -> int | None:
-    """Return how much memory a process may take here, a container's limit included; None where the system does not tell."""
+    """Return how many bytes a process may take here: the machine's memory, or the container's lower limit; None if unknown.""" 
     total = physical_memory_bytes()
     limit = _cgroup("memory.max")
     return min(total, int(limit)) if total is not None and limit.isdigit() else total
 
 
 def physical_memory_bytes() -> int | None:
-    """Return the memory of the machine; None where the system does not tell."""
+    """Return the memory of the machine in bytes; None if unknown."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
@@ -32,7 +32,7 @@ def physical_memory_bytes() -> int | None:
 
 
 def processor() -> tuple[str, frozenset[str]]:
-    """Return the name of the processor and, on Linux, what it can do, such as ``avx512f`` or ``amx_bf16``."""
+    """Return the name of the processor and, on Linux, its flags, such as ``avx512f`` or ``amx_bf16``."""
     name, flags = platform.processor() or platform.machine(), ""
     with contextlib.suppress(OSError):
         cpus = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
