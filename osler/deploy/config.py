@@ -1,5 +1,7 @@
 """The configuration of a deployment: what it needs besides its recipe. Torch-free."""
 
+import re
+
 from osler.config.schema import NonNegativeInt, PositiveInt, config
 
 
@@ -23,6 +25,10 @@ class DeployConfig:
     tokens: tuple[str, ...] = ()  # names of environment variables with tokens, such as HF_TOKEN; never their values
     grace_seconds: PositiveInt = 120  # how long a run has to finish its step and save when it is asked to stop
     max_failures: NonNegativeInt = 3  # crashes after which Kubernetes gives up; an eviction is no crash
+
+    def __post_init__(self) -> None:
+        if not all(re.fullmatch("[A-Z][A-Z0-9_]*", token) for token in self.tokens):  # the message must not repeat it
+            raise ValueError("a token is given by the name of its variable, such as HF_TOKEN, never by its value")
 
     @property
     def processes_per_machine(self) -> int:

@@ -8,7 +8,7 @@ Sources: the API of Kubernetes 1.37, JobSet v1alpha2, Trainer v1alpha1.
 
 from typing import Any
 
-from osler.deploy.workload import RECIPE_FOLDER, VOLUME, Meeting, Workload
+from osler.deploy.workload import RECIPE_FOLDER, SHUTDOWN_VARIABLE, VOLUME, Meeting, Workload
 from osler.runtime.errors import UserError
 from osler.runtime.stop import EXIT_STOPPED
 from osler.runtime.world import EXIT_LOST
@@ -103,7 +103,12 @@ def secret_template(workload: Workload) -> str:
 def pod_template(workload: Workload, meeting: Meeting | None = None) -> Manifest:
     """Return the pod of one machine: its command, devices, volumes and rights."""
     deployment = workload.deployment
-    environment: list[Manifest] = [{"name": name, "value": value} for name, value in workload.environment.items()]
+    variables = {
+        "HOME": "/tmp",  # compiled code goes there; it is quickly made again
+        "HF_HOME": f"{VOLUME}/huggingface",
+        SHUTDOWN_VARIABLE: str(deployment.grace_seconds),
+    }
+    environment: list[Manifest] = [{"name": name, "value": value} for name, value in variables.items()]
     environment += [
         {"name": token, "valueFrom": {"secretKeyRef": {"name": deployment.secret, "key": token}}} for token in deployment.tokens
     ]

@@ -6,7 +6,7 @@ Each machine writes the recipe beside the run and calls the same command as in K
 import shlex
 from typing import Any
 
-from osler.deploy.workload import VOLUME, Meeting, Workload
+from osler.deploy.workload import SHUTDOWN_VARIABLE, VOLUME, Meeting, Workload
 from osler.runtime.stop import EXIT_STOPPED
 from osler.runtime.world import EXIT_LOST
 
@@ -22,11 +22,11 @@ def recipe_file(workload: Workload) -> str:
 
 
 def script(workload: Workload, meeting: Meeting) -> list[str]:
-    """Return the lines that write the recipe, and the command, which is the last line."""
+    """Return the lines that write the recipe, and as the last line the command."""
     words = workload.command(recipe_file(workload), meeting)
     command = " ".join(f'"{word}"' if "$" in word else shlex.quote(word) for word in words)
     written = [f"cat > {recipe_file(workload)} <<'{END}'", *workload.recipe_text.splitlines(), END]
-    return ["mkdir -p runs", *written, command]
+    return ["mkdir -p runs", *written, f"export {SHUTDOWN_VARIABLE}={workload.deployment.grace_seconds}", command]
 
 
 def slurm(workload: Workload) -> str:
@@ -50,7 +50,6 @@ def slurm(workload: Workload) -> str:
             *(f"#SBATCH --{name}={value}" for name, value in options.items()),
             "#SBATCH --requeue",
             *preparation,
-            f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={deployment.grace_seconds}",
             'export MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"',
             f"srun --kill-on-bad-exit=0 bash -c {shlex.quote(f'exec {command}')}",
             "code=$?",
@@ -86,7 +85,7 @@ def skypilot(workload: Workload) -> dict[str, Any]:
         },
         "file_mounts": {VOLUME: {"name": deployment.volume, "mode": "MOUNT_CACHED"}},
         **({"secrets": dict.fromkeys(deployment.tokens)} if deployment.tokens else {}),
-        "run": "\n".join([f"cd {VOLUME}", *_shutdown(workload), *script(workload, SKYPILOT_MEETING), ""]),
+        "run": "\n".join([f"cd {VOLUME}", *script(workload, SKYPILOT_MEETING), ""]),
     }
 
 
@@ -102,7 +101,7 @@ def dstack(workload: Workload) -> dict[str, Any]:
         "volumes": [f"{deployment.volume}:{VOLUME}"],
         "working_dir": VOLUME,
         **({"env": list(deployment.tokens)} if deployment.tokens else {}),
-        "commands": ["\n".join([*_shutdown(workload), *script(workload, DSTACK_MEETING)])],
+        "commands": ["\n".join(script(workload, DSTACK_MEETING))],
         "resources": {
             **gpus,
             "cpu": f"{deployment.cpus}..",
@@ -113,7 +112,3 @@ def dstack(workload: Workload) -> dict[str, Any]:
         "stop_duration": deployment.grace_seconds,
         "retry": {"on_events": ["no-capacity", "interruption"], "duration": "3d"},
     }
-
-
-def _shutdown(workload: Workload) -> list[str]:
-    return [f"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={workload.deployment.grace_seconds}"]

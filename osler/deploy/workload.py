@@ -14,6 +14,7 @@ from osler.runtime.errors import UserError
 
 VOLUME = "/osler"  # where containers find the volume; relative paths of a recipe begin here
 RECIPE_FOLDER = "/etc/osler"  # where containers find the recipe
+SHUTDOWN_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # seconds that torchrun's processes have after a signal
 PORT = 29500  # where the machines of a run meet
 TRAINING = ("pretrain", "sft", "grpo")
 MAX_NAME_CHARS = 40  # JobSet makes a pod's name longer, and that may have 63
@@ -63,15 +64,6 @@ class Workload:
             launch += ["--nnodes", str(machines), "--node-rank", meeting.node_rank]
             launch += ["--master-addr", meeting.master_addr, "--master-port", str(PORT)]
         return [*launch, "-m", "osler.cli", *words]
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """The environment variables of the processes, tokens aside."""
-        return {
-            "HOME": "/tmp",  # compiled code goes there; it is quickly made again
-            "HF_HOME": f"{VOLUME}/huggingface",
-            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(self.deployment.grace_seconds),
-        }
 
 
 def workload_of(recipe: Mapping[str, Any], config: Any, source: str, deployment: DeployConfig) -> Workload:

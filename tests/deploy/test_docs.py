@@ -22,6 +22,8 @@ BLOCKS = re.findall(r"^```\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
 LINES = [line for block in BLOCKS for line in block.splitlines()]
 A100_FLOPS, DAY_SECONDS, PUBLISHED_TOKENS_PER_SECOND = 312e12, 86_400, 19_057
 
+(PLAN,) = [line for line in LINES if line.startswith("osler plan ")]
+
 
 def deployments(*verbs: str) -> list[list[str]]:
     commands = [shlex.split(line)[1:] for line in LINES if line.startswith("osler deploy ")]
@@ -30,11 +32,11 @@ def deployments(*verbs: str) -> list[list[str]]:
 
 def test_no_command_of_the_page_is_left_out():
     programs = {" ".join(shlex.split(line)[:2]) for line in LINES}
-    assert programs == {"docker build", "docker compose", "osler deploy", "kubectl create"}
+    assert programs == {"docker build", "docker compose", "osler deploy", "osler plan", "kubectl create"}
 
 
-@pytest.mark.parametrize("words", deployments("render"), ids=" ".join)
-def test_what_the_page_renders(words, capsys):
+@pytest.mark.parametrize("words", [*deployments("render"), shlex.split(PLAN)[1:]], ids=" ".join)
+def test_what_the_page_prints(words, capsys):
     assert main(words) == 0, capsys.readouterr().err
 
 

@@ -83,5 +83,8 @@ def test_a_chain_that_is_evicted_and_killed_ends_as_if_nothing_had_happened(rehe
     out_of_memory = broken("grpo", 2, lambda launcher: os.kill(workers(launcher)[1], signal.SIGKILL))
     assert out_of_memory == 137 and kubelet.decided(job, out_of_memory) == "Count"
     assert kubelet.start(pod, {"volume": struck, "recipe": recipe}, log).wait() == 0, log.read_text()[-3000:]
+    (recipe / "recipe.yaml").write_text("{kind: pipeline, read: {kind: pretrain, total_token: 5}}")
+    wrong = kubelet.start(pod, {"volume": struck, "recipe": recipe}, log).wait()
+    assert wrong == 2 and kubelet.decided(job, wrong) == "FailJob", log.read_text()[-3000:]
     for stage in ("pretrain", "sft", "grpo"):
         assert_same_run(struck / "runs" / "chain" / stage, calm / "runs" / "chain" / stage)

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,11 @@ import schemas
 import yaml
 from kubelet import decided
 
+from osler.cli.command import parser
+from osler.cli.commands import COMMANDS
 from osler.cli.main import main
 from osler.deploy import kubernetes
+from osler.deploy.config import DeployConfig
 from osler.deploy.launch import exit_code_of
 from osler.deploy.targets import TARGETS
 
@@ -108,12 +112,23 @@ def test_what_is_rendered_is_the_recipe_that_was_checked(render, tmp_path):
         (["debug", "--name", "a" * 41], "at most 40"),
         (["debug", "monitor.webhook=https://example.org/hooks/1"], "monitor.webhook is a secret"),
         (["debug", "monitor.alert_command=curl https://me:word@host"], "monitor.alert_command is a secret"),
+        (["debug", "--token", "hf_abc"], "a token is given by the name of its variable, such as HF_TOKEN, never by its value"),
         (["debug", "--follow"], "`osler deploy render` has no --follow"),
     ],
 )
 def test_what_could_not_run_is_refused_before_a_machine_costs_money(words, told, capsys):
     assert main(["deploy", "render", *words, "--target", "k8s-job"]) == 2
-    assert told in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert told in said and "hf_abc" not in said
+
+
+def test_every_field_is_an_option_whose_help_says_its_default():
+    (deploy,) = [command for command in COMMANDS if command.name == "deploy"]
+    actions = {action.dest: action for action in parser(deploy)._actions}
+    assert tuple(actions["target"].choices) == tuple(TARGETS)
+    for field in fields(DeployConfig):
+        told = field.default if field.default else {"name": "the recipe's", "processes": "one for each GPU"}.get(field.name)
+        assert told is None or f"(default: {told})" in actions[field.name].help, field.name
 
 
 @pytest.mark.parametrize(
