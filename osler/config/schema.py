@@ -262,7 +262,7 @@ def _problem(error: Mapping[str, Any], annotation: Any) -> tuple[str, bool]:
         choices = re.findall(r"'([^']*)'", context["expected"])
         return f"should be {context['expected']}{nearest(str(given), choices, list_all=False)}", True
     if kind in ("greater_than_equal", "greater_than", "less_than_equal", "less_than"):
-        return f"must be {range_of(annotation)}", True
+        return f"must be {range_of(annotation) or ' and '.join(f'{_WORDS[name]} {context[name]}' for name in context)}", True
     if kind in ("value_error", "assertion_error"):
         return str(context.get("error", error["msg"])), False
     problem = _SHOULD.get(kind) or error["msg"].replace("Input should", "should", 1)

@@ -177,7 +177,8 @@ def _damaged(name: str, error: Exception) -> str:
     return f"{name} cannot be read, it may be torn or not what its name says: {reason}. Copy or download it again."
 
 
-def _json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON from its fields, as an ``object_pairs_hook``; raises UserError for one that occurs twice."""
     made = dict(pairs)
     if len(made) != len(pairs):
         name = Counter(name for name, _ in pairs).most_common(1)[0][0]
@@ -185,7 +186,7 @@ def _json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-_decode = json.JSONDecoder(object_pairs_hook=_json_object).decode
+_decode = json.JSONDecoder(object_pairs_hook=unique_fields).decode
 
 
 def _json_rows(part: Part, columns: Sequence[str] | None) -> Iterator[Row]:

@@ -12,18 +12,18 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
-from osler.config.schema import json_schema
 from osler.runtime.errors import UserError
 from osler.serve.config import ChatRequest, CompletionRequest, OptionsRequest, ServeConfig
 from osler.serve.errors import ApiError
 from osler.serve.metrics import CONTENT_TYPE, Labels, Metrics
+from osler.serve.openapi import RESPONSES, body_of, with_bodies
 from osler.serve.options import example_of, read_options
 from osler.serve.page import chat_page
 from osler.serve.replies import Piece, Reply
-from osler.serve.requests import Asked, chat_rows, completion_rows, json_object, read_request, refused
+from osler.serve.requests import Asked, chat_rows, completion_rows, read_request, refused
 from osler.serve.worker import Drawing, Served, Worker
 
 try:
@@ -37,6 +37,10 @@ logger = logging.getLogger(__name__)
 
 BODY_SECONDS = 30.0  # the time that a client has to send a body
 OWN_NAMES = ("localhost", "127.0.0.1", "::1")  # by which a machine reaches itself
+NO_PATH = (
+    "There is no such path. Osler has /v1/chat/completions, /v1/completions, /v1/options and /v1/models, /health, /metrics, and "
+    "a page at /; the base URL of a client ends in /v1."
+)
 LEFT = 499  # the status that is counted for a request whose client left before its answer
 
 
@@ -77,16 +81,14 @@ class Api:
             ("/v1/completions", CompletionRequest, self.complete),
             ("/v1/options", OptionsRequest, self.options),
         ):
-            schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
-            extra = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
             app.add_api_route(
                 path,
                 answer,
                 methods=["POST"],
                 dependencies=trusted,
-                responses=_RESPONSES,
+                responses=RESPONSES,
                 response_model=None,
-                openapi_extra=extra,
+                openapi_extra=body_of(kind),
             )
         for path, read, needs, form in (
             ("/v1/models", self.list_models, trusted, JSONResponse),
@@ -95,14 +97,22 @@ class Api:
             ("/health", self.health, [], JSONResponse),
             ("/", self.page, [], HTMLResponse),
         ):
-            app.add_api_route(
-                path, read, methods=["GET"], dependencies=needs, responses=_RESPONSES, response_class=form, response_model=None
-            )
+            for method in ("GET", "HEAD"):
+                app.add_api_route(
+                    path,
+                    read,
+                    methods=[method],
+                    dependencies=needs,
+                    responses=RESPONSES,
+                    response_class=form,
+                    response_model=None,
+                    include_in_schema=method == "GET",
+                )
         app.add_exception_handler(ApiError, self._answer_error)
-        app.add_exception_handler(404, _always(ApiError(404, "There is no such path.", "not_found")))
+        app.add_exception_handler(404, _always(ApiError(404, NO_PATH, "not_found")))
         app.add_exception_handler(405, _wrong_method)
         app.add_exception_handler(500, _always(ApiError(500, "Osler failed; its log says how.", "failed")))
-        app.openapi = lambda: _schema_of(app)  # type: ignore[method-assign]
+        app.openapi = lambda: with_bodies(get_openapi(title=app.title, version="1", routes=app.routes))  # type: ignore[method-assign]
         return app
 
     @contextlib.asynccontextmanager
@@ -123,7 +133,7 @@ class Api:
 
     async def options(self, request: Request) -> dict[str, Any]:
         """Return the probability of each option of a pasted question."""
-        asked = read_request(OptionsRequest, await self._body(request))
+        asked = await asyncio.to_thread(read_request, OptionsRequest, await self._body(request))
         served = self._served(asked.model)
         with refused("question"):  # long texts take a while to tokenise
             question = await asyncio.to_thread(read_options, served.ready, asked.question, asked.reasoning_content)
@@ -163,7 +173,7 @@ class Api:
                 message = "The API key is missing or wrong: send `Authorization: Bearer KEY`."
                 raise ApiError(401, message, "invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         elif self.config.host in OWN_NAMES:
-            name = request.headers.get("host", "").strip().lower()
+            name = request.headers.get("host", "localhost").strip().lower()  # HTTP/1.0 may leave it out; every browser sends it
             name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
             if name not in OWN_NAMES:  # another site's name that its owner pointed at this machine (DNS rebinding)
                 raise ApiError(403, f"This server answers to localhost alone, not to {name!r}.", "wrong_host")
@@ -176,10 +186,12 @@ class Api:
             raise ApiError(404, f"There is no model {name!r}; there are: {', '.join(models)}.", "model_not_found", "model")
         return models[name]
 
-    async def _body(self, request: Request) -> dict[str, Any]:
-        """Read a JSON body. Raises ApiError for one that is too large, too slow or no JSON object, or when the server drains."""
+    async def _body(self, request: Request) -> bytes:
+        """Return a JSON body. Raises ApiError for one that is too large or too slow, or when the server drains."""
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise ApiError(415, "Send JSON, with the header Content-Type: application/json.", "unsupported_media_type")
+        if (encoding := request.headers.get("content-encoding", "identity")) != "identity":
+            raise ApiError(415, f"The body is compressed ({encoding}): send it as it is.", "unsupported_media_type")
         limit, data, is_more = self.config.max_body_bytes, bytearray(), True
         close = {"Connection": "close"}
         deadline = time.monotonic() + BODY_SECONDS
@@ -194,20 +206,20 @@ class Api:
                 raise ApiError(413, f"The body has more than {limit} bytes.", "too_large", headers=close)
         if self.is_draining:
             raise ApiError(503, "The server is about to stop.", "draining", headers={"Retry-After": "5"})
-        return json_object(bytes(data))
+        return bytes(data)
 
-    def _read_chat(self, body: dict[str, Any]) -> Asked:
+    def _read_chat(self, body: bytes) -> Asked:
         request = read_request(ChatRequest, body)
         return chat_rows(request, self._served(request.model))
 
-    def _read_completion(self, body: dict[str, Any]) -> Asked:
+    def _read_completion(self, body: bytes) -> Asked:
         request = read_request(CompletionRequest, body)
         return completion_rows(request, self._served(request.model))
 
-    async def _answer(self, request: Request, read: Callable[[dict[str, Any]], Asked]) -> Response:
+    async def _answer(self, request: Request, read: Callable[[bytes], Asked]) -> Response:
         began = time.monotonic()
         body = await self._body(request)
-        asked = await asyncio.to_thread(read, body)  # long texts take a while to tokenise
+        asked = await asyncio.to_thread(read, body)  # long texts take a while to read and tokenise
         drawing = self.worker.draw(asked.served, asked.rows)
         meter = _RequestMeter(self, request.url.path, asked, began)
         limit = self.config.max_seconds
@@ -338,7 +350,8 @@ async def _events(drawing: Drawing, meter: _RequestMeter) -> AsyncIterator[bytes
 
 
 def _event(*chunks: dict[str, Any]) -> bytes:
-    return b"".join(b"data: %s\n\n" % json.dumps(chunk, ensure_ascii=False).encode() for chunk in chunks)
+    # Every character but ASCII is escaped, because many clients end a line at U+2028 and some others.
+    return b"".join(b"data: %s\n\n" % json.dumps(chunk).encode() for chunk in chunks)
 
 
 def _error_response(error: ApiError) -> Response:
@@ -361,36 +374,3 @@ def _always(error: ApiError) -> Callable[[Request, Exception], Awaitable[Respons
 async def _wrong_method(request: Request, cause: Any) -> Response:
     message = f"{request.url.path} takes {cause.headers['Allow']}, not {request.method}."
     return JSONResponse(ApiError(405, message, "wrong_method").body(), 405, cause.headers)
-
-
-# ---- the description of the endpoints
-
-_RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {"description": meaning}
-    for status, meaning in (
-        (400, "The request is wrong; the error names the parameter."),
-        (401, "The key is missing or wrong."),
-        (403, "The server answers to localhost alone."),
-        (404, "There is no such model."),
-        (408, "The body did not arrive in time."),
-        (413, "The body is too large."),
-        (415, "The body is not JSON."),
-        (429, "Too many requests wait."),
-        (503, "The server is about to stop."),
-        (504, "The answer took too long."),
-    )
-}
-_RESPONSES[200] = {"description": "The answer, whole or as a stream.", "content": {"text/event-stream": {}}}
-
-
-def _schemas() -> Iterator[tuple[str, Any]]:
-    for kind in (ChatRequest, CompletionRequest, OptionsRequest):
-        schema = json_schema(kind)
-        yield from schema.pop("$defs", {}).items()
-        yield kind.__name__, schema
-
-
-def _schema_of(app: FastAPI) -> dict[str, Any]:
-    schema = get_openapi(title=app.title, version="1", routes=app.routes)
-    schema.setdefault("components", {}).setdefault("schemas", {}).update(_schemas())
-    return schema

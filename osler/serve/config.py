@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal, cast
 from osler.config.schema import (
     Fraction,
     Ge,
-    Gt,
     Le,
     NonNegativeFloat,
     NonNegativeInt,
@@ -63,14 +62,18 @@ class Message:
     """One message of a conversation."""
 
     role: Literal["user", "assistant", "system", "developer"]
-    content: str | tuple[TextPart, ...]
+    content: str | tuple[TextPart, ...] | None = None  # null, for the assistant only: no answer followed its thinking
     reasoning_content: str | None = None  # in an assistant's message: the thinking before the answer
     name: str | None = None  # has no effect
+
+    def __post_init__(self) -> None:
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"content is missing in a message of the {self.role}")
 
     @property
     def text(self) -> str:
         """The text of all parts."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
 
 
 @config
@@ -80,7 +83,7 @@ class CommonRequest:
     model: str | None = None  # a name of /v1/models; null: its first
     max_tokens: PositiveInt | None = None  # the most tokens to draw
     temperature: Annotated[float, Ge(0), Le(2)] | None = None  # 0 takes the likeliest token; null: 1
-    top_p: Annotated[float, Gt(0), Le(1)] | None = None  # draw from the fewest tokens with this probability together; null: 1
+    top_p: Fraction | None = None  # draw from the fewest tokens with this probability together; 0 takes the likeliest; null: 1
     top_k: Annotated[int, Ge(-1)] | None = None  # draw from this many of the likeliest tokens; null, 0 or -1: from all
     min_p: Fraction | None = None  # draw no token below this share of the likeliest one's probability; null: 0
     repetition_penalty: Annotated[float, Ge(0.01), Le(100)] | None = None  # above 1: tokens seen get rarer
@@ -118,9 +121,9 @@ class ChatRequest(CommonRequest):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs=true")
-        if self.max_tokens is not None and self.max_completion_tokens is not None:
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens are two names of one limit: give one")
 
 
@@ -171,7 +174,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "store": ((False,), "Osler stores no request"),
     "metadata": (({},), "Osler stores no request"),
     "echo": ((False,), "the prompt is not scored"),
-    "suffix": ((), "Osler's models write only forward"),
+    "suffix": (("",), "Osler's models write only forward"),
     "best_of": ((1,), "use n, and choose"),
     "service_tier": (("auto", "default"), "there is one"),
     "verbosity": (("medium",), "use max_tokens"),

@@ -8,9 +8,10 @@ import re
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
-from osler.config.schema import decode
+from osler.config.schema import decode, hints
+from osler.files.rows import unique_fields
 from osler.inference.rows import Request, check_prompt
 from osler.ops.sampling_params import SamplingParams
 from osler.runtime.errors import UserError
@@ -21,7 +22,7 @@ from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.chat import Turn, encode_examples, encode_prompt
 
 COMPLETION_TOKENS = 16  # for a request to /v1/completions without max_tokens, as in OpenAI's API
-_FIRST_KEY = re.compile(r"\n  (\w+)[\w.\[\]]*:")  # the first key in the list of errors that ``decode`` raises
+_FIRST_NAME = re.compile(r"\n  (\w+)")  # the first word in the list of errors that ``decode`` raises, which is a parameter
 
 Body = TypeVar("Body")
 
@@ -43,22 +44,31 @@ class Asked:
 
 
 def json_object(data: bytes) -> dict[str, Any]:
-    """Read a body. Raises ApiError where it is no JSON object."""
+    """Read a body; a null is the same as a field that is left out. Raises ApiError where it is no JSON object in UTF-8."""
 
     def refuse(name: str) -> NoReturn:
         raise ValueError(f"{name} is no number of JSON")
 
+    def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {name: value for name, value in unique_fields(pairs).items() if value is not None}
+
     try:
-        body = json.loads(data, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"The body is not JSON: {error}.", "invalid_json") from error
+        text = data.decode("utf-8-sig")
+        body = json.loads(text, parse_constant=refuse, object_pairs_hook=mapping)
+        if "\\u" in text:  # an escape can write half a character, which nothing behind this can
+            json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ApiError(400, "A text in the body holds half a character (a lone surrogate).", "invalid_json") from error
+    except (UserError, ValueError, RecursionError) as error:
+        raise ApiError(400, f"The body is not JSON that can be read: {error}".rstrip(".") + ".", "invalid_json") from error
     if not isinstance(body, dict):
         raise ApiError(400, "The body must be a JSON object.", "invalid_json")
     return body
 
 
-def read_request(kind: type[Body], body: dict[str, Any]) -> Body:
+def read_request(kind: type[Body], data: bytes) -> Body:
     """Return the request in a body. Raises ApiError, which names the parameter that is unknown, refused or wrong."""
+    body = json_object(data)
     for name, (neutral, reason) in REFUSED.items():
         if body.get(name) is not None and body[name] not in neutral:
             raise ApiError(400, f"{name} as given is not supported: {reason}.", "unsupported_parameter", name)
@@ -66,8 +76,9 @@ def read_request(kind: type[Body], body: dict[str, Any]) -> Body:
     try:
         return decode(kind, given, source="The request")
     except (UserError, RecursionError) as error:
-        found = _FIRST_KEY.search(str(error))
-        raise ApiError(400, str(error), "invalid_value", found[1] if found else None) from error
+        found = _FIRST_NAME.search(str(error))
+        is_parameter = found is not None and (found[1] in body or found[1] in hints(cast(Any, kind)))
+        raise ApiError(400, str(error), "invalid_value", found[1] if found and is_parameter else None) from error
 
 
 def chat_rows(request: ChatRequest, served: Served) -> Asked:
@@ -157,7 +168,7 @@ def _sampling(request: CommonRequest, served: Served, limit: int, top: int | Non
         return SamplingParams(
             max_new_tokens=limit,
             temperature=1.0 if request.temperature is None else request.temperature,
-            top_k=request.top_k if request.top_k is not None and request.top_k > 0 else None,
+            top_k=1 if request.top_p == 0 else request.top_k if request.top_k is not None and request.top_k > 0 else None,
             top_p=request.top_p or 1.0,
             min_p=request.min_p or 0.0,
             repetition_penalty=request.repetition_penalty or 1.0,

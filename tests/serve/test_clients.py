@@ -211,11 +211,12 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"extra_body": {"temprature": 1}}, "temprature", "did you mean `temperature`"),
     ({"extra_body": {"guided_json": {}}}, "guided_json", "unknown key"),
     ({"temperature": 3}, "temperature", "at most 2"),
-    ({"top_p": 0}, "top_p", "above 0"),
+    ({"top_p": 1.1}, "top_p", "at most 1"),
     ({"n": 0}, "n", "at least 1"),
-    ({"top_logprobs": 2}, None, "needs logprobs=true"),  # type: ignore[list-item]
-    ({"stop": ""}, None, "1 to 256 characters"),  # type: ignore[list-item]
-    ({"stop": ["x"] * 17}, None, "up to 16"),  # type: ignore[list-item]
+    ({"top_logprobs": 2}, "top_logprobs", "needs logprobs=true"),
+    ({"stop": ""}, "stop", "1 to 256 characters"),
+    ({"stop": ["x"] * 17}, "stop", "up to 16"),
+    ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "two names of one limit"),
     ({"logit_bias": {"99999": 1}}, "logit_bias", "'99999' is no token id"),
     ({"logit_bias": {"4": 101}}, "logit_bias", "at most 100"),
     ({"max_tokens": 5000}, "max_tokens", "at most 2.. tokens can follow this prompt: the model reads 256 in all"),
@@ -224,6 +225,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": []}, "messages", "begin and end with one of the user"),
     ({"messages": [{"role": "system", "content": "Be brief."}, *ASK]}, "messages", "no role system"),
     ({"messages": [*ASK, *ASK]}, "messages", "must alternate"),
+    ({"messages": [{"role": "user", "content": None}]}, "messages", "content is missing in a message of the user"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages", "'text'"),
     ({"messages": [{"role": "user", "content": "fever " * 300}]}, "messages", "takes at most 255"),
 ]
@@ -241,9 +243,21 @@ def test_what_is_not_honoured_is_refused_by_name(client, given, param, words) ->
 def test_what_asks_for_nothing_is_taken(client) -> None:
     answer = client.chat.completions.create(
         model="asked", messages=ASK, max_tokens=1, tools=[], response_format={"type": "text"}, presence_penalty=0, store=False,
-        user="somebody", top_p=None, seed=None, stream=False,
+        user="somebody", top_p=None, seed=None, stream=False, max_completion_tokens=1, top_logprobs=0,
     )  # fmt: skip
     assert answer.usage.completion_tokens == 1
+    said = answer.choices[0].message.model_dump()  # has nulls, which clients send back as they are
+    assert None in said.values()
+    for earlier in (said, {**said, "content": None}):
+        again = client.chat.completions.create(model="asked", messages=[*ASK, earlier, *ASK], max_tokens=1)
+        assert again.usage.completion_tokens == 1
+
+
+def test_a_share_of_nothing_takes_the_likeliest_token(client) -> None:
+    given: dict[str, Any] = {"model": "text", "prompt": "A fever", "max_tokens": 20, "seed": 1}
+    greedy = client.completions.create(**given, temperature=0).choices[0].text
+    assert client.completions.create(**given, top_p=0).choices[0].text == greedy
+    assert client.completions.create(**given).choices[0].text != greedy
 
 
 def test_models_are_listed_and_chosen_by_name(client) -> None:

@@ -90,13 +90,16 @@ BAD_BODIES = {
     "negative token": b'{"prompt": [-1]}',
     "large token": b'{"prompt": [9223372036854775808]}',
     "nothing given": b"{}",
+    "no utf-8 but utf-16": '{"prompt": "A"}'.encode("utf-16"),
+    "twice": b'{"prompt": "A", "prompt": "B"}',
 }
+WORDS = {"half a character": "half a character", "twice": "'prompt' occurs twice", "negative token": "at least 0"}  # that say why
 
 
 @pytest.mark.parametrize("name", BAD_BODIES)
 def test_a_bad_body_is_refused_in_the_form_of_openai(server, name) -> None:
     status, told = ask(server, BAD_BODIES[name])
-    assert status == 400 and told["error"]["type"] == "invalid_request_error" and told["error"]["message"]
+    assert status == 400 and told["error"]["type"] == "invalid_request_error" and WORDS.get(name, "") in told["error"]["message"]
     if name == "unknown token":
         assert (told["error"]["param"], told["error"]["code"]) == ("prompt", "invalid_value")
     assert works(server)
@@ -113,7 +116,26 @@ def test_only_json_from_this_machine_is_answered(server) -> None:
         told = get(server, path)
         assert told[0] == status and json.loads(told[1])["error"]["message"]
     assert "/v1/completions takes POST, not GET" in get(server, "/v1/completions")[1]
+    assert "base URL of a client ends in /v1" in get(server, "/chat/completions")[1]
     assert get(server, "/health") == (200, '{"status":"ok"}')
+
+
+def test_other_ways_to_ask_over_http(server) -> None:
+    status, told = ask(server, b"", **{"Content-Encoding": "gzip"})
+    assert status == 415 and "gzip" in told["error"]["message"]
+    for head in (b"HEAD /v1/models HTTP/1.1\r\nHost: localhost", b"HEAD / HTTP/1.0"):
+        with socket.create_connection((server.host, server.port), timeout=20) as client:
+            client.sendall(head + b"\r\nConnection: close\r\n\r\n")
+            answer = client.makefile("rb").read()
+        assert b" 200 OK" in answer and answer.endswith(b"\r\n\r\n"), "the head alone"
+
+
+def test_a_stream_has_no_character_that_a_client_may_take_for_the_end_of_a_line(server) -> None:
+    with begin(server, {"model": "text", "prompt": "→", "max_tokens": 100, "seed": 1, "stream": True}) as client:
+        told = [json.loads(event) for event in events(client) if event != "[DONE]"]
+    text = "".join(chunk["choices"][0]["text"] for chunk in told)
+    with begin(server, {"model": "text", "prompt": "→", "max_tokens": 100, "seed": 1, "stream": True}) as client:
+        assert not text.isascii() and "".join(events(client)).isascii()
 
 
 def test_the_page_and_the_options_of_a_question_come_from_the_server_too(server) -> None:
