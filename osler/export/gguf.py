@@ -13,7 +13,9 @@ become Q8_0. llama.cpp's own ``llama-quantize`` makes K-quants from the fp16 fil
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,7 +91,12 @@ def write(export: Export, path: Path) -> str:
             kept.append(name)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+    try:
+        writer.write_tensors_to_file()
+    except OSError as error:
+        if error.errno is None:  # numpy tells how much it could write, not why no more
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
     writer.close()
     if kept:
         say(f"{len(kept)} matrices, such as {kept[0]}, stay in f16, because their rows are no multiple of {BLOCK}.")
@@ -110,7 +117,7 @@ def tensors(gguf: ModuleType, export: Export) -> Iterator[tuple[str, Any, Any]]:
             kind = types.F16
         elif kind == types.Q4_0 and name in ("model.embed_tokens.weight", "lm_head.weight"):
             kind = types.Q8_0
-        if kind == types.F16 and weight.abs().max() > torch.finfo(torch.float16).max:
+        if kind not in (types.F32, types.BF16) and weight.abs().max() > torch.finfo(torch.float16).max:  # scales are in f16
             raise UserError(f"{name} holds numbers that f16 cannot: use --dtype bf16.")
         data = gguf.quants.quantize(weight.contiguous().numpy(), kind)
         yield names.get_name(name, try_suffixes=(".weight",)), kind, data

@@ -53,10 +53,18 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | str | Iterable[byte
 
 
 def new_path(path: str | os.PathLike[str], option: str = "--out") -> Path:
-    """Return a path to write at; raises UserError when a file or a folder that is not empty is there already."""
+    """Return a path to write at and make the folder above it; for a link, return the path that it points to.
+
+    Raises UserError when a file or a folder that is not empty is there already, or when nothing can be written there.
+    """
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} is there already: name a new one with {option}.")
+    try:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"{path} is there already: name a new one with {option}.")
+        path = path.resolve() if path.is_symlink() else path
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): name another place with {option}.") from error
     return path
 
 
@@ -68,7 +76,6 @@ def appearing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = new_path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield temporary
         for file in [temporary] if temporary.is_file() else [*temporary.rglob("*")]:

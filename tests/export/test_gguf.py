@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator
 
 import numpy as np
@@ -114,4 +115,15 @@ def test_what_llama_cpp_cannot_hold_is_refused_and_leaves_nothing(checkpoint, tm
     assert "not that of SuperBPE" in capsys.readouterr().err
     sparse = checkpoint(attention=SparseAttentionConfig(top_k=16, local_window=4))
     assert main(["export", str(sparse), *command]) == 2 and "`--max-tokens 16`" in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(checkpoint, tmp_path, capsys):
+    run, limits = checkpoint(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # no file may be larger
+    try:
+        code = main(["export", str(run), "--to", "gguf", "--dtype", "f32", "--out", str(tmp_path / "out" / "model.gguf")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 2 and "No space left on device" in capsys.readouterr().err
     assert list((tmp_path / "out").iterdir()) == []

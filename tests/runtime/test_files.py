@@ -2,12 +2,13 @@
 
 import hashlib
 import os
+from pathlib import Path
 
 import pytest
 
 from osler.runtime import faults
 from osler.runtime.errors import UserError
-from osler.runtime.files import RunFolder, fingerprint, read_json, sha256_file, write_atomic
+from osler.runtime.files import RunFolder, appearing, fingerprint, new_path, read_json, sha256_file, write_atomic
 
 
 @pytest.mark.parametrize(
@@ -66,3 +67,22 @@ def test_a_run_folder_is_made_or_taken_or_refused(tmp_path):
         RunFolder.create(tmp_path / "taken")
     with pytest.raises(UserError, match=r"'.*caf\\udce9' is not UTF-8; choose another with --run"):
         RunFolder.create(tmp_path / "caf\udce9")
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, Path.touch])
+def test_a_link_is_written_at_where_it_points_to(tmp_path, make):
+    (tmp_path / "empty").mkdir()
+    for name, target in (("empty", "empty"), ("missing", "not/there/yet")):
+        link, place = tmp_path / f"to-{name}", tmp_path / target
+        link.symlink_to(place)
+        with appearing(link) as hidden:
+            make(hidden)
+        assert link.is_symlink() and link.samefile(place) and place.is_dir() == (make is Path.mkdir)
+        assert [path.name for path in place.parent.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("name", ["file/below", "n" * 300])
+def test_a_place_where_nothing_can_be_is_refused_before_the_work(tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot be written \(.*\): name another place with --out"):
+        new_path(tmp_path / name)
