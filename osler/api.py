@@ -14,6 +14,7 @@ module does not import torch; every function does, except ``model_config``.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -82,14 +83,19 @@ def _check_loaded(model: object) -> None:
         raise UserError(f"{model!r} is not a loaded model: give api.load(RUN), which takes a run folder or a checkpoint.")
 
 
+def _one_text(text: object, name: str) -> None:
+    """Raise UserError for anything else, such as a list of texts."""
+    if not isinstance(text, str):
+        raise UserError(f"The {name} is {type(text).__name__}, not text: call the function once for each text.")
+
+
 def generate(model: LoadedModel, prompt: str = "", sampling: SamplingParams = DRAWN, *, stop: Sequence[str] = ()) -> str:
     """Return a model's continuation of one text; it ends before the first of the texts in ``stop``."""
     from osler.inference.chat import continue_text
     from osler.inference.engine import InferenceEngine
 
     _check_loaded(model)
-    if not isinstance(prompt, str):
-        raise UserError(f"The prompt is {type(prompt).__name__}, not text: call generate once for each text.")
+    _one_text(prompt, "prompt")
     return "".join(continue_text(InferenceEngine(model.model), model.tokenizer, prompt, sampling, stop))
 
 
@@ -102,6 +108,7 @@ def chat(model: LoadedModel, question: str, sampling: SamplingParams = DRAWN, *,
     from osler.inference.engine import InferenceEngine
 
     _check_loaded(model)
+    _one_text(question, "question")
     if not model.answers_questions:
         raise UserError(f"{model.path} was trained on text alone: let it continue a text with generate, or fine-tune it first.")
     reasoning = model.reasons if reasoning is None else reasoning
@@ -142,10 +149,10 @@ def loss(model: Transformer | LoadedModel, rows: Tensor | Sequence[Sequence[int]
     if not isinstance(model, Transformer):
         _check_loaded(model)
     module = model if isinstance(model, Transformer) else model.model
-    given = rows.tolist() if isinstance(rows, torch.Tensor) else rows
-    if any(isinstance(row, str) for row in given):
-        raise UserError("Rows are lists of token ids, and text was given: write [model.tokenizer.encode(TEXT)].")
-    ids = [list(row) for row in given]
+    try:
+        ids = [[operator.index(token) for token in row] for row in (rows.tolist() if isinstance(rows, torch.Tensor) else rows)]
+    except TypeError as error:
+        raise UserError(f"Rows are lists of token ids, such as [model.tokenizer.encode(TEXT)] ({error}).") from error
     longest = module.config.max_seq_len + 1
     if not ids or not all(2 <= len(row) <= longest for row in ids):
         raise UserError(f"Rows have {sorted({len(row) for row in ids})} tokens: give rows of 2 to {longest:,}.")

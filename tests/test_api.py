@@ -80,9 +80,11 @@ def test_what_does_not_exist_or_fit_is_refused(runs, tmp_path):
         (lambda: api.score(model, "medqa:nowhere.jsonl"), "nowhere.jsonl"),
         (lambda: api.loss(model, [[1], [2, 3]]), "rows of 2 to 257"),
         (lambda: api.loss(model, [[1, 512]]), "vocabulary of 512"),
-        (lambda: api.loss(model, "The heart"), "lists of token ids, and text was given"),
+        *((lambda rows=rows: api.loss(model, rows), "lists of token ids") for rows in ("The", ["The"], [1, 2], [[1.0, 2.0]])),
+        (lambda: api.load(runs.pretrain, which="last"), "newest or best"),
         (lambda: api.chat(str(tmp_path), "Why?"), "give api.load"),
-        (lambda: api.generate(model, ["a", "b"]), "once for each text"),
+        (lambda: api.generate(model, ["a", "b"]), "prompt is list, .* once for each text"),
+        (lambda: api.chat(model, ["a", "b"]), "question is list"),
     ):
         with pytest.raises(UserError, match=words):
             call()

@@ -221,10 +221,12 @@ def resolve(path: str | Path, which: str = "newest") -> Path:
     """Return the checkpoint folder that a path means: a checkpoint, a checkpoints folder, or a run folder.
 
     A checkpoint is taken as it is (``load`` verifies it). Otherwise ``which`` picks the ``newest`` good one, with a warning when
-    newer ones are damaged, or the ``best``. Raises UserError when there is none.
+    newer ones are damaged, or the ``best``. Raises UserError when there is none, or for another word.
     """
     if not str(path):  # Path("") would be the current folder
         raise UserError("No checkpoint is named: give a run folder or one of its checkpoints, such as init_from=RUN.")
+    if which not in ("newest", "best"):
+        raise UserError(f"Which checkpoint is {which!r}? Say newest or best, or give the folder of one.")
     path = Path(path)
     root = folders.root_of(path)
     if folders.is_checkpoint(path):

@@ -49,6 +49,13 @@ def write_run(
     return store.resolve(folder)
 
 
+def check_finite(weights: Mapping[str, Tensor], source: object) -> None:
+    """Raise UserError for weights that are NaN or infinite: whatever is made of them would write nonsense without a word."""
+    for name, weight in weights.items():
+        if not bool(weight.isfinite().all()):
+            raise UserError(f"{name} of {source} has numbers that are NaN or infinite: take an earlier checkpoint.")
+
+
 def made_in_words(made_by: Mapping[str, Any]) -> str:
     """Return, for model card and report, which command made a checkpoint, from what, and what it changed."""
     done = [f"weights in {made_by['to']}"] if "to" in made_by else []

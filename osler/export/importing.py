@@ -19,7 +19,7 @@ from torch import Tensor
 from osler.checkpoint.folders import CONFIG_JSON, is_checkpoint
 from osler.checkpoint.store import read_tensors
 from osler.config.schema import decode
-from osler.export.folder import write_run
+from osler.export.folder import check_finite, write_run
 from osler.export.huggingface import ABOUT, WEIGHTS_FILE
 from osler.inference.load import MADE_BY, REASONS, TOKENIZER_FILE, LoadedModel, device_to_use
 from osler.model.config import ModelConfig
@@ -37,6 +37,7 @@ TAKEN = {  # fields of config.json that decide what a model computes, each with 
     "hidden_act": ("silu",),
     "use_sliding_window": (False, None),
     "quantization_config": (None,),
+    "partial_rotary_factor": (1.0, None),
 }
 SIZES = {  # fields of a ModelConfig, and their names in config.json
     "num_layers": "num_hidden_layers",
@@ -92,13 +93,14 @@ def read_folder(source: Path) -> Imported:
     """Read a folder of Hugging Face's; raises UserError for what Osler's model cannot hold."""
     if not (source / CONFIG_JSON).is_file():
         raise UserError(f"{source} {why_no_folder(source)}")
-    described = read_json(source / CONFIG_JSON)
+    described = read_object(source / CONFIG_JSON)
     config = model_config(described, str(source / CONFIG_JSON))
     tokenizer, remarks = fitting_tokenizer(source, described, config)
     config, weights = model_weights(config, read_weights(source))
+    check_finite(weights, source)
     if tokenizer.vocab_size > config.vocab_size:
         config, weights = with_rows(config, weights, tokenizer.vocab_size)
-    about = described.get(ABOUT) or {}
+    about = section_of(described, ABOUT, str(source / CONFIG_JSON))
     state = {
         "kind": about.get("kind", ""),
         **({REASONS: about[REASONS]} if REASONS in about else {}),
@@ -106,6 +108,22 @@ def read_folder(source: Path) -> Imported:
         MADE_BY: {"command": "import", "of": str(source.resolve())},
     }
     return Imported(config, weights, tokenizer, state, remarks)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds a mapping; raises UserError for anything else."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object, so it is not what its name says: download it again.")
+    return content
+
+
+def section_of(described: Mapping[str, Any], name: str, source: str) -> dict[str, Any]:
+    """Return a section of ``config.json``, empty where there is none; raises UserError for one that is no mapping."""
+    section = described.get(name) or {}
+    if not isinstance(section, dict):
+        raise UserError(f"{source}: {name} should be a mapping, and is {section!r}.")
+    return section
 
 
 def why_no_folder(path: Path) -> str:
@@ -143,24 +161,26 @@ def model_config(described: Mapping[str, Any], source: str) -> ModelConfig:
 
 def rope_of(described: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Return ``rope_theta`` and ``rope_scaling`` of a model, which transformers 5 and older releases write differently."""
-    given = described.get("rope_parameters") or {}
-    scaling = dict(described.get("rope_scaling") or given)
-    theta = given.get("rope_theta", described.get("rope_theta"))
+    newer, older = (section_of(described, name, source) for name in ("rope_parameters", "rope_scaling"))
+    scaling = {name: value for name, value in (older or newer).items() if value is not None}
+    thetas = {place["rope_theta"] for place in (described, newer, older) if place.get("rope_theta") is not None}
     kind = scaling.pop("rope_type", scaling.pop("type", "default"))
-    if theta is None:
+    if not thetas:
         raise UserError(f"{source} names no rope_theta, neither by itself nor in rope_parameters.")
+    if len(thetas) > 1:
+        raise UserError(f"{source} has rope_theta {' and '.join(map(str, thetas))}, and only one of them can be meant.")
     if kind not in ("default", "yarn"):
         raise UserError(f"{source}: RoPE of the type {kind!r} is none of Osler's, which are 'default' and 'yarn'.")
-    if kind == "default":
-        return {"rope_theta": float(theta), "rope_scaling": None}
-    scaling.setdefault("original_max_position_embeddings", described["max_position_embeddings"])
-    known = (*YARN.values(), "rope_theta", "type", "rope_type")
-    strange = [f"{name}={value}" for name, value in scaling.items() if name not in known and (name, value) != ("truncate", True)]
-    if strange := [words for words in strange if not words.endswith("=None")]:
-        raise UserError(f"{source}: Osler's YaRN has no {', '.join(strange)}, so its RoPE would differ.")
-    yarn = {ours: float(scaling[theirs]) for ours, theirs in YARN.items() if scaling.get(theirs) is not None}
-    yarn["original_max_seq_len"] = int(yarn["original_max_seq_len"])
-    return {"rope_theta": float(theta), "rope_scaling": {"type": "yarn", **yarn}}
+    known = ("rope_theta", "type", *(YARN.values() if kind == "yarn" else ()))
+    same = (("truncate", True), ("partial_rotary_factor", 1.0))  # as Osler does
+    strange = [f"{name}={value}" for name, value in scaling.items() if name not in known and (name, value) not in same]
+    if strange:
+        raise UserError(f"{source}: Osler's RoPE of the type {kind!r} has no {', '.join(strange)}, so it would differ.")
+    found: dict[str, Any] = {"rope_theta": thetas.pop(), "rope_scaling": None}
+    if kind == "yarn":
+        scaling.setdefault("original_max_position_embeddings", described["max_position_embeddings"])
+        found["rope_scaling"] = {"type": "yarn", **{ours: scaling[theirs] for ours, theirs in YARN.items() if theirs in scaling}}
+    return found
 
 
 def fitting_tokenizer(source: Path, described: Mapping[str, Any], config: ModelConfig) -> tuple[Tokenizer, list[str]]:
@@ -179,7 +199,7 @@ def fitting_tokenizer(source: Path, described: Mapping[str, Any], config: ModelC
         )
     content, remarks = json.loads(path.read_bytes()), []
     present = {token["content"]: token for token in content["added_tokens"]}
-    ends = read_json(source / "generation_config.json") if (source / "generation_config.json").is_file() else {}
+    ends = read_object(source / "generation_config.json") if (source / "generation_config.json").is_file() else {}
     end_ids = ends.get("eos_token_id", described.get("eos_token_id"))
     end_ids = end_ids if isinstance(end_ids, list) else [end_ids]
     if EOS not in present and EOS not in content["model"]["vocab"]:
@@ -203,8 +223,12 @@ def fitting_tokenizer(source: Path, described: Mapping[str, Any], config: ModelC
 
 def read_weights(source: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield the name and the fp32 tensor of each weight in the safetensors files of a folder, one file at a time."""
+    if (source / INDEX_FILE).is_file() and (source / WEIGHTS_FILE).is_file():
+        raise UserError(f"{source} has both {WEIGHTS_FILE} and {INDEX_FILE}, of other weights perhaps: remove the older one.")
     if (source / INDEX_FILE).is_file():
-        index = read_json(source / INDEX_FILE).get("weight_map", {})
+        index = read_object(source / INDEX_FILE).get("weight_map")
+        if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
+            raise UserError(f"{source / INDEX_FILE} does not say which file has which weight (weight_map): download it again.")
         files = sorted(set(index.values()))
     elif (source / WEIGHTS_FILE).is_file():
         index, files = None, [WEIGHTS_FILE]

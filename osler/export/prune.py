@@ -25,7 +25,7 @@ from osler.data.prepared import held_out_so_far
 from osler.data.readers import TextFiles
 from osler.data.shards import DATA_MANIFEST
 from osler.eval.likelihood import batches, held_out_batches, measure, windows
-from osler.export.folder import carried, write_run
+from osler.export.folder import carried, check_finite, write_run
 from osler.inference.load import MADE_BY, LoadedModel, load_start, open_model, training_of
 from osler.model.config import ModelConfig
 from osler.model.transformer import Block, Transformer
@@ -57,6 +57,7 @@ def prune(
     folder = new_path(out)
     ready = open_model(load_start(checkpoint).path)
     config, model = ready.model.config, ready.model
+    check_finite(model.state_dict(), ready.path)
     _check_sizes(config, layers, intermediate_size)
     if tokens < 1:
         raise UserError(f"--tokens {tokens}: give the number of tokens to measure the loss on, such as 65536.")

@@ -9,10 +9,11 @@ from __future__ import annotations
 import torch
 
 from osler.checkpoint.folders import TENSORS_SUFFIX
-from osler.export.folder import carried, write_run
+from osler.export.folder import carried, check_finite, write_run
 from osler.inference.load import MADE_BY, QUANTIZED, described_model, load_start, tokenizer_of
 from osler.model.quantization import quantize_weights
 from osler.runtime import format as fmt
+from osler.runtime.errors import UserError
 from osler.runtime.files import new_path
 from osler.runtime.log import say
 
@@ -24,8 +25,12 @@ def quantize(checkpoint: str, to: str, out: str, group_size: int = 32) -> int:
     folder = new_path(out)
     loaded = load_start(checkpoint, ["model"])
     weights, state = loaded.tensors["model"], carried(loaded.state)
+    check_finite(weights, loaded.path)
     state[MADE_BY] = {"command": "quantize", "of": str(loaded.path.resolve()), "to": to}
     if to in BITS:
+        largest = max(weights, key=lambda name: weights[name].abs().max().item())
+        if weights[largest].abs().max() > torch.finfo(torch.float16).max:
+            raise UserError(f"{largest} of {loaded.path} has numbers too large for the scales of {to}, fp16: use --to bf16.")
         state[QUANTIZED] = {"bits": BITS[to], "group_size": group_size}
         weights = quantize_weights(weights, BITS[to], group_size)
     else:

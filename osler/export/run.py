@@ -10,6 +10,7 @@ from typing import NamedTuple
 from osler.checkpoint.store import write_tensors
 from osler.config.schema import encode
 from osler.export import gguf, huggingface, onnx
+from osler.export.folder import check_finite
 from osler.export.huggingface import Export, dense_form
 from osler.inference.load import MADE_BY, LoadedModel, load_model
 from osler.runtime.errors import UserError
@@ -53,6 +54,7 @@ def run(checkpoint: str, out: str, to: str = "hf", dtype: str | None = None, max
         loaded = load_model(checkpoint)
         dtype = dtype or usual_dtype(loaded, form)
         config = loaded.model.config
+        check_finite(loaded.model.state_dict(), loaded.path)
         if max_tokens is not None and not 2 <= max_tokens <= config.max_seq_len:
             longest = f"{config.max_seq_len}, the context of {loaded.path} (max_seq_len)"
             raise UserError(f"--max-tokens {max_tokens} is not from 2 to {longest}.")

@@ -147,8 +147,13 @@ def torn(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def with_a_file_too_few(folder: Path) -> None:
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": "model-2.safetensors"}}))
+def with_index(content: object, *, alone: bool = True) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+        if alone:
+            (folder / "model.safetensors").unlink()
+
+    return write
 
 
 def without_an_end(folder: Path) -> None:
@@ -186,15 +191,22 @@ def test_a_folder_and_a_run_that_are_taken_for_one_another_are_told(checkpoint, 
         (with_config(rope_parameters={"rope_type": "llama3", "rope_theta": 1e4}), "RoPE of the type 'llama3'"),
         (with_config(rope_parameters={**YARN, "attention_factor": 1.3}), "no attention_factor=1.3"),
         (with_config(rope_parameters={**YARN, "truncate": False}), "no truncate=False"),
+        (with_config(rope_parameters={"rope_theta": 1e4, "full_attention": YARN}), "'default' has no full_attention="),
+        (with_config(rope_theta=5e5), "and only one of them can be meant"),
+        (with_config(rope_scaling=["yarn"]), "rope_scaling should be a mapping, and is ['yarn']"),
         (with_config(head_dim=None), "lacks head_dim"),
         (with_config(hidden_size=48), "lm_head.weight is (532, 32), and by config.json it would be (532, 48)"),
         (with_weights(lambda tensors: tensors.pop(Q)), "1 weights are missing, such as layers.1.self_attn.q_proj.weight"),
         (with_weights(lambda tensors: tensors.update(lora_A=torch.ones(2))), "have no place in a Qwen3, such as lora_A"),
         (with_weights(lambda tensors: tensors.update({Q: tensors[Q].to(torch.int8)})), "is torch.int8"),
+        (with_weights(lambda tensors: tensors[Q].fill_(torch.nan)), "has numbers that are NaN or infinite"),
         (torn, "is not a readable safetensors file"),
-        (with_a_file_too_few, "names model-2.safetensors, which is not there"),
+        (with_index({"weight_map": {"lm_head.weight": "model-2.safetensors"}}), "names model-2.safetensors, which is not there"),
+        (with_index({"weight_map": None}), "does not say which file has which weight"),
+        (with_index({}, alone=False), "has both model.safetensors and model.safetensors.index.json"),
         (lambda folder: (folder / "model.safetensors").unlink(), "has neither model.safetensors nor"),
         (lambda folder: (folder / "config.json").unlink(), "has no config.json, which says what model it holds"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "config.json holds no JSON object"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer.json"),
         (with_config(vocab_size=500), "tokens and the model only 500 (vocab_size)"),
         (without_an_end, "has no <|endoftext|>, and no added token of it is the model's eos_token_id"),

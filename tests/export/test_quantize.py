@@ -1,12 +1,14 @@
 """A quantised checkpoint: smaller, read by everything that reads a model, and never trained or gone on with."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
 from osler import api
+from osler.checkpoint import store
 from osler.checkpoint.store import read_tensors
 from osler.cli.main import main
 from osler.inference.load import load_model
@@ -99,6 +101,19 @@ def test_a_bf16_checkpoint_is_trained_like_any_other(quantized, tiny, tmp_path):
     start, folder = f"init_from={quantized['bf16']}", tmp_path / "new"
     assert main(["sft", tiny.sft, start, "total_tokens=1024", "checkpoint.every_tokens=1024", "--run", str(folder)]) == 0
     assert "made_by" not in json.loads(next(folder.glob("checkpoints/step-*/state.json")).read_text())
+
+
+@pytest.mark.parametrize(("value", "message"), [(math.nan, "NaN or infinite"), (1e30, "too large for the scales of int8")])
+def test_weights_that_would_become_zeros_are_refused(value, message, runs, tmp_path, capsys):
+    loaded = store.load(store.resolve(runs.sft), names=["model"])
+    weights = {name: weight.clone() for name, weight in loaded.tensors["model"].items()}
+    weights["layers.0.mlp.up_proj.weight"][0, 0] = value
+    path = store.save(tmp_path / "run" / "checkpoints", 1, tensors={"model": weights}, state=loaded.state, files=loaded.files)
+    others = [["export", "--to", "gguf"], ["prune", "--layers", "1"]] if math.isnan(value) else []
+    for command in (["quantize", "--to", "int8"], *others):
+        assert main([*command, str(path), "--out", str(tmp_path / "out")]) == 2
+        assert message in (said := capsys.readouterr().err) and "layers.0.mlp.up_proj.weight" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_kill_or_a_full_disk_leaves_no_half_folder(runs, tmp_path, osler):
