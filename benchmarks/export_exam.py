@@ -1,11 +1,14 @@
-"""The same exam, answered by one model in Osler, ``transformers``, ONNX Runtime and over HTTP: item by item.
+"""The same exam, answered by one model in Osler, ``transformers``, ONNX Runtime, llama.cpp and over HTTP: item by item.
 
     python benchmarks/export_exam.py RUN [--task clinic:new_findings] [--questions 50] [--new-tokens 64] [--threads 2] [--out F]
+        [--llama-cpp FOLDER]
 
-Each of the four writes its answers greedily, and Osler's reader of answers reads all of them. "osler" is what ``osler eval``
+Each of them writes its answers greedily, and Osler's reader of answers reads all of them. "osler" is what ``osler eval``
 does. The others are the folder of ``osler export`` in ``transformers`` (``generate``, asked through the chat template), its graph
-in ONNX Runtime (fp32, int8 and int4), and ``osler serve`` (``/v1/chat/completions``, temperature 0). ``items_differ`` are the
-questions to which another option was read than in "osler", ``texts_differ`` counts those with other thinking or another answer.
+in ONNX Runtime (fp32, int8 and int4), and ``osler serve`` (``/v1/chat/completions``, temperature 0); with ``--llama-cpp``, the
+folder in which ``npm install node-llama-cpp`` was run, also its GGUF files in llama.cpp, which cuts the text into tokens itself.
+``items_differ`` are the questions to which another option was read than in "osler", ``texts_differ`` counts those with other
+thinking or another answer.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import argparse
 import json
 import os
 import signal
+import subprocess
 import tempfile
 import urllib.request
 from collections.abc import Callable
@@ -24,6 +28,7 @@ from bench_serve import started
 from measuring import publish
 
 ONNX = ("fp32", "int8", "int4")
+GGUF = ("f32", "f16", "q8_0", "q4_0")
 # From a question to the ids of an answer; or to thinking, answer, and whether it ended by itself.
 Write = Callable[[str], list[int] | tuple[str, str | None, bool]]
 
@@ -71,6 +76,25 @@ def in_onnx_runtime(folder: Path, new_tokens: int) -> Write:
     return write
 
 
+def in_llama_cpp(library: Path, gguf: Path, tokenizer_folder: Path, new_tokens: int) -> Write:
+    from osler.tokenizer.bpe import Tokenizer
+    from osler.tokenizer.chat import encode_prompt
+
+    tokenizer, script = Tokenizer.load(tokenizer_folder), Path(__file__).with_name("llama_cpp.mjs")
+    numbers = (tokenizer.eos_id, new_tokens, os.environ["OMP_NUM_THREADS"])
+    command = ["node", script, library.resolve(), gguf, *numbers]
+    process = subprocess.Popen(list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None and process.stdout is not None
+    told, heard = process.stdin, process.stdout
+
+    def write(question: str) -> list[int]:
+        told.write(json.dumps(tokenizer.decode(encode_prompt(tokenizer, question))) + "\n")
+        told.flush()
+        return list(json.loads(heard.readline()))
+
+    return write
+
+
 def over_http(port: int, new_tokens: int) -> Write:
     def write(question: str) -> tuple[str, str | None, bool]:
         body = {"model": "exam", "messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": new_tokens}
@@ -101,18 +125,24 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     items = load_task(task, getattr(task, "split", ""))[: options.questions]
     own = score_by_generation(InferenceEngine(ready.model), ready.tokenizer, items, greedy(options.new_tokens))
     read = {"osler": own.results}
-    places = {name: folder / name for name in ("hf", *ONNX)}
-    for name, place in places.items():
-        form = ["--to", "hf"] if name == "hf" else ["--to", "onnx", "--dtype", name]
-        if osler(["export", options.run, *form, "--out", str(place)]):
-            raise SystemExit(f"{name} was not exported")
+    exports = [("hf", "fp32"), *(("onnx", dtype) for dtype in ONNX)]
+    exports += [("gguf", dtype) for dtype in GGUF] if options.llama_cpp else []
+    places = {export: folder / "-".join(export) for export in exports}
+    for (form, dtype), place in places.items():
+        if osler(["export", options.run, "--to", form, "--dtype", dtype, "--out", str(place)]):
+            raise SystemExit(f"{form} was not exported in {dtype}")
     server, port = started(
         ["-m", "osler.cli", "serve", f"exam={options.run}", "--port", "0"], options.threads, folder / "server.log"
     )
     try:
-        writers = {"transformers": in_transformers(places["hf"], options.new_tokens)}
-        writers |= {f"onnxruntime, {name}": in_onnx_runtime(places[name], options.new_tokens) for name in ONNX}
-        for name, write in {**writers, "http": over_http(port, options.new_tokens)}.items():
+        new_tokens, hf = options.new_tokens, places["hf", "fp32"]
+        writers = {"transformers": in_transformers(hf, new_tokens)}
+        for (form, dtype), place in places.items():
+            if form == "onnx":
+                writers[f"onnxruntime, {dtype}"] = in_onnx_runtime(place, new_tokens)
+            elif form == "gguf":
+                writers[f"llama.cpp, {dtype}"] = in_llama_cpp(options.llama_cpp, place, hf, new_tokens)
+        for name, write in {**writers, "http": over_http(port, new_tokens)}.items():
             graded = []
             for item in items:
                 written = write(render_question(item))
@@ -141,6 +171,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=50)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--llama-cpp", type=Path)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
