@@ -53,7 +53,7 @@ class Running:
         while not self.server.started:
             time.sleep(0.01)
 
-    def wait_for(self, condition: Callable[[], bool], seconds: float = 10) -> None:
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 60) -> None:
         """Wait until a condition holds; fail if it does not."""
         end = time.monotonic() + seconds
         while not condition():
