@@ -6,6 +6,7 @@ two trials on a busy machine may disagree, and a resumed run must not change its
 
 import ctypes
 import functools
+import mmap
 import os
 import platform
 import sys
@@ -23,6 +24,8 @@ from osler.runtime.machine import physical_memory_bytes, processor
 
 # The dtype of the activations; parallel/parallelize.py applies the rest of a precision.
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32, "pure-bf16": torch.bfloat16, "fp8": torch.bfloat16}
+
+MOST_HUGE_BYTES = 1 << 35  # of addresses, on machines with much memory
 
 _BF16_TRIAL_SECONDS = 0.6  # long enough to find quiet moments on a busy machine
 _BF16_GAIN = 1.2  # a smaller gain is lost to the cast of the weights, which the trial leaves out
@@ -130,18 +133,39 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def keep_freed_memory() -> None:
-    """Ask glibc to keep freed memory for reuse; other C libraries are not asked.
+    """Ask glibc to keep freed memory for reuse, and the kernel for huge pages under it; other C libraries are not asked.
 
     By default glibc maps new memory for each large tensor, so the kernel zeroes pages in every step; on virtual machines that
     can cost more than the arithmetic.
     """
     if platform.libc_ver()[0] != "glibc":
         return
-    mallopt = ctypes.CDLL(None).mallopt
-    trim_threshold, mmap_threshold, largest_int = -1, -3, 2**31 - 1
-    if mallopt(mmap_threshold, 1 << 30) != 1:  # older versions of glibc refuse thresholds above half a heap
-        mallopt(mmap_threshold, 32 << 20)
-    mallopt(trim_threshold, largest_int)
+    libc = ctypes.CDLL(None)
+    trim_threshold, mmap_threshold, never = -1, -3, -1
+    mapped_bytes = 1 << 30
+    if libc.mallopt(mmap_threshold, mapped_bytes) != 1:  # older versions of glibc refuse thresholds above half a heap
+        mapped_bytes = 32 << 20
+        libc.mallopt(mmap_threshold, mapped_bytes)
+    libc.mallopt(trim_threshold, never)
+    _use_huge_pages(libc, mapped_bytes // 2)
+
+
+def _use_huge_pages(libc: ctypes.CDLL, block_bytes: int) -> None:
+    """Let the heap grow by a quarter of the machine's memory, which nothing touches yet, and ask for huge pages there.
+
+    The tensors of a step lie on tens of thousands of small pages, more than a processor keeps the addresses of. A kernel
+    without huge pages refuses, and where addresses are limited the heap grows by less.
+    """
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes, libc.madvise.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    count = min(memory_bytes // 4, MOST_HUGE_BYTES) // block_bytes
+    blocks = [block for _ in range(count) if (block := libc.malloc(block_bytes)) is not None]
+    for block in blocks:
+        start = block // mmap.PAGESIZE * mmap.PAGESIZE
+        libc.madvise(start, block + block_bytes - start, mmap.MADV_HUGEPAGE)
+    for block in blocks:
+        libc.free(block)
 
 
 class Stopwatch:
