@@ -7,16 +7,21 @@ from dataclasses import replace
 
 from osler.cli.show import decode_recipe
 from osler.config.devices import find_device, here
-from osler.config.recipe import load_recipe
+from osler.config.recipe import load_recipe, meant_for
 from osler.model.config import ModelConfig
 from osler.pipeline.config import PipelineConfig, read_reference
-from osler.plan.notes import time_notes
+from osler.plan.budget import seconds_for, words_of_budget
+from osler.plan.estimate import exact
+from osler.plan.notes import time_note
 from osler.plan.plan import HOUR, Plan, Where
 from osler.plan.planner import plan_of, shape_from
-from osler.plan.words import words_of
+from osler.plan.table import as_csv, cost_table, devices_table, markdown, tokens_table
+from osler.plan.words import money, words_of
 from osler.rl.config import GrpoConfig
 from osler.runtime.errors import UserError
 from osler.train.config import TrainConfig
+
+TABLE_DEVICE, TABLE_HOURS = "h100", 48.0
 
 
 def plan(
@@ -24,18 +29,43 @@ def plan(
     overrides: Sequence[str],
     *,
     gpu: str | None,
-    gpus: int,
+    gpus: int | None,
     hours: float | None,
+    budget: float | None,
     price: float | None,
+    table: str | None,
+    as_table: str,
 ) -> str:
-    """Run the command ``plan``; return what to print."""
-    if recipe is None:
-        raise UserError("which recipe? `osler recipes` lists them.")
-    where = Where(here() if gpu is None else find_device(gpu), gpus, price)
-    plans = plans_of(recipe, overrides, where)
-    if hours is not None:
-        plans = [replace(one, notes=(*time_notes(one, hours * HOUR, f"{hours:g} hours"), *one.notes)) for one in plans]
-    return "\n\n".join(map(words_of, plans))
+    """Run the command ``plan``; return what to print. Without ``gpu`` it is what the recipe is meant for, or this machine."""
+    for name, number in (("--gpus", gpus), ("--hours", hours), ("--budget", budget), ("--price", price)):
+        if number is not None and number <= 0:
+            raise UserError(f"{name} {number:g} must be above 0.")
+    if hours is not None and budget is not None:
+        raise UserError("--hours and --budget are two ways to limit a run: give one of them.")
+    meant = meant_for(recipe) if recipe is not None else {}
+    if table is not None:
+        where = Where(find_device(gpu or TABLE_DEVICE), gpus or 1, price)
+        return (as_csv if as_table == "csv" else markdown)(_rows(table, where, hours))
+    if gpu is None and "gpu" in meant:
+        gpu, gpus, hours = meant["gpu"], gpus or meant.get("gpus"), hours if hours or budget else meant.get("hours")
+    where = Where(here() if gpu is None else find_device(gpu), gpus or 1, price)
+    if recipe is None and budget is None:
+        raise UserError("which recipe? `osler recipes` lists them; --budget alone chooses a model.")
+    texts = []
+    if recipe is not None:
+        for one in plans_of(recipe, overrides, where):
+            notes = [time_note(one, exact(hours * HOUR), f"{hours:g} hours")] if hours else []
+            notes += [time_note(one, seconds_for(budget, where), money(budget))] if budget else []
+            texts.append(words_of(replace(one, notes=(*notes, *one.notes))))
+    if budget is not None and (recipe is None or load_recipe(recipe, overrides).get("kind") == "pretrain"):
+        texts.append(words_of_budget(recipe, overrides, where, budget))
+    return "\n\n".join(texts)
+
+
+def _rows(table: str, where: Where, hours: float | None) -> list[list[str]]:
+    if table == "devices":
+        return devices_table()
+    return cost_table(where) if table == "cost" else tokens_table(hours or TABLE_HOURS, where.gpus)
 
 
 def plans_of(recipe: str, overrides: Sequence[str], where: Where) -> list[Plan]:
@@ -44,9 +74,7 @@ def plans_of(recipe: str, overrides: Sequence[str], where: Where) -> list[Plan]:
     if isinstance(resolved, (TrainConfig, GrpoConfig)):
         return [plan_of(resolved, where, name=recipe)]
     if not isinstance(resolved, PipelineConfig):
-        raise UserError(
-            f"`{recipe}` is a model and no run: plan a recipe that trains it, such as `osler plan debug base={recipe}`."
-        )
+        raise UserError(f"`{recipe}` is a model and no run: plan a recipe that trains a model, such as `osler plan osler-2day`.")
     plans: list[Plan] = []
     models: dict[str, ModelConfig] = {}
     for name, stage in resolved.stages.items():

@@ -18,6 +18,7 @@ from osler.config.schema import encode, nearest, shown
 from osler.runtime.errors import UserError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+OF_THE_FILE = ("description", "meant_for")  # keys that say something about a recipe and configure nothing
 _KEY = re.compile(r"\[[0-9]+\]|[^.\[\]]+")
 _PATH = re.compile(r"[^.\[\]]+(?:\[[0-9]+\]|\.[^.\[\]]+)*")
 _SCALARS = {
@@ -40,11 +41,16 @@ def _shipped() -> dict[str, Path]:
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = (), *, others: Iterable[str] = ()) -> dict[str, Any]:
     """Return a recipe merged with its bases and with ``key.path=value`` overrides, as plain dicts that are not checked yet.
 
-    A shipped recipe is named as ``osler recipes`` lists it; a name that ends in .yaml or .yml is a file. The keys
-    ``base`` and ``description`` belong to the file and are left out. Raises UserError for invalid YAML, a key given twice, a
+    A shipped recipe is named as ``osler recipes`` lists it; a name that ends in .yaml or .yml is a file. The keys ``base``,
+    ``description`` and ``meant_for`` belong to the file and are left out. Raises UserError for invalid YAML, a key given twice, a
     circle of bases, an override that cannot be read, and an unknown recipe; this last error also proposes the names ``others``.
     """
     return override(_load_file(_find(str(name_or_path), others=others), ()), overrides)
+
+
+def meant_for(name_or_path: str) -> dict[str, Any]:
+    """Return the hardware that a recipe is meant for: ``gpu``, and perhaps ``gpus`` and ``hours``; {} where it does not say."""
+    return dict(_read(_find(name_or_path)).get("meant_for", {}))
 
 
 def run_name(recipe: str, kind: str) -> str:
@@ -125,7 +131,8 @@ def _load_file(path: Path, users: tuple[Path, ...]) -> dict[str, Any]:
         circle = " → ".join(item.stem for item in [*users[users.index(path) :], path])
         raise UserError(f"{path}: recipes may not be their own base ({circle})")
     content = _read(path)
-    content.pop("description", None)
+    for key in OF_THE_FILE:
+        content.pop(key, None)
     return _laid_over_bases(content, path, (*users, path))
 
 

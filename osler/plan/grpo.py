@@ -140,7 +140,7 @@ def learning_seconds(
     """Return the time in which a step's completions are learned, and the FLOPs of a token that is drawn."""
     algorithm = config.algorithm
     passes = algorithm.updates_per_batch * (1 + (1 / 3 if algorithm.beta > 0 else 0))
-    rate = flops_per_second(where.device, arithmetic, where.gpus)
+    rate = flops_per_second(where.device, arithmetic, where.gpus, model.hidden_size)
     of_token = passes * model.flops_per_token(round(row.value))
     flops = row.times(algorithm.completions_per_step * of_token)
     drawn = LENGTH.value * algorithm.max_new_tokens

@@ -115,11 +115,15 @@ def layer_elements(model: ModelConfig, mode: Mode, *, compiled: bool, weights_of
 
 
 def activation_bytes(one: Pass, mode: Mode) -> tuple[float, float]:
-    """Return the bytes that the layers keep for the backward pass, and those of the one layer that is recomputed at a time."""
+    """Return the bytes that the layers keep for the backward pass, and those of what is recomputed at a time.
+
+    That is one layer, and in compiled code, which begins the next one early, two.
+    """
     heads = 0.0 if chooses(one) else keys_of(one.seq_len, one.on_cpu)
     whole = layer_elements(one.model, "off", compiled=one.compiled, weights_of_head=heads)
     kept = one.model.num_layers * layer_elements(one.model, mode, compiled=one.compiled, weights_of_head=heads)
-    return one.tokens * kept * one.width, 0.0 if mode == "off" else one.tokens * whole * one.width
+    again = 0 if mode == "off" else min(2, one.model.num_layers) if one.compiled else 1
+    return one.tokens * kept * one.width, one.tokens * again * whole * one.width
 
 
 def chooses(one: Pass) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from osler.model.config import ModelConfig, SparseAttentionConfig
+from osler.plan.estimate import Estimate
 from osler.plan.plan import Plan
 from osler.plan.speed import Arithmetic
 from osler.rl.config import GrpoConfig
@@ -111,21 +112,19 @@ def gpu_notes(plan: Plan, config: TrainConfig | GrpoConfig) -> Iterator[str]:
         yield f"A forward pass has {tokens:,} tokens, which hardly fills a GPU: expect the slow end of the interval."
 
 
-def time_notes(plan: Plan, seconds: float, what: str) -> Iterator[str]:
-    """Say how many tokens fit into a time, where the run's do not."""
-    if plan.seconds.low <= seconds:
-        return
-    fit = plan.tokens_within(seconds)
-    device = plan.where.device
-    at_peak = seconds * device.flops * plan.where.gpus / (plan.flops.value / plan.tokens.value)
-    many = f"{plan.where.gpus} x " if plan.where.gpus > 1 else ""
-    even = (
-        f"even at 100 % of its peak {many}{device.title} learns {fmt.count(at_peak)} in that time"
-        if at_peak < plan.tokens.value
-        else f"at 100 % of its peak, which no run reaches, it would be {fmt.count(at_peak)}"
+def time_note(plan: Plan, seconds: Estimate, what: str) -> str:
+    """Return whether the run's tokens fit into a time, and how many do."""
+    need, fit, where = plan.seconds, plan.tokens_within(seconds), plan.where
+    verdict = "fit" if need.high <= seconds.low else "do not fit" if need.low > seconds.high else "may not fit"
+    text = (
+        f"{fmt.count(plan.tokens.value)} tokens {verdict} into {what}: they take {fmt.duration(need.low)} to "
+        f"{fmt.duration(need.high)}."
     )
-    yield (
-        f"{fmt.count(plan.tokens.value)} tokens do not fit into {what}: they take {fmt.duration(plan.seconds.low)} to "
-        f"{fmt.duration(plan.seconds.high)}. About {fmt.count(fit.value)} do ({fmt.count(fit.low)} to {fmt.count(fit.high)}): "
-        f"total_tokens={round(fit.value, -6):.0f}; {even}."
+    if verdict == "fit":
+        return text
+    at_peak = seconds.high * where.device.flops * where.gpus / (plan.flops.value / plan.tokens.value)
+    limit = f" Even at 100 % of the peak it would be {fmt.count(at_peak)}." if at_peak < plan.tokens.value else ""
+    return (
+        f"{text} About {fmt.count(fit.value)} do, {fmt.count(fit.low)} to {fmt.count(fit.high)} "
+        f"(total_tokens={round(fit.value, -6):.0f}).{limit}"
     )

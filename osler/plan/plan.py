@@ -16,6 +16,7 @@ from osler.plan.estimate import Estimate, combined, exact, total
 from osler.plan.speed import Pace
 
 HOUR = 3600.0
+PACED = ("training", "sampling", "learning")  # the parts of the time that grow with the tokens
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,13 @@ class Plan:
         memory = self.memory_bytes
         return "yes" if memory.high <= limit else "no" if memory.low > limit else "unsure"
 
-    def tokens_within(self, seconds: float) -> Estimate:
+    def tokens_within(self, seconds: Estimate) -> Estimate:
         """Return how many tokens the run learns in this time, whatever its length."""
-        beside = total(part for name, part in self.time.items() if name not in ("start", "training"))
-        share = self.time["training"].value / (self.time["training"].value + beside.value)  # the rest is evaluations
-        return self.pace.tokens(self.time["start"].through(lambda start: share * max(0.0, seconds - start)))
+        paced = total(part for name, part in self.time.items() if name in PACED)
+        beside = total(part for name, part in self.time.items() if name not in ("start", *PACED))
+        share = paced.value / (paced.value + beside.value)  # the rest is evaluations
+        start = self.time["start"]
+        short, middle, long = (
+            share * max(0.0, time - begun) for time, begun in zip(seconds.numbers, reversed(start.numbers), strict=True)
+        )
+        return self.pace.tokens(Estimate(short, middle, long))

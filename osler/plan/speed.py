@@ -17,6 +17,7 @@ MFU = Estimate(
     "assumed MFU 16 to 50 %: nanochat has 41 % (width 768) to 50 % (1536) on an H100, and 19,057 tokens/s, which were published "
     "for pure-medium-large on an A100, are 16 %; not measured by Osler on a GPU",
 )  # fmt: skip
+FULL_WIDTH = 768  # hidden_size from which on the shares hold; narrower models are assumed to fill a GPU in proportion less
 EAGER_MFU = Estimate(0.08, 0.20, 0.35, "assumed MFU 8 to 35 % without torch.compile; not measured by Osler on a GPU")
 CPU_SHARE = Estimate(
     0.25, 0.50, 0.80,
@@ -44,11 +45,15 @@ class Arithmetic:
         return 4 if self.precision == "fp32" else 2
 
 
-def flops_per_second(device: Device, arithmetic: Arithmetic, gpus: int) -> Estimate:
+def flops_per_second(device: Device, arithmetic: Arithmetic, gpus: int, hidden_size: int) -> Estimate:
     """Return the training FLOP/s of all GPUs together; the FLOPs of recomputation do not count."""
     on_cpu = device.kind == "cpu"
     peak = gpus * (device.fp32_flops if arithmetic.precision == "fp32" else device.flops)
     share = (CPU_SHARE if arithmetic.compiled else EAGER_CPU_SHARE) if on_cpu else (MFU if arithmetic.compiled else EAGER_MFU)
+    if not on_cpu and hidden_size < FULL_WIDTH:
+        part = hidden_size / FULL_WIDTH
+        why = f"{share.source}; at hidden_size {hidden_size} {part:.0%} of that, an assumption too"
+        share = Estimate(part * share.low, part * share.value, share.high, why)
     rate = share.times(peak).over(AGAIN[arithmetic.recompute], f"{share.source}; peak {device.source}")
     if gpus > 1:
         rate = combined(lambda one, share: one * share, rate, SEVERAL, source=f"{rate.source}; {SEVERAL.source}")

@@ -89,7 +89,7 @@ def pace_of(
     config: TrainConfig, model: ModelConfig, teacher: ModelConfig | None, arithmetic: Arithmetic, where: Where, measured: Measured
 ) -> Pace:
     """Return how long the steps of each stage take."""
-    rate = flops_per_second(where.device, arithmetic, where.gpus)
+    rate = flops_per_second(where.device, arithmetic, where.gpus, model.hidden_size)
     stretches = []
     for span in config.timeline.spans:
         flops = float(model.flops_per_token(span.seq_len))

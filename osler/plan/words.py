@@ -14,8 +14,8 @@ Writer = Callable[[float], str]
 
 
 def money(usd: float) -> str:
-    """Write an amount: `$0.43`, `$19.2`, `$1,234`."""
-    return f"${fmt.number(usd)}" if usd >= 1 else f"${usd:.2f}"
+    """Write an amount: `$0.43`, `$19.20`, `$1,234`."""
+    return f"${usd:,.0f}" if usd >= 99.995 else f"${usd:.2f}"
 
 
 def words_of(plan: Plan) -> str:
@@ -28,9 +28,9 @@ def words_of(plan: Plan) -> str:
     lines = [title, "", fmt.table(rows, left=4)]
     lines += ["", *_fitting(plan)]
     if sources:
-        lines += ["", *(line for text, number in sources.items() for line in _wrapped(f"[{number}] {text}", "    "))]
+        lines += ["", *(line for text, number in sources.items() for line in wrapped(f"[{number}] {text}", "    "))]
     for word, texts in (("Not planned:", plan.not_planned), ("Note:", plan.notes)):
-        lines += [line for text in texts for line in ("", *_wrapped(f"{word} {text}", "  "))]
+        lines += [line for text in texts for line in ("", *wrapped(f"{word} {text}", "  "))]
     return "\n".join(lines)
 
 
@@ -79,5 +79,5 @@ def _fitting(plan: Plan) -> Iterator[str]:
     yield f"Largest micro-batch that surely fits: {', '.join(found) or 'none'}."
 
 
-def _wrapped(text: str, indent: str) -> list[str]:
+def wrapped(text: str, indent: str) -> list[str]:
     return textwrap.wrap(text, COLUMNS, subsequent_indent=indent, break_on_hyphens=False)
