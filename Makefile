@@ -12,7 +12,7 @@ MIN_COVERAGE := 85
 # What the others share, and those that are given a file, a run or a folder.
 NO_BENCH := $(addprefix benchmarks/,measuring.py beside_peers.py bench_clean.py bench_distill.py bench_needle.py export_exam.py \
   extend_context.py grpo_evidence.py harness_parity.py learn_minutes.py learn_nanochat.py quantize_table.py real_questions.py \
-  sparse_learning.py)
+  scaling_fit.py sparse_learning.py)
 
 
 .DEFAULT_GOAL := help

@@ -124,7 +124,5 @@ def time_note(plan: Plan, seconds: Estimate, what: str) -> str:
         return text
     at_peak = seconds.high * where.device.flops * where.gpus / (plan.flops.value / plan.tokens.value)
     limit = f" Even at 100 % of the peak it would be {fmt.count(at_peak)}." if at_peak < plan.tokens.value else ""
-    return (
-        f"{text} About {fmt.count(fit.value)} do, {fmt.count(fit.low)} to {fmt.count(fit.high)} "
-        f"(total_tokens={round(fit.value, -6):.0f}).{limit}"
-    )
+    change = "" if plan.kind == "grpo" else f" (total_tokens={round(fit.value, -6):.0f})"
+    return f"{text} About {fmt.count(fit.value)} do, {fmt.count(fit.low)} to {fmt.count(fit.high)}{change}.{limit}"
