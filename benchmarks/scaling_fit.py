@@ -20,12 +20,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measuring import in_fresh_python, publish
+from measuring import in_fresh_python
 
 from osler.config.recipe import dump_yaml, load_recipe
 from osler.config.schema import decode, encode
 from osler.plan.scaling import FIT_FILE, Point, counted_parameters, fit_points
 from osler.records.jsonl import read_metrics
+from osler.runtime.device import describe_machine
 from osler.runtime.files import DATA_MANIFEST
 from osler.train.config import TrainConfig
 
@@ -123,8 +124,10 @@ def main() -> None:
         if any(run.items() >= one.items() for run in result["runs"]):
             continue
         result["runs"].append(carried_out(config, recipe, args.threads))
-        args.out.write_text(json.dumps(with_fit(result), indent=1) + "\n")
-    publish(with_fit(result), args.out)
+        args.out.write_text(json.dumps(with_fit(result)) + "\n")
+    result = with_fit(result) | {"machine": describe_machine() | {"threads": args.threads}}
+    args.out.write_text(json.dumps(result) + "\n")
+    print(json.dumps({**result, "fit": {**result.get("fit", {}), "drawn": f"{DRAWS} curves in {args.out}"}}, indent=2))
 
 
 def with_fit(result: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 from osler.cli.show import decode_recipe
 from osler.config.devices import find_device, here
@@ -24,40 +25,58 @@ from osler.train.config import TrainConfig
 TABLE_DEVICE, TABLE_HOURS = "h100", 48.0
 
 
-def plan(
-    recipe: str | None,
-    overrides: Sequence[str],
-    *,
-    gpu: str | None,
-    gpus: int | None,
-    hours: float | None,
-    budget: float | None,
-    price: float | None,
-    table: str | None,
-    as_table: str,
-) -> str:
-    """Run the command ``plan``; return what to print. Without ``gpu`` it is what the recipe is meant for, or this machine."""
-    for name, number in (("--gpus", gpus), ("--hours", hours), ("--budget", budget), ("--price", price)):
-        if number is not None and number <= 0:
-            raise UserError(f"{name} {number:g} must be above 0.")
-    if hours is not None and budget is not None:
-        raise UserError("--hours and --budget are two ways to limit a run: give one of them.")
-    meant = meant_for(recipe) if recipe is not None else {}
-    if table is not None:
-        where = Where(find_device(gpu or TABLE_DEVICE), gpus or 1, price)
-        return (as_csv if as_table == "csv" else markdown)(_rows(table, where, hours))
-    if gpu is None and "gpu" in meant:
-        gpu, gpus, hours = meant["gpu"], gpus or meant.get("gpus"), hours if hours or budget else meant.get("hours")
-    where = Where(here() if gpu is None else find_device(gpu), gpus or 1, price)
-    if recipe is None and budget is None:
-        raise UserError("which recipe? `osler recipes` lists them; --budget alone chooses a model.")
+class Asked(NamedTuple):
+    """The options of the command, as given."""
+
+    gpu: str | None = None
+    gpus: int | None = None
+    hours: float | None = None
+    budget: float | None = None
+    price: float | None = None
+    table: str | None = None
+    as_table: str = "md"
+
+    def checked(self) -> Asked:
+        """Return the same; raises UserError for options that cannot be, or not together."""
+        for name in ("gpus", "hours", "budget", "price"):
+            if (number := getattr(self, name)) is not None and number <= 0:
+                raise UserError(f"--{name} {number:g} must be above 0.")
+        if self.hours is not None and self.budget is not None:
+            raise UserError("--hours and --budget are two ways to limit a run: give one of them.")
+        return self
+
+    def meaning(self, recipe: str) -> Asked:
+        """Return the options with the device, and perhaps the hours, that a recipe is meant for where no device is given."""
+        meant = meant_for(recipe)
+        if self.gpu is not None or "gpu" not in meant:
+            return self
+        hours = self.hours if self.hours or self.budget else meant.get("hours")
+        return self._replace(gpu=meant["gpu"], gpus=self.gpus or meant.get("gpus"), hours=hours)
+
+    def where(self, default: str | None = None) -> Where:
+        """Return the devices that the plan is for: those asked for, else ``default``, else this machine."""
+        name = self.gpu or default
+        return Where(here() if name is None else find_device(name), self.gpus or 1, self.price)
+
+
+def plan(recipe: str | None, overrides: Sequence[str], **options: Any) -> str:
+    """Run the command ``plan``; return what to print. ``options`` are those of ``Asked``."""
+    asked = Asked(**options).checked()
+    if asked.table is not None:
+        rows = _rows(asked.table, asked.where(TABLE_DEVICE), asked.hours)
+        return as_csv(rows) if asked.as_table == "csv" else markdown(rows)
+    if recipe is None:
+        if asked.budget is None:
+            raise UserError("which recipe? `osler recipes` lists them; --budget alone chooses a model.")
+        return words_of_budget(None, overrides, asked.where(), asked.budget)
+    asked = asked.meaning(recipe)
+    where, hours, budget = asked.where(), asked.hours, asked.budget
     texts = []
-    if recipe is not None:
-        for one in plans_of(recipe, overrides, where):
-            notes = [time_note(one, exact(hours * HOUR), f"{hours:g} hours")] if hours else []
-            notes += [time_note(one, seconds_for(budget, where), money(budget))] if budget else []
-            texts.append(words_of(replace(one, notes=(*notes, *one.notes))))
-    if budget is not None and (recipe is None or load_recipe(recipe, overrides).get("kind") == "pretrain"):
+    for one in plans_of(recipe, overrides, where):
+        notes = [time_note(one, exact(hours * HOUR), f"{hours:g} hours")] if hours else []
+        notes += [time_note(one, seconds_for(budget, where), money(budget))] if budget else []
+        texts.append(words_of(replace(one, notes=(*notes, *one.notes))))
+    if budget is not None and load_recipe(recipe, overrides).get("kind") == "pretrain":
         texts.append(words_of_budget(recipe, overrides, where, budget))
     return "\n\n".join(texts)
 

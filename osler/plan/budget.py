@@ -138,9 +138,9 @@ def _verdict(found: Sequence[Offer], fit: Fit | None, recipe: str) -> list[str]:
             f"{fmt.count(fit.parameters[1])} parameters of matrices and head and {fmt.count(fit.tokens[1])} tokens of textbooks.",
             "",
         )
-    if not tells(best.bits_per_byte):
+    if not tells(best.bits_per_byte, best.beyond):
         return lines + wrapped(
-            "The interval is so wide that the fit tells nothing here, so nothing is chosen. Runs nearer to this size would.", ""
+            "The fit tells nothing here, because its interval is too wide or its runs are too far away, so nothing is chosen.", ""
         )
     text = {
         "base": [recipe, best.family], "total_tokens": round(best.tokens.value), "max_minutes": None,

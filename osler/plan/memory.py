@@ -24,6 +24,7 @@ MODES: tuple[Mode, ...] = ("off", "selective", "full")
 MOST_ROWS = 4096
 INDEX_BYTES = 4  # the size of a chosen key's number
 UNTILED, TILED = (2048, 1 << 28), (4096, 400 << 20)  # the most tokens and bytes of a chunk of logits (ops/cross_entropy.py)
+COMPILED_AGAIN = {"selective": 0.5, "full": 2.0}  # layers that are whole at a time (by hand, two layers x 256 on a CPU)
 ATTENTION_PIECE = 128  # queries that are computed at a time on a CPU (ops/attention.py)
 EVALUATED_TOKENS = 16_384  # tokens of a forward pass in an evaluation (eval/likelihood.py)
 
@@ -117,12 +118,12 @@ def layer_elements(model: ModelConfig, mode: Mode, *, compiled: bool, weights_of
 def activation_bytes(one: Pass, mode: Mode) -> tuple[float, float]:
     """Return the bytes that the layers keep for the backward pass, and those of what is recomputed at a time.
 
-    That is one layer, and in compiled code, which begins the next one early, two.
+    That is one layer; compiled code begins the next one early with `full`, and needs only a part of one with `selective`.
     """
     heads = 0.0 if chooses(one) else keys_of(one.seq_len, one.on_cpu)
     whole = layer_elements(one.model, "off", compiled=one.compiled, weights_of_head=heads)
     kept = one.model.num_layers * layer_elements(one.model, mode, compiled=one.compiled, weights_of_head=heads)
-    again = 0 if mode == "off" else min(2, one.model.num_layers) if one.compiled else 1
+    again = 0.0 if mode == "off" else COMPILED_AGAIN[mode] if one.compiled else 1.0
     return one.tokens * kept * one.width, one.tokens * again * whole * one.width
 
 

@@ -4,7 +4,8 @@
 
 Parameters are those of matrices and head, which FLOPs are counted of. ``benchmarks/scaling_fit.py`` makes the runs and writes the
 fit to ``scaling_fit.json``, with fits of the runs drawn again with replacement (bootstrap), from which an interval follows. Far
-from the runs the interval grows, and where it is wider than ``WIDEST`` the fit tells nothing. Without the file there is no fit.
+from the runs the interval grows; where it is wider than ``WIDEST``, or the runs are farther away than ``FARTHEST``, the fit tells
+nothing. Without the file there is no fit.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ FIT_FILE = Path(__file__).with_name("scaling_fit.json")
 EXPONENTS = tuple(number / 100 for number in range(4, 121, 4))  # that are tried for parameters and tokens
 INTERVAL = (0.05, 0.95)  # of the bootstrap's predictions
 WIDEST = 0.25  # share of the value; a wider interval tells nothing
+FARTHEST = 1000.0  # times beyond the runs; the bootstrap does not know whether the formula still holds there
 SOURCE = "fitted on Osler's own small runs (scaling_fit.py)"
 
 
@@ -71,9 +73,9 @@ class Fit:
         return max(1.0, *(max(number / high, low / number) for number, (low, high) in ranges))
 
 
-def tells(estimate: Estimate) -> bool:
-    """Return whether an interval is narrow enough to say anything."""
-    return estimate.high - estimate.low <= WIDEST * estimate.value
+def tells(estimate: Estimate, beyond: float) -> bool:
+    """Return whether an interval is narrow enough, and its place near enough to the runs, to say anything."""
+    return estimate.high - estimate.low <= WIDEST * estimate.value and beyond <= FARTHEST
 
 
 def counted_parameters(model: ModelConfig) -> float:

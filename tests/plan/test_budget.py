@@ -23,7 +23,6 @@ from osler.plan.scaling import Curve, Fit, Point, counted_parameters, fit_points
 from osler.runtime.errors import UserError
 from osler.train.config import TrainConfig
 
-OPTIONS = dict.fromkeys(("gpu", "gpus", "hours", "budget", "price", "table"), None) | {"as_table": "md"}
 EIGHT = Where(find_device("h100"), gpus=8, price=2.5)
 TRUE = Curve(floor=0.6, of_parameters=30.0, alpha=0.32, of_tokens=400.0, beta=0.4)
 
@@ -70,7 +69,7 @@ def test_a_committed_fit_is_read_and_without_one_nothing_is_chosen(tmp_path, mon
 
 def with_fit(monkeypatch, fit: Fit | None) -> str:
     monkeypatch.setattr(budget, "read_fit", lambda: fit)
-    return plan(None, [], **{**OPTIONS, "gpu": "h100", "gpus": 8, "price": 2.5, "budget": 20.0})
+    return plan(None, [], gpu="h100", gpus=8, price=2.5, budget=20.0)
 
 
 def test_money_without_a_fit_says_so_and_chooses_nothing(monkeypatch) -> None:
@@ -80,7 +79,7 @@ def test_money_without_a_fit_says_so_and_chooses_nothing(monkeypatch) -> None:
 
 
 def test_the_choice_is_a_recipe_that_costs_the_money(monkeypatch, tmp_path) -> None:
-    fit = Fit(TRUE, (TRUE,), (3e5, 1e7), (1e6, 6.4e7))
+    fit = Fit(TRUE, (TRUE,), (3e5, 1e7), (1e6, 6.4e8))
     text = " ".join(with_fit(monkeypatch, fit).split())
     assert "This extrapolates:" in text and "times beyond the runs of the fit" in text
     yaml = with_fit(monkeypatch, fit).split("As a recipe:\n\n")[1]
@@ -96,9 +95,9 @@ def test_the_choice_is_a_recipe_that_costs_the_money(monkeypatch, tmp_path) -> N
 def test_an_interval_that_is_too_wide_chooses_nothing(monkeypatch) -> None:
     other = TRUE._replace(floor=2.0)
     fit = Fit(TRUE, (TRUE, other), (3e5, 1e7), (1e6, 6.4e7))
-    assert not tells(fit.at(1e8, 1e9))
+    assert not tells(fit.at(1e8, 1e9), 1.0) and not tells(Fit(TRUE, (TRUE,), (1, 2), (1, 2)).at(1e8, 1e9), 5e7)
     text = with_fit(monkeypatch, fit)
-    assert "the fit tells nothing here" in " ".join(text.split()) and "As a recipe" not in text
+    assert "The fit tells nothing here" in " ".join(text.split()) and "As a recipe" not in text
 
 
 def test_parameters_of_the_fit_are_those_that_flops_are_counted_of() -> None:
@@ -110,21 +109,21 @@ def test_parameters_of_the_fit_are_those_that_flops_are_counted_of() -> None:
 
 def test_money_needs_a_price() -> None:
     with pytest.raises(UserError, match="price of L4 is not known: give --price"):
-        plan(None, [], **{**OPTIONS, "gpu": "l4", "budget": 20.0})
+        plan(None, [], gpu="l4", budget=20.0)
     with pytest.raises(UserError, match="give one of them"):
-        plan("debug", [], **{**OPTIONS, "budget": 20.0, "hours": 2.0})
+        plan("debug", [], budget=20.0, hours=2.0)
     with pytest.raises(UserError, match=r"--gpus -1 must be above 0"):
-        plan("debug", [], **{**OPTIONS, "gpus": -1})
+        plan("debug", [], gpus=-1)
 
 
 def table(name: str, **options: object) -> list[list[str]]:
-    text = plan(None, [], **{**OPTIONS, "table": name, "as_table": "csv", **options})
+    text = plan(None, [], table=name, as_table="csv", **options)
     return list(csv.reader(io.StringIO(text)))
 
 
 def test_a_table_is_the_same_in_markdown_and_csv() -> None:
     rows = table("devices")
-    lines = plan(None, [], **{**OPTIONS, "table": "devices"}).splitlines()
+    lines = plan(None, [], table="devices").splitlines()
     assert lines[1] == "|" + "---|" * len(rows[0])
     assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in [lines[0], *lines[2:]]] == rows
     assert ["h100", "H100 SXM", "989", "1979", "80", "3350", "2.40 to 4.29", "2026-11-01"] in rows

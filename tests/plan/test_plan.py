@@ -19,7 +19,6 @@ from osler.plan.planner import plan_of
 from osler.runtime.errors import UserError
 from osler.train.config import TrainConfig
 
-OPTIONS = dict.fromkeys(("gpu", "gpus", "hours", "budget", "price", "table"), None) | {"as_table": "md"}
 H100 = Where(find_device("h100"))
 TRAINED = [name for name in available_recipes() if "kind" in load_recipe(name)]
 
@@ -125,12 +124,12 @@ def test_every_device_of_the_table_plans_and_prices_have_a_day() -> None:
 
 def test_what_cannot_be_planned_is_said(tmp_path) -> None:
     with pytest.raises(UserError, match="is a model and no run"):
-        plan("pure-tiny", [], **OPTIONS)
+        plan("pure-tiny", [])
     with pytest.raises(UserError, match="init_from is not given, so its size is unknown"):
-        plan("grpo-medqa", [], **OPTIONS)
+        plan("grpo-medqa", [])
     with pytest.raises(UserError, match="which recipe"):
-        plan(None, [], **OPTIONS)
-    text = plan("distill/sft", ["init_from=distill/pretrain", "teacher.path=runs/none"], **OPTIONS)
+        plan(None, [])
+    text = plan("distill/sft", ["init_from=distill/pretrain", "teacher.path=runs/none"])
     assert "Not planned: the teacher runs/none" in text
 
 
