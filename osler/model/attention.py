@@ -1,9 +1,9 @@
 """Grouped-query self-attention with QK-norm before RoPE.
 
-The rest of the model uses five things of an attention: ``forward`` to train, ``mask_of`` for what it must know of documents,
-``project`` to show queries and keys, ``cache_class`` for what decoding needs of past tokens, and ``for_decoding``, the same
-weights with ``prefill`` (whole prompts) and ``step`` (one more token of every row). Another kind is one more file with these five
-and an entry in ``ATTENTIONS`` (``transformer.py``); ``sparse_attention.py`` is one.
+An attention has five parts that the rest of the model uses: ``forward`` for training, ``mask_of`` to make its mask from document
+ids, ``project`` to show queries and keys, ``cache_class`` for the past tokens that decoding needs, and ``for_decoding``, the same
+weights with ``prefill`` (whole prompts) and ``step`` (one more token of every row). Another kind of attention is one more file
+with these five parts, such as ``sparse_attention.py``, and an entry in ``ATTENTIONS`` (``transformer.py``).
 
 Half of a decode step goes into calling small operators (two CPU cores, 64 rows, 4 layers x 128). So q, k and v are one matmul, q
 and k are normalised and rotated together, and query heads that share a key/value head are one small matmul against the cache:

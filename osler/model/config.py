@@ -33,7 +33,7 @@ class SparseAttentionConfig:
     index_heads: PositiveInt = 4  # heads of the index
     index_head_dim: PositiveInt = 64  # width of an index head and of the index key of a token; a multiple of 4
     top_k: PositiveInt = 256  # keys that a token attends to; rows that are no longer are attended to densely
-    local_window: PositiveInt = 32  # of these, how many are the latest ones, the token itself included, whatever the index says
+    local_window: PositiveInt = 32  # how many of these keys are always the latest ones, the token itself included
     # whether all heads of a token share one choice of keys, or each key/value head has its own share of the index heads
     selection: Literal["token", "per_kv_group"] = "token"
 
@@ -49,11 +49,11 @@ class SparseAttentionConfig:
             )
 
     def parameters(self, hidden_size: int) -> int:
-        """Parameters of the index of a layer."""
+        """Return the number of parameters of a layer's index."""
         return hidden_size * (self.index_heads * self.index_head_dim + self.index_head_dim + self.index_heads)
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Training FLOPs of the scores of a layer: of all keys forward, of the chosen ones alone backward."""
+        """Return the training FLOPs of a layer's scores: of all keys forward, but only of the chosen ones backward."""
         return 2 * self.index_heads * self.index_head_dim * (seq_len + 2 * min(self.top_k, seq_len))
 
 
@@ -65,10 +65,10 @@ class YarnConfig:
     """RoPE for longer rows than a model was trained on (YaRN, arXiv 2309.00071)."""
 
     type: Literal["yarn"] = "yarn"
-    factor: Annotated[float, Ge(1)]  # how many times as long the rows may be; the slowest rotations are slowed by it
-    original_max_seq_len: PositiveInt  # tokens of the rows before
-    beta_fast: PositiveFloat = 32.0  # pairs that rotate at least so many times in such a row keep their speed
-    beta_slow: PositiveFloat = 1.0  # pairs that rotate at most so many times are slowed by the whole factor
+    factor: Annotated[float, Ge(1)]  # rows may be this many times as long; the slowest rotations are slowed by it
+    original_max_seq_len: PositiveInt  # tokens of the longest rows before
+    beta_fast: PositiveFloat = 32.0  # pairs that rotate at least this often in such a row keep their speed
+    beta_slow: PositiveFloat = 1.0  # pairs that rotate at most this often are slowed by the whole factor
 
     def __post_init__(self) -> None:
         if self.beta_fast <= self.beta_slow:
@@ -87,7 +87,7 @@ class ModelConfig:
     head_dim: PositiveInt = 32  # width of a head; even
     attention: AttentionConfig = DenseAttentionConfig()  # which of the tokens before it a token attends to
     vocab_size: PositiveInt = 2048  # tokens; no fewer than the tokenizer's
-    max_seq_len: Annotated[int, Ge(2)] = 2048  # tokens of context at most
+    max_seq_len: Annotated[int, Ge(2)] = 2048  # the most tokens of context
     rope_theta: PositiveFloat = 10_000.0  # base of the rotary position embedding
     rope_scaling: YarnConfig | None = None  # RoPE for longer rows than before; a run sets it with `context`
     norm_eps: PositiveFloat = 1e-6  # added to the mean square in every RMSNorm
@@ -170,14 +170,14 @@ class ModelConfig:
         return self._matrix_parameters + self._embedding_parameters + head + norms + qk_norms
 
     def weight_bytes(self, bits: float = 32) -> int:
-        """Return the bytes of all parameters at so many bits each; with scales `osler quantize` writes 8.5 or 4.5 bits."""
+        """Return the bytes of all parameters with ``bits`` bits each; `osler quantize` writes 8.5 or 4.5, scales included."""
         return round(self.num_parameters * bits / 8)
 
     def flops_per_token(self, seq_len: int) -> int:
         """Return the training FLOPs per token by the PaLM convention (non-causal).
 
-        6 x (matrices and head) + 12 x num_layers x num_heads x head_dim x keys, where keys are seq_len. A sparse model has top_k
-        keys at most, and the scores of its index.
+        6 x (matrices and head) + 12 x num_layers x num_heads x head_dim x keys, where keys are seq_len. For a sparse model,
+        keys are top_k at most, and the scores of its index are added.
         """
         head = self._embedding_parameters if self.tie_embeddings else self.vocab_size * self.hidden_size
         attention, keys = 0, seq_len
@@ -190,11 +190,11 @@ class ModelConfig:
         """The shortest rows in which sparse attention costs fewer training FLOPs than dense; None where it never does."""
         sparse, dense = self, replace(self, attention=DenseAttentionConfig())
         assert isinstance(self.attention, SparseAttentionConfig)
-        # Both are straight lines in the length from top_k on, where sparse attention costs more by its index.
+        # From top_k on, both grow linearly with the length; at top_k sparse attention costs more, because of its index.
         start = self.attention.top_k
-        behind = sparse.flops_per_token(start) - dense.flops_per_token(start)
-        gain = (dense.flops_per_token(start + 1) - sparse.flops_per_token(start + 1)) + behind  # per token of length
-        return start + behind // gain + 1 if gain > 0 else None
+        extra = sparse.flops_per_token(start) - dense.flops_per_token(start)
+        gain = (dense.flops_per_token(start + 1) - sparse.flops_per_token(start + 1)) + extra  # per token of length
+        return start + extra // gain + 1 if gain > 0 else None
 
     def words_of_attention(self) -> dict[str, str]:
         """Return in words when sparse attention pays, as an entry of the numbers of a recipe; none for dense attention."""
@@ -212,7 +212,7 @@ class ModelConfig:
 
 
 def model_in(recipe: Mapping[str, Any], source: str) -> ModelConfig | None:
-    """Return the shape of the model that a recipe makes, of a pipeline its first; None where each stage is given one."""
+    """Return the shape of the model that a recipe makes, or a pipeline makes first; None if it only starts from other models."""
     sections = (part for part in (recipe, *recipe.values()) if isinstance(part, Mapping))
     shape = next((part["model"] for part in sections if "model" in part), None)
     if shape is None:
@@ -232,7 +232,7 @@ class ContextConfig:
     max_seq_len: Annotated[int, Ge(2)]  # tokens of context from here on
     # what RoPE becomes: keep leaves it as it is, base raises rope_theta, yarn slows its slow rotations
     rope: Literal["keep", "base", "yarn"] = "keep"
-    # of rope=base; null: the slowest rotation is slowed by as much as the rows grow, as "NTK-aware" scaling does
+    # the new base for rope=base; null: one that slows the slowest rotation by as much as rows grow ("NTK-aware" scaling)
     rope_theta: PositiveFloat | None = None
 
     def __post_init__(self) -> None:

@@ -17,11 +17,11 @@ from torch import Tensor
 from osler.ops.labels import IGNORED
 
 WEIGHT_PIECE = 1 << 25  # elements of a weight gradient that are widened to fp32 at a time: 128 MB
-CHUNK_BYTES = 1 << 28  # of logits; in fp32 these are 1,280 tokens with 50k words, or 320 with 200k
+CHUNK_BYTES = 1 << 28  # the most in a chunk of logits: in fp32 1,280 tokens with 50k words, or 320 with 200k
 BLOCK_LOGITS = {"cpu": 1 << 21}  # logits that are widened to fp32 at a time: few enough to stay in the cache
 TILES = {"cpu": 4}  # parts of the vocabulary that compiled code takes one after another, each at least TILE_WORDS wide
 TILE_WORDS = 12_800
-TILED_CHUNK_TOKENS, TILED_CHUNK_BYTES = 4096, 400 << 20  # beside the logits, only one tile's gradient is in memory
+TILED_CHUNK_TOKENS, TILED_CHUNK_BYTES = 4096, 400 << 20  # larger, because only one tile's gradient is in memory beside the logits
 
 Chunks = list[tuple[Tensor, Tensor, Tensor]]  # features [C, R], labels [C] and the scale of each label's loss [C]
 Tiles = list[tuple[int, Tensor]]  # the first word of each tile, and its rows of the head
@@ -137,7 +137,7 @@ def _into_gradient(logits_CV: Tensor, label_C: Tensor, scale_C: Tensor, vocab_si
 def add_weight_gradient(grad_weight_VR: Tensor, grad_logits_CV: Tensor, x_CR: Tensor) -> None:
     """Add one chunk's part, in pieces of the vocabulary, because the whole widened product would be as large as the sum."""
     rows = max(1, WEIGHT_PIECE // x_CR.shape[1])
-    if rows >= grad_weight_VR.shape[0] or torch.compiler.is_compiling():  # compiled, nothing is widened on its own
+    if rows >= grad_weight_VR.shape[0] or torch.compiler.is_compiling():  # compiled code widens nothing separately
         grad_weight_VR += grad_logits_CV.T @ x_CR
         return
     for sum_PR, part_CP in zip(grad_weight_VR.split(rows), grad_logits_CV.split(rows, dim=1), strict=True):
@@ -147,7 +147,7 @@ def add_weight_gradient(grad_weight_VR: Tensor, grad_logits_CV: Tensor, x_CR: Te
 def _compiled_gradients(chunks: Chunks, head_VR: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the same as ``_eager_gradients``, in a form for a compiler, which fuses the operations on a logit.
 
-    On a CPU it goes by tiles of the vocabulary, so that the matmuls behind a tile's gradient find more of it in the cache.
+    On a CPU it goes by tiles of the vocabulary, so that the matmuls after a tile's gradient find more of it in the cache.
     """
     tile_words = _tile_words(head_VR)
     tiles = list(zip(range(0, head_VR.shape[0], tile_words), head_VR.split(tile_words), strict=True))

@@ -150,7 +150,7 @@ def fused_descent(
 def equal_shapes(parameters: Iterable[Tensor], multiple: int) -> Iterator[list[Tensor]]:
     """Yield lists of matrices that can be stacked: equal shape, dtype and device.
 
-    A list has at most ``STACK_ELEMENTS``, but at least ``multiple`` matrices if there are so many. Its length is a multiple of
+    A list has at most ``STACK_ELEMENTS``, but at least ``multiple`` matrices if there are that many. Its length is a multiple of
     ``multiple``, except for the last list of a shape.
     """
     by_shape: dict[Any, list[Tensor]] = {}

@@ -47,10 +47,9 @@ PLANNED_SHARE = 0.97  # share of the minutes that training takes; the rest is fo
 class StepResult(NamedTuple):
     """The results of a step, on the device: mean loss in nats per learned token, gradient norm before clipping, 1 if skipped.
 
-    The loss is the cross-entropy, even if a teacher or an index adds to what is minimised; ``parts`` has the values of what
-    ``TrainStep.parts`` names, per learned token.
-    The loss is a rank's part: its mean over the ranks is that of the global batch. It is NaN on all ranks when none has a token
-    to learn; the gradient is zero then.
+    The loss is the cross-entropy, even if a teacher or an index adds to what is minimised. It is a rank's part: its mean over
+    the ranks is the loss of the global batch. When no rank has a token to learn, it is NaN everywhere, and the gradient is zero.
+    ``parts`` has the values of the metrics in ``TrainStep.parts``, per learned token.
     """
 
     loss: Tensor
@@ -107,8 +106,8 @@ class TrainStep:
             ids, labels = (part[rows].to(self.device, non_blocking=True) for part in (batch.ids, batch.labels))
             documents = batch.document_ids[rows].to(self.device, non_blocking=True) if self.document_mask else None
             with nullcontext() if start + micro >= num_rows else self.engine.accumulating():
-                taught = () if self.teacher is None else self.teacher(ids, documents)
-                losses = self.engine.loss(ids, labels, documents, *taught).view(-1) / learned_tokens
+                from_teacher = () if self.teacher is None else self.teacher(ids, documents)
+                losses = self.engine.loss(ids, labels, documents, *from_teacher).view(-1) / learned_tokens
                 losses = nan_gradient_unless_finite(losses)
                 self.mark("forward")
                 self.engine.backward(losses[-1])
