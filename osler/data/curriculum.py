@@ -64,7 +64,7 @@ class Timeline:
     def steps_for(self, tokens: int) -> int:
         """Return the smallest number of steps that sees this number of tokens."""
         steps = self.steps_within(tokens)
-        return steps + (self.tokens_before(steps) < tokens)
+        return steps if self.tokens_before(steps) >= tokens else steps + 1
 
     def shares(self, total_tokens: int) -> list[tuple[Span, int]]:
         """Return the stages that a run of this length reaches, with the number of tokens that each gets."""
@@ -76,8 +76,7 @@ class Timeline:
 def lay_out(curriculum: Sequence[CurriculumStage], *, seq_len: int, batch_tokens: int) -> Timeline:
     """Return the timeline of a curriculum; without stages it is one stage to the end of the run.
 
-    `seq_len` is the longest row of the run, `batch_tokens` the batch of stages that name none. Raises ValueError when the
-    stages contradict each other.
+    `seq_len` is the run's longest row, `batch_tokens` the batch of stages that name none. Raises ValueError when stages clash.
     """
     stages = curriculum or (CurriculumStage(seq_len=seq_len),)
     spans: list[Span] = []

@@ -17,8 +17,7 @@ PERIOD = 1000
 class Mixture:
     """The source of each row, for weights relative to one another.
 
-    Raises ValueError when all weights are 0, or when one is so small that its source would get no row of `PERIOD`; the
-    message names that source.
+    Raises ValueError when all weights are 0, or when a source, which it names, would get no row of `PERIOD`.
     """
 
     def __init__(self, weights: Sequence[float], names: Sequence[str] = ()) -> None:

@@ -96,9 +96,11 @@ def open_folder(out: Path, *, growing: bool = False, reused: bool = True) -> Pre
 
 
 def tell(prepared: Prepared) -> Prepared:
-    """Log what is in a finished folder, and return it."""
+    """Return the folder, and log what is in it if it is finished."""
     manifest, out = read_data_manifest(prepared.folder), prepared.folder
-    for source in prepared.sources if manifest["complete"] else ():
+    if not manifest["complete"]:
+        return prepared
+    for source in prepared.sources:
         entry = manifest["sources"][source.name]
         place = f"{'Reusing the data prepared in' if prepared.reused else 'Prepared'} {out / source.name}"
         held = f", {source.validation.num_documents:,} held out" if source.validation is not None else ""
@@ -106,7 +108,7 @@ def tell(prepared: Prepared) -> Prepared:
         copies = f"; dropped {entry['dropped_copies']:,} copies of validation" if entry["dropped_copies"] else ""
         counts = f"{source.train.num_documents:,} documents, {source.train.num_tokens:,} tokens"
         logger.info(f"{place}: {counts}{held}{empty}{copies}")
-    for name, shards in prepared.named_validation.items() if manifest["complete"] else ():
+    for name, shards in prepared.named_validation.items():
         logger.info(f"Validation set {name}: {shards.num_documents:,} documents, {shards.num_tokens:,} tokens")
     return prepared
 

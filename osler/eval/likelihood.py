@@ -145,8 +145,7 @@ class TextScore:
 def measure(model: Transformer, batches: Iterable[tuple[Tensor, ...]], total_bytes: int, world: World | None = None) -> TextScore:
     """Return the score of ``batches`` of (ids_BT, labels_BT) or (ids_BT, labels_BT, document_BT), whose text has ``total_bytes``.
 
-    The ranks of ``world`` are given the same batches and share them. Raises UserError without text, and AskedToStop when
-    the run is asked to stop.
+    The ranks of ``world`` share the same batches. Raises UserError without text, and AskedToStop when the run is asked to stop.
     """
     world = world or World()
     nats, tokens, right = 0.0, 0, 0

@@ -311,8 +311,9 @@ def table(scores: Sequence[ScoredExam]) -> str:
             letters.append(f"  {score.split}, {score.method}: {counts}")
         notes += remarks(score)
         grids += grid(score)
-    below = [*(["", "letters answered", *letters] if letters else []), *grids, *([""] if notes else []), *notes]
-    return "\n".join([fmt.table(rows, left=2), *(["", fmt.table(more, left=3)] if len(more) > 1 else []), *below])
+    lines = [fmt.table(rows, left=2), *(["", fmt.table(more, left=3)] if len(more) > 1 else [])]
+    lines += ["", "letters answered", *letters] if letters else []
+    return "\n".join([*lines, *grids, *([""] if notes else []), *notes])
 
 
 def grid(score: ScoredExam) -> Iterator[str]:

@@ -168,8 +168,7 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
 def majority(results: Sequence[Result]) -> float:
     """Return whether the answer that was given most often is right; on a tie, the share of the tied answers that are right.
 
-    Numbers vote by their value, options and other texts as they are compared with the right one. An answer that cannot be read
-    does not vote.
+    Numbers vote by their value, options and other texts as in the comparison with the right one. Unreadable answers do not vote.
     """
     votes = Counter(_vote(result) for result in results if result.status == ANSWERED)
     most = max(votes.values(), default=0)
@@ -248,8 +247,7 @@ def wilson(correct: float, n: float) -> tuple[float, float]:
 def mean_interval(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> tuple[float, float]:
     """Return Wilson's interval for the mean of ``values`` in [0, 1], at the effective sample size that the clusters leave.
 
-    This size is never above the number of values. Where the variance is zero, as of values that are all alike, it is the number
-    of clusters.
+    This size is never above the number of values. Where the variance is zero (all values alike), it is the number of clusters.
     """
     if not values:
         raise ValueError("no items: a mean of nothing has no interval")

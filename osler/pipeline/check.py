@@ -71,7 +71,8 @@ def check_stage(pipeline: PipelineConfig, name: str, run: RunFolder) -> None:
     """Raise UserError when a stage that is not finished could not be carried out; ``run`` is the folder of the pipeline."""
     stage, stages = pipeline.stages[name], pipeline.stages
     has_begun = not isinstance(stage, ExamStage) and RunFolder(run.root / name).config.exists()
-    for text in [] if has_begun else references_of(stage):
+    references = [] if has_begun else references_of(stage)
+    for text in references:
         if not read_reference(text, stages)[0]:
             _find_outside(text, list(stages)[: list(stages).index(name)])
         check_fit(stage, origin_of(pipeline, text, run))

@@ -155,7 +155,8 @@ class Pipeline:
 
     def refuse_gone(self, name: str, stage: Stage) -> None:
         """Raise UserError when a stage starts from a finished one whose folder is gone."""
-        for text in [] if self.has_begun(name) else references_of(stage):
+        references = [] if self.has_begun(name) else references_of(stage)
+        for text in references:
             above = self.folder(read_reference(text, self.config.stages)[0])
             if above.root.name in [done.name for done in self.finished] and not above.config.exists():
                 raise UserError(
@@ -283,7 +284,8 @@ class Pipeline:
             start = self.checkpoint(f"{name}@start")
             above = read_reference(trained.init_from, self.config.stages)[0]
             is_branch = bool(above) and self.checkpoint(above) != start
-            for before in [label for label, other in stage.of.items() if label != after and self.checkpoint(other) == start][:1]:
+            starts = [label for label, other in stage.of.items() if label != after and self.checkpoint(other) == start]
+            for before in starts[:1]:  # several labels may name the same checkpoint
                 pairs = [(early, late) for early in scores[before] for late in scores[after] if same_exam(early, late)]
                 for early, late in pairs:
                     title = late.split if late.method == "generation" else f"{late.split}, {late.method}"

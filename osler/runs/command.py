@@ -135,8 +135,7 @@ def describe_plan(job: Job, config: Any, folder: RunFolder, back_to: int | None)
     """Return what ``--dry-run`` prints: the resolved config, and as comments what follows from it. Nothing is changed.
 
     If the run takes its model from a checkpoint, that model is printed in place of the section ``model``, and the section
-    ``tokenizer`` is left out, because the run uses neither section. Raises UserError for anything that would keep the run from
-    starting.
+    ``tokenizer`` is left out, because the run uses neither. Raises UserError for anything that keeps the run from starting.
     """
     run = Run(folder, World())
     run.events = EventLog(os.devnull)

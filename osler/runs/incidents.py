@@ -39,8 +39,7 @@ class Incidents:
     """Watches the numbers of every step, reports and records what is wrong with them, and rolls the run back.
 
     ``details`` returns the details of a step (1, 2 ...) as JSON: ``tokens``, ``lr``, and the ids of its questions or the numbers
-    of its rows, not counting the ``data_offset``, which is given beside them. Every rank has an instance; only rank 0 writes and
-    logs.
+    of its rows, not counting the ``data_offset``, which is given beside them. Every rank has one; only rank 0 writes and logs.
     """
 
     def __init__(self, config: RunConfig, run: Run, details: Callable[[int], Mapping[str, Any]]) -> None:
@@ -113,8 +112,7 @@ class Incidents:
     def roll_back(self, step: int, restore: Callable[[store.Loaded], None], position: Callable[[], int]) -> None:
         """Go back to the last good checkpoint with ``restore`` and skip the data since then; the caller saves at once.
 
-        ``position`` returns the trainer's place in the data, in the unit of ``data_offset``. Raises UserError on every rank when
-        the run cannot go back.
+        ``position`` returns the place in the data, in the unit of ``data_offset``. Every rank raises UserError if that fails.
         """
         path = self.run.world.broadcast_from_first(self._last_good)
         if path is None or self.rollbacks >= self.limits.max_rollbacks:

@@ -1,8 +1,7 @@
 """Resume: ``find_start`` finds the checkpoint that a process continues from, ``resume`` restores a trainer and its loop from it.
 
 A process continues from the newest good checkpoint of the run, from an earlier one (going back), from one of another run (a
-branch), or from none (the run begins at step 0). The place in the data needs no restoring, because it is computed from the step
-(``data/order.py``).
+branch), or from none (the run begins at step 0). The place in the data follows from the step (``data/order.py``).
 
 Going back (``--from-step``) sets aside everything that the run wrote after a checkpoint. This checkpoint is then the newest, and
 the run is, bit for bit, as if it had been stopped there.

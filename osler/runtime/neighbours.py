@@ -4,8 +4,7 @@ The threads of a team wait for each other thousands of times a second. Spinning 
 is the slowest beside other work, because a thread that spins uses up its share of a CPU before it can resume
 (``benchmarks/bench_neighbour.py``). GNU's OpenMP (libgomp, which torch brings on Linux) spins only for a moment while it has more
 threads than there are CPUs. So while other processes are busy, extra Python threads keep idle teams of their own. The team that
-computes keeps its size, so no bit of a result changes. On other systems, or when the user set one of ``OWN_SETTINGS``, nothing
-happens.
+computes keeps its size, so results stay the same. On other systems, or if the user set one of ``OWN_SETTINGS``, nothing happens.
 """
 
 import os

@@ -3,8 +3,7 @@
 The exam and the rewards share ``read_answer``, so a score and a reward never disagree. It reads the form that models are taught
 (``amoxicillin (B)``) and forms with one meaning: ``B``, ``B) amoxicillin``, ``The answer is B``, the exact text of one option.
 What could mean something else counts as wrong, because guessing would reward tricks: text and letter that contradict each other,
-a negation, alternative or doubt ("not (A)", "A or (B)"), a second letter or number, an answer that the length limit cut inside a
-word.
+a negation, alternative or doubt ("not (A)", "A or (B)"), a second letter or number, or a word that the length limit cut.
 
 A number is one word of digits, such as ``-5``, ``$1,080`` or ``72 apples``; units are ignored, because the answers of GSM8K have
 none. A number is not read if something is glued to it (``5k``, ``1e3``, ``1/2``), if it has other separators, or beside words

@@ -89,8 +89,7 @@ def render_question(item: ExamItem) -> str:
 def render_plain(item: ExamItem, form: Form) -> str:
     """Return the text of a prompt without the template, as lm-evaluation-harness writes it: solved examples, then the item.
 
-    An item is "Question: ... Answer:", with a list of the options in the form "letters". A program stands as it is, and so does a
-    story in the other forms.
+    An item is "Question: ... Answer:", with a list of the options in the form "letters". A program, or a story, stands as it is.
     """
 
     def alone(item: ExamItem) -> str:
@@ -161,7 +160,8 @@ def points_at_options(text: str) -> bool:
         return True
     words = re.findall(r"[^\W_]+", text.casefold())
     labels = sum(_LABEL.fullmatch(word) is not None for word in words)
-    if len(words) < 1 + (labels > 0) or not all(_LABEL.fullmatch(word) or _POINTING_WORD.fullmatch(word) for word in words):
+    least_words = 2 if labels else 1
+    if len(words) < least_words or not all(_LABEL.fullmatch(word) or _POINTING_WORD.fullmatch(word) for word in words):
         return False
     is_number = re.search(r"\d[./:–-]\d", text) is not None  # 1.5, 1/2, 2-3
     return any(map(_QUANTIFIER.fullmatch, words)) or (labels > 0 and not is_number)

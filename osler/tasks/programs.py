@@ -25,7 +25,7 @@ PASSED = "passed"
 TIMED_OUT = "timed out"
 NO_CODE = ("SyntaxError", "IndentationError", "TabError")  # what ends an answer that is no program
 CPU_SECONDS = 5
-WALL_SECONDS = 30  # ends a program that waits; on a busy machine other work counts, too
+WALL_SECONDS = 30  # by the clock, because a program that waits takes no CPU time
 MEMORY_BYTES, FILE_BYTES, OPEN_FILES = 1 << 30, 1 << 20, 32
 
 _BLOCK = re.compile(r"```[ \w]*\n(.*?)(?:^```|\Z)", re.DOTALL | re.MULTILINE)
@@ -49,7 +49,7 @@ def complete(prompt: str, answer: str) -> str:
     """
     blocks = _BLOCK.findall(answer)
     code = next((block for block in blocks if "def " in block), blocks[0] if blocks else answer).rstrip()
-    if _TOP_LEVEL.match(code) and set(_FUNCTION.findall(prompt)[-1:]) & set(_FUNCTION.findall(code)):
+    if _TOP_LEVEL.match(code) and set(_FUNCTION.findall(prompt)[-1:]) & set(_FUNCTION.findall(code)):  # the whole function
         return f"{prompt}\n    pass\n\n\n{code}\n"
     if not code[:1].isspace() and re.search(r"\nreturn\b", code):  # the whole body has lost its indentation
         code = textwrap.indent(code, "    ")
@@ -110,7 +110,7 @@ def _limit(cpu_seconds: int, wall_seconds: int) -> None:
     limits = {"CPU": cpu_seconds, "AS": MEMORY_BYTES, "FSIZE": FILE_BYTES, "NOFILE": OPEN_FILES, "NPROC": 0, "CORE": 0}
     for name, limit in limits.items():
         if (kind := getattr(resource, f"RLIMIT_{name}", None)) is not None:
-            most = limit + (name == "CPU")  # at the limit a signal says so, and a second later the process is killed
+            most = limit + 1 if name == "CPU" else limit  # at the limit comes a signal; a second later the process is killed
             hard = resource.getrlimit(kind)[1]
             hard = most if hard == resource.RLIM_INFINITY else min(most, hard)
             try:
@@ -124,7 +124,8 @@ def _guard(folder: str) -> Callable[[str, tuple[Any, ...]], None]:
         if event.startswith(_REFUSED):
             raise PermissionError(f"{event} is refused")
         writes = event == "open" and isinstance(given[2], int) and given[2] & _WRITING
-        for path in given[: 2 if event != "open" else 1] if writes or event in _CHANGES else ():
+        paths = given[:1] if writes else given[:2] if event in _CHANGES else ()
+        for path in paths:
             inside = isinstance(path, (str, bytes)) and os.path.realpath(os.fsdecode(path)).startswith(folder + os.sep)
             if not inside and isinstance(path, (str, bytes, os.PathLike)):
                 raise PermissionError(f"{event} is refused outside of the folder of the program")

@@ -1,8 +1,7 @@
 """Rewards of reinforcement learning: pure functions of (item, completion). Osler's own return 0 to 1.
 
 Answers are read as the exam reads them (``osler.tasks.answers``), in bounded time. A reward for format alone destroys accuracy
-(a published run fell from 0.228 to 0.025), so ``format`` is for logging and ``gated_format`` pays for form only when the answer
-is right.
+(a published run fell from 0.228 to 0.025), so ``format`` is for logging and ``gated_format`` pays for form only in right answers.
 
 A function of one's own is named by its module or file (``my_module:brevity``, ``rewards.py:brevity``). Each rank runs it in a
 process of its own, because only a process can be stopped whatever it does.

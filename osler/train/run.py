@@ -143,7 +143,8 @@ def warn_of_plan(config: TrainConfig) -> None:
     timeline, total = config.timeline, config.total_tokens
     if config.max_minutes is None:
         warn_of_endless_warmup(config.schedule, total)
-    for lost in timeline.spans[len(timeline.shares(total)) :][:1]:  # the first stage that the run does not reach
+    unreached = timeline.spans[len(timeline.shares(total)) :]
+    for lost in unreached[:1]:  # one warning is enough
         logger.warning(
             f"stage {lost.number} of the curriculum would begin at {lost.first_token:,} tokens, but total_tokens is {total:,}: "
             f"the run never sees rows of {lost.seq_len} tokens. Lower the stages' until_tokens."

@@ -193,8 +193,9 @@ def shards_at_hand(config: TrainConfig, run: RunFolder, start: store.Loaded | No
         changed = differences(config, config_in(start), str(start.path / CONFIG))
         if not any(key.startswith(("data.", "validation")) for key in changed):
             parents = [*start.path.absolute().parents]
-            is_aside = len(parents) > 3 and parents[2].name == ASIDE  # then the run is one level further up
-            candidates += [parents[up] / DATA for up in ((1, 3) if is_aside else (1,))]
+            candidates.append(parents[1] / DATA)
+            if len(parents) > 3 and parents[2].name == ASIDE:  # then the run is further up
+                candidates.append(parents[3] / DATA)
     for folder in candidates:
         if (folder / DATA_MANIFEST).is_file() and _is_data_of(folder, start, whole=folder != own):
             return folder
