@@ -36,6 +36,7 @@ except ImportError as error:
 logger = logging.getLogger(__name__)
 
 BODY_SECONDS = 30.0  # the time that a client has to send a body
+MOST_BODIES = 16  # times the limit that is read of a larger body: a client hears nothing while it still sends
 OWN_NAMES = ("localhost", "127.0.0.1", "::1")  # by which a machine reaches itself
 NO_PATH = (
     "There is no such path. Osler has /v1/chat/completions, /v1/completions, /v1/options and /v1/models, /health, /metrics, and "
@@ -192,18 +193,19 @@ class Api:
             raise ApiError(415, "Send JSON, with the header Content-Type: application/json.", "unsupported_media_type")
         if (encoding := request.headers.get("content-encoding", "identity")) != "identity":
             raise ApiError(415, f"The body is compressed ({encoding}): send it as it is.", "unsupported_media_type")
-        limit, data, is_more = self.config.max_body_bytes, bytearray(), True
+        limit, data, received, is_more = self.config.max_body_bytes, bytearray(), 0, True
         close = {"Connection": "close"}
         deadline = time.monotonic() + BODY_SECONDS
-        while is_more:
+        while is_more and received <= MOST_BODIES * limit:
             try:
                 message = await asyncio.wait_for(request.receive(), max(deadline - time.monotonic(), 0))
             except asyncio.TimeoutError:
                 raise ApiError(408, f"The body did not arrive in {BODY_SECONDS:g} seconds.", "timeout", headers=close) from None
-            data += message.get("body", b"")
+            received += len(part := message.get("body", b""))
             is_more = message.get("more_body", False)
-            if len(data) > limit:
-                raise ApiError(413, f"The body has more than {limit} bytes.", "too_large", headers=close)
+            data += part if received <= limit else b""
+        if received > limit:
+            raise ApiError(413, f"The body has more than {limit} bytes.", "too_large", headers=close if is_more else {})
         if self.is_draining:
             raise ApiError(503, "The server is about to stop.", "draining", headers={"Retry-After": "5"})
         return bytes(data)
