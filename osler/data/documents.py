@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BufferedReader
-from itertools import compress, repeat
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -69,10 +69,10 @@ class Document:
 class Corpus:
     """Documents in parts. `read` gives the documents of a part, the same ones in any process; it can be pickled.
 
-    `options` are settings that decide the documents together with the files, such as the column that is read. The files of
-    `parts` tell whether data have changed. Documents whose hash is below `holdout_fraction` are held out, unless there are
-    `validation` documents; `seed` decides the order in which parts and documents are taken. `clean` leaves documents out.
-    `about` is what the data card says of the source, such as its licence.
+    `options` are the settings that decide what is read from the files, such as the column. The files of `parts` tell whether
+    data have changed. Documents whose hash is below `holdout_fraction` are held out, unless there are `validation` documents.
+    `seed` decides the order in which parts and documents are taken, and `clean` leaves documents out. `about` is what the data
+    card says of the source, such as its licence.
     """
 
     parts: Parts | Sequence[Part]
@@ -102,11 +102,11 @@ class Corpus:
         """Yield the documents of a part with their exact digests and what cleaning says of them; raises UserError."""
         try:
             for batch in batches(self.read(part), LOOK_CHARACTERS):
-                digests, filled = [document.exact_digest() for document in batch], [not document.is_empty for document in batch]
-                given = [document.texts for document in compress(batch, filled)]
+                given = [document.texts for document in batch if not document.is_empty]
                 looks = repeat(KEEP) if self.clean is None else iter(self.clean.looks(given))
-                for document, digest, is_filled in zip(batch, digests, filled, strict=True):
-                    yield document, digest, next(looks) if is_filled else KEEP._replace(reason=EMPTY)
+                for document in batch:
+                    look = KEEP._replace(reason=EMPTY) if document.is_empty else next(looks)
+                    yield document, document.exact_digest(), look
         except OSError as error:
             raise UserError(f"{part.file.name} could not be read: {error.strerror or error}.") from error
 
@@ -164,7 +164,7 @@ def in_memory(
 
 
 def batches(documents: Iterable[Document], characters: int) -> Iterator[list[Document]]:
-    """Yield documents in lists of at least this many characters; the last one has fewer."""
+    """Yield documents in lists of at least this many characters; the last list may have fewer."""
     batch: list[Document] = []
     size = 0
     for document in documents:

@@ -22,7 +22,7 @@ KEPT = [
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.osler.choose.default,  # this and index_all_keys score all keys, which is slow, and their results are small
+    torch.ops.osler.choose.default,  # slow, because it scores all keys, and its result is small; so is index_all_keys
     torch.ops.osler.gather_attention.default,
     torch.ops.osler.index_all_keys.default,
 ]

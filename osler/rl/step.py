@@ -84,7 +84,7 @@ def training_rows(groups: Sequence[Group], algorithm: AlgorithmConfig) -> list[T
 
 
 def assign_to_ranks(rows: Sequence[TrainingRow], chosen: Sequence[int], ranks: int) -> list[list[int]]:
-    """Assign the chosen indices to ranks, longest row first: to the one that drew the row, or the one with the fewest tokens."""
+    """Assign the chosen indices to ranks, longest row first: each to the rank that drew it, or to that with the fewest tokens."""
     shares: list[list[int]] = [[] for _ in range(ranks)]
     tokens = [0] * ranks
     for index in sorted(chosen, key=lambda i: -rows[i].tokens):
@@ -226,8 +226,8 @@ def has_moved_too_far(sums: dict[str, Tensor], algorithm: AlgorithmConfig, world
         return False
     totals = torch.stack([sums[name].double() for name in (*limits, "rows", "tokens")]).tolist()
     *found, rows, tokens = world.all_reduce_sum(*totals)
-    most = zip(found, limits.values(), (rows, tokens), strict=True)
-    return any(limit is not None and total > limit * count for total, limit, count in most)
+    checks = zip(found, limits.values(), (rows, tokens), strict=True)
+    return any(limit is not None and total > limit * count for total, limit, count in checks)
 
 
 def probe_rows(rows: Sequence[TrainingRow]) -> ProbeRows:
@@ -241,7 +241,7 @@ def _prepare(
 ) -> tuple[list[MicroBatch], float]:
     """Cut this rank's share of the update into micro-batches; token weights come from the whole update.
 
-    The second result is the share of all ranks' places in micro-batches that hold no token.
+    The second result is the share of places without a token in the micro-batches of all ranks.
 
     Rows that only give metrics come first, so that the last pass has a backward pass. In it the ranks exchange gradients, and
     FSDP frees the weights that it gathered for a forward pass.

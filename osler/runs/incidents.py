@@ -5,8 +5,8 @@ A gradient that is not finite costs its step and nothing else. When that happens
 then. The place in the data is then that of the step plus ``data_offset``. A run that has gone back too often, or that has no such
 checkpoint yet, ends with a diagnosis. All ranks see the same numbers, so they decide alike.
 
-Resume is exact: a checkpoint keeps all of this, and one is written at once after a rollback. The loop reads ``cause`` and rolls
-back only when a line of metrics is due, so an interruption does not move a rollback. (A signal saves an extra checkpoint, so the
+Resume is exact: a checkpoint keeps this state, and one is written at once after a rollback. The loop rolls back for a ``cause``
+only when a line of metrics is due, so an interruption does not move a rollback. (A signal saves an extra checkpoint, so the
 run may return to a later one.) Every incident is a line in ``events.jsonl``.
 """
 
@@ -39,7 +39,7 @@ class Incidents:
     """Watches the numbers of every step, reports and records what is wrong with them, and rolls the run back.
 
     ``details`` returns the details of a step (1, 2 ...) as JSON: ``tokens``, ``lr``, and the ids of its questions or the numbers
-    of its rows, not counting the ``data_offset``, which is given beside them. Every rank has one; only rank 0 writes and logs.
+    of its rows, not counting the ``data_offset``, which is given, too. Every rank has an instance; only rank 0 writes and logs.
     """
 
     def __init__(self, config: RunConfig, run: Run, details: Callable[[int], Mapping[str, Any]]) -> None:
@@ -50,7 +50,7 @@ class Incidents:
         self.spikes = SpikeWindow(self.limits.spike)
         self.before: deque[list[Any]] = deque(maxlen=STEPS_BEFORE)  # step, loss and gradient norm of the last good steps
         self.skipped_in_a_row = 0
-        self.first_skipped = 0  # the first of the skipped steps in a row, between which there may be steps without learned tokens
+        self.first_skipped = 0  # the first of the skipped steps in a row; steps without a token to learn may lie between them
         self.not_finite_in_a_row = 0  # steps in a row that skipped at least one update
         self.cause: str | None = None  # why the run has to go back
         self.rollbacks = 0
@@ -112,13 +112,13 @@ class Incidents:
     def roll_back(self, step: int, restore: Callable[[store.Loaded], None], position: Callable[[], int]) -> None:
         """Go back to the last good checkpoint with ``restore`` and skip the data since then; the caller saves at once.
 
-        ``position`` returns the place in the data, in the unit of ``data_offset``. Every rank raises UserError if that fails.
+        ``position`` returns the place in the data, in the unit of ``data_offset``. Raises UserError on every rank if this fails.
         """
         path = self.run.world.broadcast_from_first(self._last_good)
         if path is None or self.rollbacks >= self.limits.max_rollbacks:
             raise UserError(self._diagnosis(step, path))
         cause, rollbacks = self.cause, self.rollbacks + 1
-        reached = position() + self.data_offset  # the place in the data
+        reached = position() + self.data_offset  # how far the data were read, skipped ones included
         loaded = store.load(path)
         restore(loaded)  # restores this object too
         self.run.world.barrier()  # the caller replaces the checkpoint, which others may still be reading
