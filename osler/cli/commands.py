@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from osler.cli.command import Command, option
 from osler.cli.help import (
+    ABLATE_HELP,
     DEPLOY_HELP,
     DISTILL_HELP,
     EVAL_HELP,
@@ -47,6 +48,29 @@ COMMANDS: tuple[Command, ...] = (
         "osler.pipeline.run:run",
         (RECIPE, *RUN_FOLDER),
         "Finished stages are skipped. --dry-run lists the stages, and checks what a later one needs, such as its files.",
+    ),
+    Command(
+        "ablate",
+        "Change a recipe, one thing at a time: runs in pairs with the same seeds and data, and what each change does",
+        "osler ablate text-10min data.path=notes/ 'optim.lr=0.01|0.04' 'model.num_layers=4|6' --minutes 10",
+        "osler.pipeline.ablate:run",
+        (
+            RECIPE,
+            RUN_FOLDER[0],
+            option("--seeds", type=int, default=3, metavar="N", help="runs of the recipe and of each change (default: 3)"),
+            option("--minutes", type=float, metavar="M", help="of a run, by the clock (default: as the recipe says)"),
+            option("--flops", type=float, metavar="F", help="of a run instead, for changes of the model at equal computation"),
+            option("--tokens", type=int, metavar="N", help="of a run instead"),
+            option(
+                "--metric",
+                action="append",
+                default=[],
+                dest="metrics",
+                metavar="NAME",
+                help="its last value is compared; may be given several times (default: eval/bits_per_byte, of sft eval/loss)",
+            ),
+        ),
+        ABLATE_HELP,
     ),
     Command("recipes", "List the recipes: name, parameters, what it is", "osler recipes", "osler.cli.show:list_recipes"),
     Command(

@@ -13,6 +13,16 @@ With neither task nor text a model is examined on what it was trained for. Other
 After an interruption the same command goes on, if checkpoint, questions and settings are the same. `osler report` shows answers,
 the wrong ones first, and `osler compare` tests two models question by question."""
 
+ABLATE_HELP = """\
+  osler ablate text-10min data.path=notes/ 'model.vocab_size=4096 tokenizer.vocab_size=4096|optim.lr=0.01' --tokens 4000000
+
+A field with | between its values is a change for each of them that the recipe does not have already; fields that go together
+stand in one change, as in the second example. All other fields are those of every run. The interval is of the mean difference
+over the seeds (Student's t). Runs by the clock also pay for slower steps, so let nothing else run beside them.
+
+Each run is an ordinary run folder inside --run DIR, and DIR/ablation.json has all values. After Ctrl-C or a kill the same command
+goes on, also with more --seeds and with further changes."""
+
 DISTILL_HELP = """\
   osler sft init_from=runs/small data.type=turns data.path=rows.jsonl data.thinking_field=thinking     (learns them)
 

@@ -63,6 +63,11 @@ def compile_forward(model: Transformer) -> Callable[..., Tensor]:
     return torch.compile(model.forward, fullgraph=True, dynamic=False)
 
 
+def forget_compiled() -> None:
+    """Forget the code of earlier models, before another one is trained in this process; torch keeps such models in memory."""
+    torch.compiler.reset()
+
+
 @functools.cache
 def compile_works(device: torch.device) -> tuple[bool, str]:
     """Return whether ``torch.compile`` works here, and if not, why. Compiles a tiny function once, which takes seconds."""
