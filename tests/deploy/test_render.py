@@ -139,7 +139,7 @@ def test_every_field_is_an_option_whose_help_says_its_default():
         ([2], True, "Ignore"),
         ([130], False, "Ignore"),  # the pod was deleted
         ([2], False, "FailJob"),  # a wrong recipe
-        ([2, 75, -15], False, "FailJob"),  # torchrun told the others to end
+        ([-15, 2, 75], False, "FailJob"),  # torchrun told the others to end
         ([75, 75], False, "Ignore"),  # another machine was evicted
         ([75, -9], False, "Count"),  # the system killed one for its memory
         ([1, 75], False, "Count"),
