@@ -81,8 +81,9 @@ class Loader:
     def packing(self, step: int, skipped_tokens: int = 0) -> MixedPacking:
         """Return the packing of the stage of a step, in which each source begins later by its share of the skipped tokens.
 
-        That share is the source's largest in any stage, so no stage repeats data of the stage before. The skipped tokens are
-        rounded up to whole rows of the stage.
+        That share is the source's largest in any stage, and the skipped tokens are rounded up to whole rows of the stage. A
+        stage reads none of its own rows twice; a later stage may read up to as many tokens twice as are skipped, because its
+        rows are permuted anew.
         """
         span = self.timeline.at_step(step)
         shares = map(max, zip(*(packing.mixture.fractions for packing in self.packings), strict=True))
@@ -94,6 +95,10 @@ class Loader:
         """Return how many tokens of each source are consumed before a step, skipped ones included."""
         last = max(0, step - 1)
         return self.packing(last, skipped_tokens).tokens(self.timeline.rows_at(last).stop if step else 0)
+
+    def first_needed(self, step: int, skipped_tokens: int = 0) -> dict[str, int]:
+        """Return for each source the first token that a step or a later one needs."""
+        return self.packing(step, skipped_tokens).first_needed(self.timeline.rows_at(step).start)
 
     def planned_tokens(self, total_tokens: int) -> dict[str, float]:
         """Return how many tokens of each source a run of `total_tokens` reads, with padding counted as data."""

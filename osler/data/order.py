@@ -78,6 +78,14 @@ class Order:
             return self.locate(token)
         return divmod(token, self.shards.num_tokens)
 
+    def window_at(self, token: int) -> tuple[int, int]:
+        """Return the first token and the end of the window that a token is in, all of the endless sequence of epochs."""
+        epoch, place = self.locate(token)
+        ends = self.epoch(epoch).ends
+        number = int(np.searchsorted(ends, place, side="right"))
+        before = token - place
+        return before + (int(ends[number - 1]) if number else 0), before + int(ends[number])
+
     def first_shard(self, token: int) -> int:
         """Return the first shard that the first epoch needs from a token on; later epochs are not considered."""
         epoch = self.epoch(0)

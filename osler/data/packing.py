@@ -1,8 +1,9 @@
 """Rows of equal length made of documents of any length, in two ways; a row is a pure function of its number.
 
 `StreamPacking` (pretraining) joins the documents of an epoch, epoch after epoch, and cuts rows of seq_len + 1 tokens with stride
-seq_len, so every token is predicted once and nothing is padding. Its position in the data is an offset in tokens, so the
-longer rows of a curriculum begin where the shorter ones ended.
+seq_len, so every token is predicted once and nothing is padding. The rows that end in one window of the order are permuted: in
+consecutive rows a batch would hold pieces of one or two long documents, from which a model learns far less. Its position in the
+data is an offset in tokens, so the longer rows of a curriculum begin where the shorter ones ended.
 `WholePacking` (fine-tuning) keeps documents whole. Best-fit decreasing combines those of a window in rows of seq_len + 1 tokens.
 The documents of the emptiest rows move on to the next window, and the rest of a row is padding. A document longer than a row is
 cut into consecutive pieces that share one token, so all of it is learned.
@@ -18,14 +19,16 @@ import logging
 import threading
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
 
+from osler.data.best_fit import best_fit
 from osler.data.documents import permutation
 from osler.data.mixture import Mixture
 from osler.data.order import CACHED_WINDOWS, Order
-from osler.data.shard_set import ShardSet
+from osler.data.shard_set import NotPreparedYet, ShardSet
 from osler.data.shards import Int64Array, MaskArray, TokenArray
 from osler.ops.labels import IGNORED
 from osler.runtime.errors import UserError
@@ -50,19 +53,25 @@ class PackedRow(NamedTuple):
 class StreamPacking:
     """Documents joined into an endless stream; rows run on across the end of an epoch.
 
-    Row 0 begins at token `first_token` of the stream. With `prompt_loss` every token is learned, whatever the loss masks say.
+    The stream begins at token `first_token` of the epochs. A stage that ends has `num_rows` rows: they are permuted among
+    themselves, so that together they are the first tokens of the stream, and rows behind them follow in the stream's order. With
+    `prompt_loss` every token is learned, whatever the loss masks say.
     """
 
-    def __init__(self, order: Order, seq_len: int, *, first_token: int = 0, prompt_loss: bool = False) -> None:
+    def __init__(
+        self, order: Order, seq_len: int, *, first_token: int = 0, num_rows: int | None = None, prompt_loss: bool = False
+    ) -> None:
         self.order = order
         self.seq_len = seq_len
         self.first_token = first_token
+        self.num_rows = num_rows
         self.prompt_loss = prompt_loss
+        self._permuted = functools.lru_cache(CACHED_WINDOWS)(self._permute)
 
     def row(self, index: int) -> PackedRow:
-        """Return tokens index * seq_len ... (index + 1) * seq_len of the stream, counted from `first_token`."""
+        """Return a row of the stream, in the permuted order."""
         shards = self.order.shards
-        epoch, token = self.order.locate(self.first_token + index * self.seq_len)
+        epoch, token = self.order.locate(self.first_token + self._cut(index) * self.seq_len)
         parts, size = [], self.seq_len + 1
         room = size
         while room:
@@ -73,6 +82,30 @@ class StreamPacking:
                     break
             epoch, token = epoch + 1, 0
         return _packed(parts, size, shards.eos_id, across_documents=True, prompt_loss=self.prompt_loss)
+
+    def _cut(self, index: int) -> int:
+        """Return which cut of the stream a row is: token `cut * seq_len` is its first."""
+        window = self._window(index)
+        return index if window is None else window.start + int(self._permuted(window)[index - window.start])
+
+    def _window(self, index: int) -> range | None:
+        """Return the cuts that end in the same window of the order as cut `index`; None where cuts are not permuted."""
+        if self.num_rows is not None and index >= self.num_rows:
+            return None
+        first, end = self.order.window_at(self.first_token + (index + 1) * self.seq_len)
+        # Cut c ends, with the label of its last token, at token first_token + (c + 1) * seq_len.
+        start, stop = (max(0, -((self.first_token - token) // self.seq_len) - 1) for token in (first, end))
+        return range(start, stop if self.num_rows is None else min(stop, self.num_rows))
+
+    def _permute(self, window: range) -> Int64Array:
+        return permutation(len(window), self.order.seed, "rows", self.first_token, self.seq_len, window.start)
+
+    def first_needed(self, rows: int) -> int:
+        """Return the first token of the epochs that is needed once the first rows have been read."""
+        window = None
+        with suppress(NotPreparedYet):  # then no row of the window has been read
+            window = self._window(rows)
+        return self.tokens(rows if window is None else window.start)
 
     def tokens(self, rows: int) -> int:
         """Return how many tokens of the stream the first rows consume; tokens before row 0 count too."""
@@ -168,6 +201,10 @@ class WholePacking:
             return 0
         window, first_row, tokens = self._find(rows - 1)  # the row after them may not be prepared yet
         return tokens + int(self._plan(window).row_tokens[: rows - first_row].sum())
+
+    def first_needed(self, rows: int) -> int:
+        """Return the first token that is needed once the first rows have been read: their windows are planned again."""
+        return self.tokens(rows)
 
     def _find(self, row: int) -> tuple[int, int, int]:
         """Return the window that a row is in, its first row, and the tokens before it; window numbers run through all epochs."""
@@ -270,6 +307,11 @@ class MixedPacking:
         spans = zip(self._packings, self._rows(first), self._rows(stop), strict=True)
         return sum(packing.padding(a, b) * (b - a) for packing, a, b in spans if b > a) / (stop - first)
 
+    def first_needed(self, rows: int) -> dict[str, int]:
+        """Return for each source the first token that the rows behind the first ones need."""
+        counts = zip(self.packings.items(), self._rows(rows), strict=True)
+        return {name: packing.first_needed(count) for (name, packing), count in counts}
+
     def tokens(self, rows: int) -> dict[str, int]:
         """Return how many tokens of each source a run has consumed after the first rows of this stage."""
         counts = zip(self.packings.items(), self._rows(rows), strict=True)
@@ -314,32 +356,6 @@ def torn_lengths(shards: ShardSet, seq_len: int) -> list[int]:
     numbers = range(shards.num_shards)
     documents = enumerate(length for number in numbers for length in shards.lengths(number).tolist())
     return [length for document, length in documents if is_torn(shards, document, length, seq_len)]
-
-
-def best_fit(lengths: Int64Array, capacity: int) -> Int64Array:
-    """Return which row each length goes to: the fullest row that it fits in, else a new one; `lengths` come longest first.
-
-    Bit n of a mask says whether a row has room for n more tokens. The best fit is the lowest bit from `length` on, so 100,000
-    documents take a fraction of a second.
-    """
-    rows = np.empty(len(lengths), dtype=np.int64)
-    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # row numbers by how much is left
-    mask = num_rows = 0
-    for place, length in enumerate(lengths.tolist()):
-        fitting = mask >> length
-        if fitting:
-            left = length + (fitting & -fitting).bit_length() - 1
-            row = with_room[left].pop()
-            if not with_room[left]:
-                mask ^= 1 << left
-        else:
-            left, row = capacity, num_rows
-            num_rows += 1
-        rows[place] = row
-        if left > length:
-            with_room[left - length].append(row)
-            mask |= 1 << (left - length)
-    return rows
 
 
 def _packed(

@@ -189,11 +189,11 @@ class DiskBudget:
         return shards.num_tokens * (1 + SURE_SHARE * max(0, all_bytes - read_bytes) / (read_bytes or math.inf))
 
     def _done_and_needed(self) -> tuple[dict[str, int], dict[str, int]]:
-        """Return the tokens of each source before the oldest checkpoint to resume from, and before the end of the run."""
+        """Return for each source the first token that the oldest checkpoint to resume from needs, and the tokens of the run."""
         offsets, done = [0], []
         for entry in [entry for entry in by_age(self.checkpoints) if not entry.milestone][: self.keep_last]:
             with suppress(UserError):  # the checkpoint is damaged, or is being rotated away
                 offsets.append(read_json(entry.path / STATE)["incidents"]["data_offset"])
-                done.append(self.loader.tokens_before(entry.step, offsets[-1]))
+                done.append(self.loader.first_needed(entry.step, offsets[-1]))
         needed = self.loader.tokens_before(self.steps, max(offsets) + self.spare_tokens)
         return {name: min((tokens[name] for tokens in done), default=0) for name in needed}, needed

@@ -40,7 +40,13 @@ def make_loader(
             if config.packs_whole:
                 packings[name] = WholePacking(order, span.seq_len, prompt_loss=prompt_loss, drop_torn=config.drops_torn)
             else:
-                packings[name] = StreamPacking(order, span.seq_len, first_token=first_tokens[name], prompt_loss=prompt_loss)
+                packings[name] = StreamPacking(
+                    order,
+                    span.seq_len,
+                    first_token=first_tokens[name],
+                    num_rows=None if span.end_step is None else rows,
+                    prompt_loss=prompt_loss,
+                )
             first_tokens[name] += rows * span.seq_len
         stages.append(MixedPacking(packings, mixture))
     return Loader(config.timeline, stages, world.rank, world.size, config.loader_workers, pin_memory)

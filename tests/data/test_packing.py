@@ -7,8 +7,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from osler.data.best_fit import best_fit
 from osler.data.order import WINDOW_SHARDS, Order
-from osler.data.packing import StreamPacking, WholePacking, best_fit
+from osler.data.packing import StreamPacking, WholePacking
 from osler.data.shard_set import ShardSet
 from osler.ops.labels import IGNORED
 from osler.runtime.errors import UserError
@@ -58,19 +59,52 @@ def test_the_order_is_this_one_in_every_version(make_shards) -> None:  # type: i
     assert documents_of(order, 5) == [1, 2, 5, 11, 10, 4, 6, 3, 0, 7, 9, 8]
 
 
+def cuts_of(order: Order, seq_len: int, epochs: int, first_token: int = 0) -> list[list[tuple[int, ...]]]:
+    """The rows of a stream cut out of its tokens, the slow way: a list for each window, of the rows that end in it."""
+    stream, windows = stream_of(order, epochs), []
+    ends = [epoch * order.shards.num_tokens + int(end) for epoch in range(epochs) for end in order.epoch(epoch).ends]
+    place = first_token
+    for end in ends:
+        windows.append([tuple(stream[at : at + seq_len + 1]) for at in range(place, end - seq_len, seq_len)])
+        place += seq_len * len(windows[-1])
+    return windows
+
+
 @pytest.mark.parametrize("seq_len", [1, 4, 7, 64, 250, 1000])
-def test_stream_rows_are_cuts_of_the_stream(make_shards, seq_len: int) -> None:  # type: ignore[no-untyped-def]
-    order = Order(make_shards(LENGTHS), 3)
-    packing = StreamPacking(order, seq_len)
-    stream = stream_of(order, 3 + 2 * seq_len // 250 + 1)
-    rows = range((len(stream) - 1) // seq_len)
-    for index in reversed(rows):  # random access: the last row first
-        row = packing.row(index)
-        start = index * seq_len
-        assert row.ids.tolist() == stream[start : start + seq_len]
-        assert row.labels.tolist() == stream[start + 1 : start + seq_len + 1]
-        assert row.document_ids.tolist() == [0, *np.cumsum(row.ids == 0)[:-1].tolist()]
-        assert row.ids.dtype == row.labels.dtype == row.document_ids.dtype == np.int64
+def test_the_rows_of_a_window_are_the_cuts_of_the_stream_that_end_there(make_shards, seq_len: int) -> None:  # type: ignore[no-untyped-def]
+    order = Order(make_shards(LENGTHS * 3, shard_tokens=60), 3)
+    packing, index, is_moved = StreamPacking(order, seq_len), 0, False
+    for cuts in cuts_of(order, seq_len, 2 + 2 * seq_len // 750):
+        rows = {at: packing.row(at) for at in reversed(range(index, index + len(cuts)))}  # random access: the last row first
+        index += len(cuts)
+        found = [(*row.ids.tolist(), int(row.labels[-1])) for _, row in sorted(rows.items())]
+        assert sorted(found) == sorted(cuts)
+        is_moved |= found != cuts
+        for row in rows.values():
+            assert row.ids[1:].tolist() == row.labels[:-1].tolist()
+            assert row.document_ids.tolist() == [0, *np.cumsum(row.ids == 0)[:-1].tolist()]
+            assert row.ids.dtype == row.labels.dtype == row.document_ids.dtype == np.int64
+    assert index and (is_moved or seq_len >= 250), "windows of several rows are permuted"
+
+
+def test_the_rows_of_a_stage_that_ends_are_the_first_tokens_of_its_stream(make_shards) -> None:  # type: ignore[no-untyped-def]
+    """The next stage begins with the token after them. Rows behind them, which a rollback asks for, are as in the stream."""
+    order, num_rows = Order(make_shards(LENGTHS), 3), 17
+    packing, stream = StreamPacking(order, 5, first_token=20, num_rows=num_rows), stream_of(order, 2)
+    found = [tuple(packing.row(index).ids.tolist()) for index in range(num_rows + 3)]
+    cuts = [tuple(stream[at : at + 5]) for at in range(20, 20 + 5 * (num_rows + 3), 5)]
+    assert sorted(found[:num_rows]) == sorted(cuts[:num_rows]) and found[:num_rows] != cuts[:num_rows]
+    assert found[num_rows:] == cuts[num_rows:]
+
+
+def test_what_is_needed_begins_with_the_window_that_is_being_read(make_shards) -> None:  # type: ignore[no-untyped-def]
+    order, seq_len = Order(make_shards(LENGTHS * 12, shard_tokens=60), 3), 7
+    packing, windows = StreamPacking(order, seq_len), cuts_of(order, seq_len, 1)
+    expected, index = [], 0
+    for cuts in windows:
+        expected += [index * seq_len] * len(cuts)
+        index += len(cuts)
+    assert [packing.first_needed(row) for row in range(index)] == expected
 
 
 def test_stream_masks_and_prompt_loss(make_shards) -> None:  # type: ignore[no-untyped-def]
@@ -125,9 +159,9 @@ def test_whole_rows_conserve_tokens(make_shards, seq_len: int) -> None:  # type:
 def test_both_packings_conserve_tokens_for_any_lengths(make_shards, lengths, seq_len, seed) -> None:  # type: ignore[no-untyped-def]
     order = Order(make_shards(lengths), seed)
     check_whole_epoch(WholePacking(order, seq_len), 1)
-    stream, packing = stream_of(order, 2 + seq_len // sum(lengths) + 1), StreamPacking(order, seq_len)
-    for index in range(sum(lengths) // seq_len + 1):
-        assert packing.row(index).labels.tolist() == stream[index * seq_len + 1 : (index + 1) * seq_len + 1]
+    packing, cuts = StreamPacking(order, seq_len), [*itertools.chain(*cuts_of(order, seq_len, 3))]
+    found = [packing.row(index) for index in range(len(cuts))]
+    assert sorted((*row.ids.tolist(), int(row.labels[-1])) for row in found) == sorted(cuts)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -136,17 +170,12 @@ def test_a_document_longer_than_a_row_goes_on_in_the_next_one(make_shards, other
     """Each of its tokens is read once and predicted once; in a row it is one document, so its mask never crosses a row."""
     order = Order(make_shards([*others, length]), seed)
     packing, document = StreamPacking(order, seq_len), order.shards.document(len(others))[0].tolist()
-    begin = stream_of(order, 1).index(document[0])  # the place of the document in the stream
-    first = begin // seq_len
-    rows = [packing.row(index) for index in range(first, (begin + length - 1) // seq_len + 1)]
-    place = slice(begin - first * seq_len, begin - first * seq_len + length)  # in these rows
-    ids, labels, number = (np.concatenate(part) for part in zip(*rows, strict=True))
-    assert ids[place].tolist() == document and labels[place][:-1].tolist() == document[1:]
-    number[: place.start] = number[place.stop :] = -1
-    assert all(len(np.unique(part[part >= 0])) == 1 for part in np.split(number, len(rows)))
-    resumed = StreamPacking(order, seq_len, first_token=seq_len * (first + 1))
-    for index, row in enumerate(rows[1:]):
-        assert all(np.array_equal(*pair) for pair in zip(row, resumed.row(index), strict=True))
+    rows = [packing.row(index) for index in range(sum(map(len, cuts_of(order, seq_len, 2))))]
+    pairs = [pair for row in rows for pair in zip(row.ids.tolist(), row.labels.tolist(), strict=True)]
+    assert set(itertools.pairwise(document)) <= set(pairs)
+    for row in rows:
+        goes_on = np.isin(row.ids[:-1], document[:-1]) & (row.ids[1:] == row.ids[:-1] + 1)
+        assert (row.document_ids[1:][goes_on] == row.document_ids[:-1][goes_on]).all()
 
 
 def test_whole_documents_that_fit_are_never_cut(make_shards) -> None:  # type: ignore[no-untyped-def]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import sys
 from itertools import islice
@@ -118,7 +119,7 @@ def test_without_end_it_is_an_error_that_says_everything(make_trainer, fault, tm
     told = str(caught.value)
     assert "The gradient was not finite for 3 steps in a row (steps 5 to 7); those steps changed nothing." in told
     assert "The run has gone back 2 times already, of at most recovery.max_rollbacks=2." in told
-    assert "\n  step 1: loss 6." in told and "\n  step 4: loss 6." in told and "gradient norm" in told
+    assert all(re.search(rf"\n  step {step}: loss [56]\.\d+, gradient norm", told) for step in (1, 4))
     # Steps 5 to 8, 5 to 7 and 5 to 7 of data: the last batch is the fourteenth.
     assert "step 7: the learning rate was 0.00" in told
     assert "learned from rows 24 ... 27, 1,792 tokens further on in the data" in told
