@@ -61,7 +61,7 @@ class Document:
         return _plain_digest((self.group,)) if self.group else self.content_key()
 
     def content_key(self) -> int:
-        """Return 64 bits that identify the content but for case and spacing."""
+        """Return 64 bits that identify the content, whatever its case and spacing."""
         return _plain_digest(self.texts)
 
 
@@ -145,7 +145,7 @@ def _documents(part: Part) -> Iterable[Document]:
 def in_memory(
     documents: Iterable[Document], validation: Corpus | None = None, holdout_fraction: float = 0.0, seed: int = 0
 ) -> Corpus:
-    """Return a corpus of documents in memory. They are permuted before they are cut into parts, as neighbours are often alike."""
+    """Return a corpus of documents in memory. They are permuted before they are cut into parts, because neighbours are alike."""
     given = list(documents)
     digest = hashlib.sha256()
     for document in given:

@@ -16,7 +16,7 @@ class CheckpointConfig:
     """How checkpoints are written, and which are kept."""
 
     keep_last: PositiveInt = 2  # checkpoints kept besides the best and the milestones
-    # whether a checkpoint is written while training goes on, from a copy in memory; changes nothing in it
+    # whether a checkpoint is written from a copy in memory while training goes on; its content is the same
     in_background: bool = True
 
 
@@ -47,7 +47,7 @@ class RunConfig:
     precision: str = "auto"
     recompute: Literal["off", "selective", "full"] = "off"  # activations computed again in the backward pass, to save memory
     device: str = "auto"  # auto, cpu, cuda or cuda:N
-    # the run ends after this many evaluations in a row without a better result; null: it does not
+    # the run ends after this many evaluations in a row without a better result; null: it goes on to its last step
     early_stopping_patience: PositiveInt | None = None
     checkpoint: CheckpointConfig = CheckpointConfig()
     recovery: RecoveryConfig = RecoveryConfig()
@@ -59,9 +59,9 @@ class RunConfig:
         return model
 
     def trained_after(self, trained_seq_len: int) -> int:
-        """Return the longest rows, in tokens, that the weights have learned after this run; before it ``trained_seq_len``."""
+        """Return the tokens of the longest rows that the weights have learned after this run; before it, ``trained_seq_len``."""
         return trained_seq_len
 
     def numbers(self, model: ModelConfig | None = None) -> dict[str, str]:
-        """Return what follows from the config, for a person; ``model`` is the shape that the run starts from, None for new."""
+        """Return in words what follows from the config; ``model`` is the shape that the run starts from, None for a new model."""
         raise NotImplementedError
