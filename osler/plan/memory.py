@@ -34,6 +34,8 @@ CPU_COMPILED = Estimate(0.42e9, 0.46e9, 0.55e9, "measured: Python, torch with it
 CPU_LAYER = Estimate(0.005e9, 0.01e9, 0.02e9, CPU_COMPILED.source)
 GPU_GAPS = Estimate(0.02, 0.08, 0.20, "assumed: 2 to 20 % of what a step takes, as gaps between tensors and workspace")
 CPU_GAPS = Estimate(0.10, 0.32, 0.55, "measured: 10 to 55 % of what a step allocates, as gaps that the C library keeps")
+LOGIT_COPIES = 6  # tensors of the size of a chunk's fp32 logits that log-probabilities take at once
+KEPT_LOGITS = Estimate(0.8, 2.2, 3.8, "measured: freed logits of an evaluation that the C library keeps, 0.8 to 3.8 times all")
 LOOSE = {
     "activations": Estimate(0.9, 1.0, 1.15, "computed from the operators of a layer, give or take 15 %"),
     "loss head": Estimate(0.8, 1.0, 1.2, "computed: a chunk of logits, the head and its gradient, give or take 20 %"),
@@ -175,7 +177,15 @@ def evaluation_bytes(one: Pass) -> float:
     tokens = max(EVALUATED_TOKENS, one.seq_len)
     feed_forward = 3 * model.hidden_size + 4 * model.intermediate_size
     scores = 3 * model.num_heads * min(one.seq_len, ATTENTION_PIECE) if one.on_cpu else 0
-    return tokens * max(feed_forward, 3 * model.hidden_size + 3 * (model.query_size + 2 * model.kv_size) + scores) * width
+    attention = 3 * model.hidden_size + 3 * (model.query_size + 2 * model.kv_size) + scores
+    chunk = min(tokens, max(64, min(UNTILED[0], UNTILED[1] // (4 * model.padded_vocab_size))))
+    return max(tokens * max(feed_forward, attention) * width, LOGIT_COPIES * 4.0 * chunk * model.padded_vocab_size)
+
+
+def kept_logits(one: Pass) -> Estimate:
+    """Return what the C library keeps of the logits of an evaluation, whose freed chunks it does not use again."""
+    tokens = max(EVALUATED_TOKENS, one.seq_len)
+    return KEPT_LOGITS.times(4.0 * tokens * one.model.padded_vocab_size if one.evaluates and one.on_cpu else 0.0)
 
 
 def memory_of(one: Pass, mode: Mode) -> dict[str, Estimate]:
@@ -206,6 +216,7 @@ def memory_of(one: Pass, mode: Mode) -> dict[str, Estimate]:
         "optimizer": exact(moments),
         **{name: LOOSE[name].times(number) if name in LOOSE else exact(number) for name, number in step.items()},
         "evaluation": Estimate(0.8 * beyond, beyond, 1.3 * beyond, "computed: what an evaluation takes beyond a step"),
+        "evaluation's gaps": kept_logits(one),
         "saving": exact(copied, "computed: the copy that a checkpoint is written from"),
         "teacher": exact(0.0 if one.teacher is None else one.teacher.num_parameters * one.width),
         "gaps": CPU_GAPS.times(churned + beyond) if one.on_cpu else GPU_GAPS.times(sum(step.values()) + beyond),

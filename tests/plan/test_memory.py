@@ -85,3 +85,11 @@ def test_shards_share_the_state_and_a_checkpoint_copies_it() -> None:
     )
     assert shared["optimizer"].value == alone["optimizer"].value / 8 and shared["weights"].value > alone["weights"].value / 8
     assert saving["saving"].value == alone["weights"].value + alone["optimizer"].value and "saving" not in alone
+
+
+def test_an_evaluation_on_a_cpu_leaves_its_logits_behind() -> None:
+    one = Pass(model_of("text-10min"), 16, 256, COMPILED, on_cpu=True)
+    training, evaluating = (memory_of(each, "off") for each in (one, replace(one, evaluates=True)))
+    grown = total(evaluating.values()).value - total(training.values()).value
+    assert grown == pytest.approx(1.36e9, rel=0.15), "what a run of text-10min grew by at its first evaluation"
+    assert "evaluation's gaps" not in memory_of(replace(one, evaluates=True, on_cpu=False), "off")
