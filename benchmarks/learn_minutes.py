@@ -32,11 +32,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from learn_nanochat import Setup
 from measuring import ROOT, publish
 
 from osler.config.recipe import load_recipe
@@ -83,8 +84,13 @@ class Contestant:
 
     @property
     def setup(self) -> dict[str, Any]:
-        pairs = (given.split("=", 1) for given in self.fields)
-        return {name: value if name == "dtype" else json.loads(value) for name, value in pairs}
+        pairs = dict(given.partition("=")[::2] for given in self.fields)
+        if unknown := pairs.keys() - Setup.__dataclass_fields__.keys():
+            raise SystemExit(f"The peer's setup has no {min(unknown)}; it has {', '.join(Setup.__dataclass_fields__)}.")
+        setup = Setup(**{name: value if name == "dtype" else json.loads(value) for name, value in pairs.items()})
+        if setup.width % setup.head_dim:
+            raise SystemExit(f"The peer's width {setup.width} is no multiple of head_dim {setup.head_dim}.")
+        return asdict(setup)
 
 
 def write_texts(files: Sequence[Path], others: Sequence[str], other_bytes: int, folder: Path) -> Texts:
@@ -301,8 +307,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     args = parser.parse_args()
     args.osler_minutes = args.osler_minutes or args.minutes - RESERVED_MINUTES
+    for contestant in (contestants := contestants_of(args)):
+        contestant.settings()  # a misspelt field ends the script here, and not after an hour
     texts = write_texts(args.files, args.other_text, args.other_bytes, args.runs.resolve() / "texts")
-    contest, contestants = Contest(args, texts), contestants_of(args)
+    contest = Contest(args, texts)
     runs: dict[Contestant, list[dict[str, Any]]] = {contestant: [] for contestant in contestants}
     try:
         with interruptible():
@@ -312,10 +320,11 @@ def main() -> None:
     except KeyboardInterrupt:
         print("Interrupted. The same command begins the run that was interrupted again.", file=sys.stderr)
         sys.exit(EXIT_STOPPED)
-    except UserError as error:
-        raise SystemExit(str(error)) from None
     publish(summary(args, texts, runs), args.out)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(str(error)) from None

@@ -86,8 +86,9 @@ def run(
         raise UserError("Which recipe is to be changed? `osler recipes` lists them.")
     if seeds < 1:
         raise UserError(f"--seeds {seeds}: give 1 or more; an interval needs 2.")
-    if sum(given is not None for given in (minutes, flops, tokens)) > 1:
-        raise UserError("--minutes, --flops and --tokens all say how long a run is: give one of them.")
+    lengths = [length for length in (minutes, flops, tokens) if length is not None]
+    if len(lengths) > 1 or not all(length > 0 for length in lengths):
+        raise UserError("--minutes, --flops and --tokens all say how long a run is: give one of them, above 0.")
     given = configs_of(recipe, *read_grid(overrides))
     configs = {name: within(config, minutes=minutes, flops=flops, tokens=tokens) for name, config in given.items()}
     base = configs[RECIPE]

@@ -86,5 +86,6 @@ def test_runs_are_paired_and_go_on_where_they_stopped(ablate, tmp_path: Path, fa
     assert code == 2 and "has no eval/nothing, which --metric asks for. It has: " in told and "eval/loss" in told
     code, _, told = ablate("batch_tokens=512")
     assert code == 2 and "holds another run: batch_tokens is 512 here and 256 there" in told
-    code, _, told = ablate("--minutes", "1")
-    assert code == 2 and "give one of them" in told
+    for more in (["--minutes", "1"], ["--tokens", "0"]):
+        code, _, told = ablate(*more)
+        assert code == 2 and "give one of them, above 0" in told
