@@ -46,6 +46,7 @@ def measure(mode: str, args: argparse.Namespace) -> dict[str, Any]:
     from osler.optim.config import AdamWConfig
     from osler.parallel.config import NoParallelConfig
     from osler.parallel.parallelize import parallelize
+    from osler.runs.micro_batch import MicroBatchLimit
     from osler.runs.process import Learner, choose_machine
     from osler.runtime.device import keep_freed_memory
     from osler.runtime.world import World
@@ -60,7 +61,8 @@ def measure(mode: str, args: argparse.Namespace) -> dict[str, Any]:
     model.to(machine.device)
     optimizer = build_optimizer(model, AdamWConfig(lr=1e-4))
     engine = parallelize(model, NoParallelConfig(), World(), compile=machine.compile)
-    step = TrainStep(Learner(model, optimizer, engine, 1.0), micro_batch_tokens=args.micro_batch_tokens)
+    learner = Learner(model, optimizer, engine, 1.0)
+    step = TrainStep(learner, micro_batch_limit=MicroBatchLimit(learner, args.micro_batch_tokens))
     ids = torch.randint(0, config.vocab_size, (args.batch_tokens // args.seq_len, args.seq_len))
     batch = Batch(ids=ids, labels=ids.roll(-1, 1), document_ids=torch.zeros_like(ids))
     synchronize = torch.cuda.synchronize if machine.device.type == "cuda" else lambda: None

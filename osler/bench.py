@@ -33,6 +33,7 @@ from osler.model.transformer import Transformer
 from osler.optim.build import build_optimizer
 from osler.parallel.config import NoParallelConfig
 from osler.parallel.parallelize import parallelize
+from osler.runs.micro_batch import MicroBatchLimit
 from osler.runs.process import Learner, Machine, choose_machine
 from osler.runtime.device import Stopwatch, gpu_name, keep_freed_memory, matmul_flops, peak_bytes, synchronize
 from osler.runtime.errors import UserError
@@ -109,7 +110,8 @@ def build_learner(config: TrainConfig, machine: Machine) -> Learner:
 
 def training_step(config: TrainConfig, learner: Learner, mark: Callable[[str], None] = lambda part: None) -> TrainStep:
     """Return the training step of a config; ``mark`` is called when a part of a step ends."""
-    return TrainStep(learner, micro_batch_tokens=config.micro_batch_tokens, document_mask=config.document_mask, mark=mark)
+    limit = MicroBatchLimit(learner, config.micro_batch_tokens)
+    return TrainStep(learner, micro_batch_limit=limit, document_mask=config.document_mask, mark=mark)
 
 
 def measure(config: TrainConfig, learner: Learner, steps: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from socket import gethostname
+from typing import Any
 
 from osler.monitor.alerts import Alert, Alerter, replay
 from osler.monitor.config import MonitorConfig
@@ -71,14 +72,15 @@ class RunLogger:
             self.alerter = replay(self.alerter.history.settings, self.file.path)
 
     @contextmanager
-    def lifetime(self, step: Callable[[], int], is_done: Callable[[], bool]) -> Iterator[None]:
-        """Write the start and the end of the work inside. Work that ends early without an error was asked to stop, and has saved.
+    def lifetime(self, step: Callable[[], int], is_done: Callable[[], bool], **facts: Any) -> Iterator[None]:
+        """Write the start, with ``facts``, and the end of the work inside.
 
-        Only a failure also goes to the trackers: people know of every other end. A complete run says what is wrong with it.
+        Work that ends early without an error was asked to stop, and has saved. Only a failure also goes to the trackers: people
+        know of every other end. A complete run says what is wrong with it.
         """
         first = step()
         name, message = ("resumed", f"Going on from step {first:,}.") if first else ("begun", "The run begins.")
-        self.events.write(first, START, name, message, tell=False, host=gethostname())
+        self.events.write(first, START, name, message, tell=False, host=gethostname(), **facts)
         try:
             yield
         except KeyboardInterrupt:

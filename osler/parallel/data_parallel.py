@@ -30,8 +30,13 @@ def apply_ddp(loss: ModelLoss, config: DdpConfig, world: World) -> ParallelEngin
     wrapped = DistributedDataParallel(loss, gradient_as_bucket_view=True, **options)
     if any(parameter.dtype == torch.bfloat16 for parameter in loss.parameters()):
         wrapped.register_comm_hook(None, lambda _, bucket: average_in_fp32(bucket))  # a hook must have no annotations
-    lay_out_buckets(wrapped, loss)
-    return ParallelEngine(wrapped, world, wrapped.no_sync)
+    exchange = partial(pass_nothing, wrapped, loss)
+    # After its first backward pass DDP lays out its gradient buckets for good. The place of a gradient in its bucket decides in
+    # which order three or more ranks are summed, so a first step that did this would round differently after a resume.
+    exchange()
+    for parameter in loss.parameters():
+        parameter.grad = None
+    return ParallelEngine(wrapped, world, wrapped.no_sync, exchange)
 
 
 def average_in_fp32(bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -41,20 +46,14 @@ def average_in_fp32(bucket: dist.GradBucket) -> torch.futures.Future[torch.Tenso
     return summed.then(lambda future: bucket.buffer().copy_(future.value()[0]))
 
 
-def lay_out_buckets(wrapped: DistributedDataParallel, loss: ModelLoss) -> None:
-    """Run an empty backward pass, after which DDP lays out its gradient buckets for good.
-
-    The place of a gradient in its bucket decides in which order three or more ranks are summed. If the first step laid out the
-    buckets, the first step after a resume would round differently.
-    """
+def pass_nothing(wrapped: DistributedDataParallel, loss: ModelLoss) -> None:
+    """Run an empty backward pass: DDP averages the gradients that are there, to which it adds zero."""
     learned = [parameter for parameter in loss.parameters() if parameter.requires_grad]
     loss.forward = lambda: sum(0.0 * parameter.sum() for parameter in learned)
     try:
         wrapped().backward()
     finally:
         del loss.forward
-    for parameter in learned:
-        parameter.grad = None
 
 
 def apply_fsdp(loss: ModelLoss, config: FsdpConfig, world: World) -> ParallelEngine:

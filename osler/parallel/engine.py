@@ -15,6 +15,7 @@ from torch import Tensor
 from osler.checkpoint.optimizer_state import flatten_optimizer, restore_optimizer
 from osler.model.transformer import Transformer
 from osler.optim.bf16 import Bf16AdamW, Fp32GradientSums
+from osler.runtime.device import give_back_freed_memory
 from osler.runtime.sharded import gather_whole, load_whole, whole
 from osler.runtime.world import World
 
@@ -22,6 +23,7 @@ ToHost = Callable[[str, str, Tensor], Tensor]
 Tensors = Mapping[str, Tensor]
 LossFunction = Callable[..., Any]  # a ModelLoss, wrapped or not
 Accumulating = Callable[[], AbstractContextManager[None]]
+Exchange = Callable[[], None]
 
 
 @contextmanager
@@ -39,20 +41,37 @@ class ParallelEngine:
 
     leaves_gradients = True  # whether ``parameter.grad`` has the gradient from the backward pass to the update
 
-    def __init__(self, loss: LossFunction, world: World | None = None, accumulating: Accumulating = nullcontext) -> None:
-        """``loss`` sums over this rank's rows. Within ``accumulating()`` a backward pass leaves its gradient on the rank."""
-        self.loss, self.world, self.accumulating = loss, world or World(), accumulating
+    def __init__(
+        self,
+        loss: LossFunction,
+        world: World | None = None,
+        accumulating: Accumulating = nullcontext,
+        exchange: Exchange | None = None,
+    ) -> None:
+        """``loss`` sums over this rank's rows. Within ``accumulating()`` a backward pass leaves its gradient on the rank.
+
+        ``exchange`` averages the gradients that passes have left; None where ranks talk to each other in every pass.
+        """
+        self.loss, self.world, self.accumulating, self.exchange = loss, world or World(), accumulating, exchange
+        self.sums: Fp32GradientSums | None = None  # of bf16 weights
 
     def bind(self, optimizer: torch.optim.Optimizer, clip_norm: float) -> None:
         """Bind the optimizer of the parameters; called once, before a checkpoint is restored or a step is made."""
         self.clip_norm = clip_norm
         if isinstance(optimizer, Bf16AdamW):
-            sums = Fp32GradientSums(parameter for group in optimizer.param_groups for parameter in group["params"])
-            self.accumulating = partial(sums.accumulating, self.accumulating)
+            self.sums = Fp32GradientSums(parameter for group in optimizer.param_groups for parameter in group["params"])
+            self.accumulating = partial(self.sums.accumulating, self.accumulating)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of one micro-batch."""
         loss.backward()
+
+    def discard(self, optimizer: torch.optim.Optimizer) -> None:
+        """Forget the gradients of passes that were given up, and give their memory back."""
+        optimizer.zero_grad(set_to_none=True)
+        if self.sums is not None:
+            self.sums.sums.clear()
+        give_back_freed_memory()
 
     def update(
         self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], apart: Sequence[Tensor] = ()

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 OWN_FIELDS = frozenset(("step", "tokens", "time"))  # every line of metrics has these
 START, END = LIFETIME = ("start", "end")  # kinds of event: a process of a run has begun, and has ended
 EARLY_STOP = "early-stop"  # kind and name of the event when a run ends because it got no better
+OUT_OF_MEMORY = "out-of-memory"  # name of the incident when a run makes its micro-batch smaller
 FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"  # names of the event when a process ends
 
 

@@ -14,7 +14,7 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import reduce
@@ -32,6 +32,7 @@ from osler.ops.sampling import unpack_mask
 from osler.rl.config import AlgorithmConfig
 from osler.rl.loss import LossInputs, add_sums, group_advantages, grpo_loss, loss_metrics, token_weights
 from osler.rl.rollout import Group
+from osler.runs.micro_batch import MicroBatchLimit
 from osler.runs.process import Learner
 from osler.runtime.device import to_device
 from osler.runtime.world import World
@@ -162,13 +163,69 @@ class PolicyLoss(ModelLoss):
         return loss, {**sums, "entropy": (entropy_BT.detach() * mask_BT).sum()}
 
 
+class PolicyPasses:
+    """The passes of an update over this rank's share of the rows, for ``MicroBatchLimit.make``; an update may be repeated.
+
+    ``rows`` are the rows of all ranks, and ``reference`` is only read.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        rows: Sequence[TrainingRow],
+        algorithm: AlgorithmConfig,
+        reference: Transformer | None,
+        mark: Callable[[str], None],
+    ) -> None:
+        self.learner, self.rows, self.algorithm, self.reference, self.mark = learner, rows, algorithm, reference, mark
+        self.world = learner.engine.world
+        self.cut_for: int | None = None  # tokens of a pass at most, by which the micro-batches are cut
+        self.batches: list[MicroBatch] = []
+        self.padding_frac = 0.0
+
+    def __call__(self, tokens: int | None, apart: bool) -> dict[str, Tensor]:
+        """Make the passes and return the sums for the metrics."""
+        engine = self.learner.engine
+        if not self.batches or self.cut_for != tokens:
+            self._cut(tokens)
+        sums: dict[str, Tensor] = {}
+        for number, batch in enumerate(self.batches, start=1):
+            sends = number == len(self.batches) and not apart
+            with nullcontext() if sends else engine.accumulating(), torch.set_grad_enabled(batch.learns):
+                loss, part = engine.loss(batch, self.algorithm)
+                self.mark("forward")
+                if batch.learns:
+                    # Engines average over the ranks, and the token weights are made for all rows.
+                    engine.backward(nan_gradient_unless_finite(loss) * self.world.size)
+                    self.mark("backward")
+            sums = add_sums(sums, part)
+        return sums
+
+    def halved(self, tokens: int | None) -> int | None:
+        """Return half of the largest micro-batch of any rank that can be cut, None when all have one row."""
+        cuts = [shares for shares, _ in _shares(self.rows, self.algorithm, tokens, self.world)]
+        several = [indices for shares in cuts for share in shares for indices in share if len(indices) > 1]
+        return max((_places(self.rows, indices) for indices in several), default=0) // 2 or None
+
+    def _cut(self, tokens: int | None) -> None:
+        self.batches = []  # frees what the cut before holds
+        batches, self.padding_frac = _prepare(self.rows, self.algorithm, tokens, self.learner.device, self.world)
+        if self.algorithm.beta > 0.0:
+            assert self.reference is not None
+            with torch.no_grad():
+                for batch in batches:
+                    logprobs, *_ = completion_logprobs(self.reference, batch.rows, temperature=self.algorithm.temperature)
+                    batch.reference_BT = logprobs
+        self.batches, self.cut_for = batches, tokens
+
+
 def update_policy(
     learner: Learner,
     rows: Sequence[TrainingRow],
     algorithm: AlgorithmConfig,
     *,
     reference: Transformer | None = None,
-    micro_batch_tokens: int = 16_384,
+    micro_batch_limit: MicroBatchLimit | None = None,
     collector: Collector | None = None,
 ) -> dict[str, float]:
     """Take at most ``updates_per_batch`` optimizer steps on the rows; return the metrics, averaged over the steps.
@@ -179,26 +236,13 @@ def update_policy(
     """
     engine, optimizer, world = learner.engine, learner.optimizer, learner.engine.world
     parameters = learner.clipped_parameters
-    batches, padding_frac = _prepare(rows, algorithm, micro_batch_tokens, learner.device, world)
-    if algorithm.beta > 0.0:
-        assert reference is not None
-        with torch.no_grad():
-            for batch in batches:
-                batch.reference_BT, *_ = completion_logprobs(reference, batch.rows, temperature=algorithm.temperature)
     mark = collector.mark if collector else (lambda part: None)
+    limit = micro_batch_limit or MicroBatchLimit(learner, None)
+    passes = PolicyPasses(learner, rows, algorithm, reference, mark)
     history: list[dict[str, Tensor]] = []
     updates: list[Tensor] = []  # gradient norm, and 1 for a skipped update
     for _ in range(algorithm.updates_per_batch):
-        sums: dict[str, Tensor] = {}
-        for number, batch in enumerate(batches, start=1):
-            with engine.accumulating() if number < len(batches) else nullcontext(), torch.set_grad_enabled(batch.learns):
-                loss, part = engine.loss(batch, algorithm)
-                mark("forward")
-                if batch.learns:
-                    # Engines average over the ranks, and the token weights are made for all rows.
-                    engine.backward(nan_gradient_unless_finite(loss) * world.size)
-                    mark("backward")
-            sums = add_sums(sums, part)
+        sums = limit.make(passes, passes.halved)
         history.append(sums)
         with collector.update(lambda: probe_rows(rows)) if collector else nullcontext():
             updates.append(torch.stack(engine.update(optimizer, *parameters)))
@@ -213,7 +257,7 @@ def update_policy(
     metrics |= {name: float(values[0]) for name, values in by_update.items() if name.startswith(FIRST_UPDATE_METRICS)}
     metrics |= {"train/grad_norm": float(norms.mean()), "train/skipped_steps": float(skipped.sum())}
     metrics["opsm/updates"] = float(len(updates))
-    return metrics | norm_stats(norms.tolist(), learner.clip_norm) | {"data/padding_frac": padding_frac}
+    return metrics | norm_stats(norms.tolist(), learner.clip_norm) | {"data/padding_frac": passes.padding_frac}
 
 
 def has_moved_too_far(sums: dict[str, Tensor], algorithm: AlgorithmConfig, world: World) -> bool:
@@ -236,15 +280,36 @@ def probe_rows(rows: Sequence[TrainingRow]) -> ProbeRows:
     return ProbeRows(*pad_rows([row.labelled for row in longest]))
 
 
+def _places(rows: Sequence[TrainingRow], indices: Sequence[int]) -> int:
+    """Return the tokens of a micro-batch with its padding."""
+    return len(indices) * rows[indices[0]].tokens  # the longest comes first
+
+
+def _shares(
+    rows: Sequence[TrainingRow], algorithm: AlgorithmConfig, tokens: int | None, world: World
+) -> list[tuple[list[list[list[int]]], bool]]:
+    """Return the micro-batches of every rank as indices, of rows that only watch and of rows that learn, and which these are.
+
+    Rows that only watch come first, so that the last pass has a backward pass. In it the ranks exchange gradients, and FSDP
+    lets go of the weights that it gathered for a forward pass.
+    """
+    learning = [index for index, row in enumerate(rows) if row.has_gradient(algorithm.beta)]
+    # With nothing to learn the update still happens, on zero gradients, because the optimizer's momentum still moves the weights.
+    learning = learning or list(range(len(rows)))
+    watching = sorted(set(range(len(rows))) - set(learning))
+    budget = sum(row.tokens for row in rows) * len(rows) if tokens is None else tokens
+    return [
+        ([micro_batches(rows, share, budget) for share in assign_to_ranks(rows, chosen, world.size)], learns)
+        for chosen, learns in ((watching, False), (learning, True))
+    ]
+
+
 def _prepare(
-    rows: Sequence[TrainingRow], algorithm: AlgorithmConfig, micro_batch_tokens: int, device: torch.device, world: World
+    rows: Sequence[TrainingRow], algorithm: AlgorithmConfig, tokens: int | None, device: torch.device, world: World
 ) -> tuple[list[MicroBatch], float]:
     """Cut this rank's share of the update into micro-batches; token weights come from the whole update.
 
     The second result is the share of places without a token in the micro-batches of all ranks.
-
-    Rows that only give metrics come first, so that the last pass has a backward pass. In it the ranks exchange gradients, and
-    FSDP frees the weights that it gathered for a forward pass.
     """
     weight = token_weights(
         _completion_mask(rows),
@@ -252,16 +317,11 @@ def _prepare(
         max_new_tokens=algorithm.max_new_tokens,
         trained_B=torch.tensor([row.trained for row in rows]),
     )
-    learning = [index for index, row in enumerate(rows) if row.has_gradient(algorithm.beta)]
-    # With nothing to learn the update still happens, on zero gradients, because the optimizer's momentum still moves the weights.
-    learning = learning or list(range(len(rows)))
-    watching = sorted(set(range(len(rows))) - set(learning))
     prepared: list[MicroBatch] = []
     places = 0
-    for chosen, learns in ((watching, False), (learning, True)):
-        cut = [micro_batches(rows, share, micro_batch_tokens) for share in assign_to_ranks(rows, chosen, world.size)]
+    for cut, learns in _shares(rows, algorithm, tokens, world):
         own = cut[world.rank]
-        places += sum(len(indices) * rows[indices[0]].tokens for share in cut for indices in share)  # the longest comes first
+        places += sum(_places(rows, indices) for share in cut for indices in share)
         prepared += [_micro_batch([rows[index] for index in indices], weight[indices], learns, device) for indices in own]
         idle = _micro_batch([TrainingRow([0], [0], [0.0], 0.0)], torch.zeros(1, 1), learns, device, idle=True)
         prepared += [idle] * (max(map(len, cut)) - len(own))

@@ -30,6 +30,7 @@ from osler.rl.config import GrpoConfig
 from osler.rl.rollout import Group, RolloutWorker, count_tokens, prompts_asked, rollout_metrics
 from osler.rl.step import training_rows, update_policy
 from osler.runs.loop import Due, Trainer
+from osler.runs.micro_batch import MicroBatchLimit
 from osler.runs.process import Learner, Run
 from osler.tasks.item import ExamItem
 
@@ -51,6 +52,7 @@ class GrpoTrainer(Trainer):
     ) -> None:
         super().__init__(config, run, learner, total=config.steps)
         self.worker, self.exam = worker, exam
+        self.micro_batch_limit = MicroBatchLimit(learner, config.micro_batch_tokens, run, lambda: self.step + 1)
         self.exam_name = getattr(config.eval_task, "split", "") or getattr(config.eval_task, "exam", "")
         self.best_metric = f"eval/{self.exam_name}_accuracy" if self.exam_name else ""
         self.reference: Transformer | None = None  # for the KL term; nothing trains it
@@ -94,7 +96,7 @@ class GrpoTrainer(Trainer):
                 rows,
                 algorithm,
                 reference=self.reference if algorithm.beta > 0.0 else None,
-                micro_batch_tokens=config.micro_batch_tokens,
+                micro_batch_limit=self.micro_batch_limit,
                 collector=self.collector,
             )
         self.step += 1

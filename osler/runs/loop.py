@@ -19,7 +19,6 @@ from contextlib import closing
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from osler.checkpoint import store
@@ -32,8 +31,10 @@ from osler.records.jsonl import EARLY_STOP, read_metrics
 from osler.runs.config import RunConfig
 from osler.runs.folder import check_fingerprints
 from osler.runs.incidents import Incidents
+from osler.runs.micro_batch import words_of
 from osler.runs.process import Learner, Run
 from osler.runtime import format as fmt
+from osler.runtime.device import is_out_of_memory
 from osler.runtime.errors import UserError
 from osler.runtime.faults import fault
 from osler.runtime.log import Progress
@@ -181,7 +182,12 @@ class Loop:
             RunLogger(
                 config.monitor, folder, trainer.settings(), step=trainer.step, is_first=self.world.is_first
             ) as self.run_logger,
-            self.run_logger.lifetime(lambda: trainer.step, lambda: trainer.done and not self.evaluation_interrupted),
+            self.run_logger.lifetime(
+                lambda: trainer.step,
+                lambda: trainer.done and not self.evaluation_interrupted,
+                processes=self.world.size,
+                preparing_seconds=round(time.monotonic() - self.run.began, 3),
+            ),
             Progress(trainer.total, trainer.unit, label=config.kind, initial=trainer.position) as self.progress,
             self.saver,
             closing(trainer),
@@ -209,11 +215,13 @@ class Loop:
             self.save()
             self.world.broadcast_from_first(lambda: self.saver.wait(needed=True))
             return False
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             raise UserError(
-                f"The memory of the GPU is too small for a step ({error}). Compute fewer rows at once (micro_batch_tokens), "
-                "compute activations again (recompute=selective, then full), or take shorter rows (seq_len). More GPUs share the "
-                "rows and, with parallel.type=fsdp, the weights; a single row is never split over them (no context parallelism)."
+                f"Memory ran out beside the passes of a step, where a smaller micro-batch does not help ({words_of(error)}). "
+                "What is there is weights, gradients and the optimizer's moments, and in `osler grpo` the completions that are "
+                "sampled at once (rollout_rows). A smaller model takes less, several GPUs share it with parallel.type=fsdp."
             ) from error
         fault("train-step")
         stopping = self._agree_to_stop()

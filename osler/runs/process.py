@@ -98,7 +98,8 @@ class Run:
     fingerprints: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.started = time.monotonic()  # a resume moves it back by the time that earlier processes spent
+        self.began = time.monotonic()
+        self.started = self.began  # a resume moves it back by the time that earlier processes spent
         self.events = EventLog(self.folder.events if self.world.is_first else os.devnull)
 
     def describe(self, machine: Machine, model: ModelConfig, tokenizer: Tokenizer) -> None:

@@ -27,6 +27,9 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32, "pure-bf16": torch.
 
 MOST_HUGE_BYTES = 1 << 35  # of addresses, on machines with much memory
 
+# What errors say that are no ``torch.OutOfMemoryError`` when torch's allocator for CPUs, C++, cuBLAS or the driver has no memory.
+ALLOCATORS_WORDS = ("can't allocate memory", "bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+
 _BF16_TRIAL_SECONDS = 0.6  # long enough to find quiet moments on a busy machine
 _BF16_GAIN = 1.2  # a smaller gain is lost to the cast of the weights, which the trial leaves out
 
@@ -93,6 +96,12 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has finished its work; a CPU always has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an exception says that memory could not be allocated, on a GPU or by torch or Python on a CPU."""
+    told = isinstance(error, RuntimeError) and any(words in str(error) for words in ALLOCATORS_WORDS)
+    return told or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype, sizes: Sequence[int], seconds: float) -> float:
@@ -166,6 +175,14 @@ def _use_huge_pages(libc: ctypes.CDLL, block_bytes: int) -> None:
         libc.madvise(start, block + block_bytes - start, mmap.MADV_HUGEPAGE)
     for block in blocks:
         libc.free(block)
+
+
+def give_back_freed_memory() -> None:
+    """Give memory that the allocators keep for reuse back to the GPU and, where the C library is glibc, to the system."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Stopwatch:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +35,7 @@ from osler.monitor.model_stats import ProbeRows
 from osler.optim.build import set_hyperparameters
 from osler.optim.schedule import lr_scale, warmup_of
 from osler.runs.loop import Due, Trainer
+from osler.runs.micro_batch import MicroBatchLimit
 from osler.runs.process import Learner, Run
 from osler.runs.resume import warn_of_endless_warmup
 from osler.train.config import TrainConfig
@@ -70,7 +72,7 @@ class TrainStep:
         self,
         learner: Learner,
         *,
-        micro_batch_tokens: int | None = None,
+        micro_batch_limit: MicroBatchLimit | None = None,
         document_mask: bool = False,
         teacher: Teacher | None = None,
         mark: Callable[[str], None] = lambda part: None,
@@ -85,7 +87,7 @@ class TrainStep:
         """
         self.parameters = learner.clipped_parameters
         self.optimizer, self.engine, self.device = learner.optimizer, learner.engine, learner.device
-        self.micro_batch_tokens = micro_batch_tokens
+        self.micro_batch_limit = micro_batch_limit or MicroBatchLimit(learner, None)
         self.document_mask, self.teacher = document_mask, teacher
         # A benchmark trains a peer's model too, whose config has no such section.
         is_sparse = isinstance(getattr(learner.model.config, "attention", None), SparseAttentionConfig)
@@ -98,14 +100,34 @@ class TrainStep:
         world = self.engine.world
         found_tokens = world.all_reduce_mean(torch.full((), float(batch.num_loss_tokens), device=self.device))
         learned_tokens = found_tokens.clamp_min(1 / world.size)
-        totals = torch.zeros((), device=self.device)  # cross-entropy, the other parts, and last what is minimised
         num_rows, seq_len = batch.ids.shape
-        micro = rows_per_micro_batch(num_rows, seq_len, self.micro_batch_tokens)
-        for start in range(0, num_rows, micro):
+        rows_of = partial(rows_per_micro_batch, num_rows, seq_len)
+
+        def halved(tokens: int | None) -> int | None:
+            return None if (rows := rows_of(tokens)) == 1 else rows_of(rows // 2 * seq_len) * seq_len
+
+        passes = partial(self._passes, batch, learned_tokens, rows_of)
+        totals = self.micro_batch_limit.make(passes, halved, shape=(num_rows, seq_len))
+        with self.around_update(lambda: ProbeRows(batch.ids, batch.labels, batch.document_ids if self.document_mask else None)):
+            norm_and_skipped = self.engine.update(self.optimizer, *self.parameters)
+        self.mark("optimizer")
+        return StepResult(torch.where(found_tokens > 0, totals[0], math.nan), *norm_and_skipped, totals[1:-1])
+
+    def _passes(
+        self, batch: Batch, learned_tokens: Tensor, rows_of: Callable[[int | None], int], tokens: int | None, apart: bool
+    ) -> Tensor:
+        """Make the forward and backward passes of a step, each of at most ``tokens`` tokens; see ``MicroBatchLimit.make``.
+
+        Return, per learned token, the cross-entropy, the other parts, and last what is minimised.
+        """
+        totals = torch.zeros((), device=self.device)
+        micro = rows_of(tokens)
+        for start in range(0, len(batch.ids), micro):
             rows = slice(start, start + micro)
             ids, labels = (part[rows].to(self.device, non_blocking=True) for part in (batch.ids, batch.labels))
             documents = batch.document_ids[rows].to(self.device, non_blocking=True) if self.document_mask else None
-            with nullcontext() if start + micro >= num_rows else self.engine.accumulating():
+            sends = start + micro >= len(batch.ids) and not apart
+            with nullcontext() if sends else self.engine.accumulating():
                 from_teacher = () if self.teacher is None else self.teacher(ids, documents)
                 losses = self.engine.loss(ids, labels, documents, *from_teacher).view(-1) / learned_tokens
                 losses = nan_gradient_unless_finite(losses)
@@ -113,10 +135,7 @@ class TrainStep:
                 self.engine.backward(losses[-1])
             totals = totals + losses.detach()
             self.mark("backward")
-        with self.around_update(lambda: ProbeRows(batch.ids, batch.labels, batch.document_ids if self.document_mask else None)):
-            norm_and_skipped = self.engine.update(self.optimizer, *self.parameters)
-        self.mark("optimizer")
-        return StepResult(torch.where(found_tokens > 0, totals[0], math.nan), *norm_and_skipped, totals[1:-1])
+        return totals
 
 
 class SupervisedTrainer(Trainer):
@@ -147,7 +166,7 @@ class SupervisedTrainer(Trainer):
         self.held_out, self.exam = held_out, exam
         self.train_step = TrainStep(
             learner,
-            micro_batch_tokens=config.micro_batch_tokens,
+            micro_batch_limit=MicroBatchLimit(learner, config.micro_batch_tokens, run, lambda: self.step + 1),
             document_mask=config.document_mask,
             teacher=teacher,
             mark=self.collector.mark,

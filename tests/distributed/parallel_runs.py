@@ -43,6 +43,7 @@ from osler.optim.build import build_optimizer
 from osler.optim.config import AdamWConfig
 from osler.parallel.config import DdpConfig, FsdpConfig
 from osler.parallel.parallelize import parallelize
+from osler.runs.micro_batch import VOTED_STEPS, MicroBatchLimit
 from osler.runs.process import Learner, Machine
 from osler.runtime.sharded import whole
 from osler.runtime.world import World, joined
@@ -269,8 +270,10 @@ def send_once() -> int:
             engine = parallelize(model, config, world)
             optimizer = build_optimizer(model, AdamWConfig())
             for rows in (4, 2, 1):
-                step = TrainStep(Learner(model, optimizer, engine, 1.0), micro_batch_tokens=rows * 8)
-                step(batch)
+                learner = Learner(model, optimizer, engine, 1.0)
+                step = TrainStep(learner, micro_batch_limit=MicroBatchLimit(learner, rows * 8))
+                for _ in range(VOTED_STEPS):
+                    step(batch)
                 with Sent() as sent:
                     step(batch)
                 # One small tensor counts the learned tokens; DDP has one bucket, FSDP the block and what lies outside of it.

@@ -10,6 +10,7 @@ from osler.optim.build import build_optimizer
 from osler.optim.config import AdamWConfig, MuonConfig
 from osler.parallel.config import NoParallelConfig
 from osler.parallel.parallelize import parallelize
+from osler.runs.micro_batch import MicroBatchLimit
 from osler.runs.process import Learner
 from osler.runtime.world import World
 from osler.train.trainer import TrainStep
@@ -50,7 +51,8 @@ def test_a_compiled_step_makes_no_host_synchronisation(precision: str, optim: Ad
     engine = parallelize(
         model, NoParallelConfig(), world, precision=precision, pass_tokens=passes, recompute=recompute, compile=True
     )
-    step = TrainStep(Learner(model, build_optimizer(model, optim), engine, 1.0), micro_batch_tokens=4 * 64)
+    learner = Learner(model, build_optimizer(model, optim), engine, 1.0)
+    step = TrainStep(learner, micro_batch_limit=MicroBatchLimit(learner, 4 * 64))
     ids = torch.randint(0, 2048, (8, 65))
     inputs, labels = (part.contiguous().pin_memory() for part in (ids[:, :-1], ids[:, 1:]))
     batch = Batch(inputs, labels, torch.zeros(8, 64, dtype=torch.int64))

@@ -8,6 +8,7 @@ from osler.ops.sampling_params import SamplingParams
 from osler.parallel.engine import ParallelEngine
 from osler.rl.config import AlgorithmConfig
 from osler.rl.step import PolicyLoss, TrainingRow, completion_logprobs, update_policy
+from osler.runs.micro_batch import MicroBatchLimit
 from osler.runs.process import Learner
 from tests.models import tiny_model
 
@@ -82,9 +83,9 @@ def gradient_after(rows, algorithm, *, micro_batch_tokens=100_000, reference=Non
     model = sharp_model()
     before = torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
-    metrics = update_policy(
-        learner_of(model, optimizer, 1e9), rows, algorithm, reference=reference, micro_batch_tokens=micro_batch_tokens
-    )
+    learner = learner_of(model, optimizer, 1e9)
+    limit = MicroBatchLimit(learner, micro_batch_tokens)
+    metrics = update_policy(learner, rows, algorithm, reference=reference, micro_batch_limit=limit)
     return torch.nn.utils.parameters_to_vector(model.parameters()).detach() - before, metrics
 
 

@@ -14,6 +14,7 @@ from osler.optim.bf16 import Bf16AdamW, adamw_update, keep_in_bf16, random_bits,
 from osler.optim.build import build_optimizer
 from osler.optim.config import AdamWConfig
 from osler.parallel.engine import ParallelEngine
+from osler.runs.micro_batch import MicroBatchLimit
 from osler.runs.process import Learner
 from osler.train.trainer import TrainStep
 from tests.models import tiny_model
@@ -139,7 +140,7 @@ def step_gradients(micro_batch_tokens: int | None, *, compiled: bool = False) ->
         yield
 
     learner = Learner(model, build_optimizer(model, AdamWConfig()), engine, 1e9)
-    step = TrainStep(learner, micro_batch_tokens=micro_batch_tokens, around_update=keep)
+    step = TrainStep(learner, micro_batch_limit=MicroBatchLimit(learner, micro_batch_tokens), around_update=keep)
     step(Batch(ids[:, :-1], ids[:, 1:], torch.zeros_like(ids[:, 1:])))
     assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
     return found

@@ -17,7 +17,9 @@ from osler.optim.config import AdamWConfig
 from osler.parallel.engine import ParallelEngine
 from osler.rl.config import AlgorithmConfig
 from osler.rl.step import PolicyLoss, TrainingRow, assign_to_ranks, completion_logprobs, micro_batches, update_policy
+from osler.runs.micro_batch import MicroBatchLimit
 from osler.runs.process import Learner
+from osler.runtime.errors import UserError
 from tests.models import tiny_model
 
 
@@ -56,11 +58,13 @@ def weights(model):
     return torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
 
 
-def moved(make_policy, rows, algorithm, **options):
+def moved(make_policy, rows, algorithm, micro_batch_tokens=None, **options):
     """How far an update moves the policy, and its metrics."""
     model = make_policy()
     before = weights(model)
-    metrics = update_policy(learner_of(model), rows, algorithm, **options)
+    learner = learner_of(model)
+    limit = MicroBatchLimit(learner, micro_batch_tokens)
+    metrics = update_policy(learner, rows, algorithm, micro_batch_limit=limit, **options)
     return (weights(model) - before).abs().max().item(), metrics
 
 
@@ -140,6 +144,31 @@ def test_the_kl_of_a_sparse_policys_index_does_not_shrink_the_step_of_the_policy
         update_policy(learner, [row(3, 9), row(3, 4, advantage=-1.0)], algorithm)
         ends.append({name: weight.detach() for name, weight in learner.model.named_parameters()})
     assert all(torch.equal(ends[0][name], weight) for name, weight in ends[1].items() if not is_of_indexer(name))
+
+
+def test_an_update_without_memory_is_made_again_in_smaller_passes(make_policy):
+    """The second of two updates does not fit, and allocations really fail. An update that was made is not made again."""
+    algorithm = AlgorithmConfig(beta=0.1, updates_per_batch=2, max_new_tokens=8)
+    rows = [row(3, 4 + i % 2, advantage=(-1.0) ** i) for i in range(4)]
+    ends, seen, most = [], [], [4]
+
+    def hungry(layer, given):
+        seen.append(len(given[0]))
+        torch.empty(2**60 if len(seen) > 1 and seen[-1] > most[0] else 1)
+
+    for fits in (4, 1):
+        most[:] = [fits]
+        seen.clear()
+        learner = learner_of(make_policy())
+        learner.model.layers[0].register_forward_pre_hook(hungry)
+        limit = MicroBatchLimit(learner, None)
+        update_policy(learner, rows, algorithm, reference=make_policy().requires_grad_(False), micro_batch_limit=limit)
+        ends.append(weights(learner.model))
+    assert seen == [4, 4, 2, 1, 1, 1, 1] and limit.tokens == 8
+    torch.testing.assert_close(ends[1], ends[0], atol=2e-6, rtol=0)
+    most[:] = [0]
+    with pytest.raises(UserError, match="one row at once"):
+        update_policy(learner, rows, algorithm, reference=make_policy().requires_grad_(False), micro_batch_limit=limit)
 
 
 def test_only_rows_with_something_to_learn_are_backpropagated(make_policy, monkeypatch):

@@ -110,17 +110,6 @@ def test_a_rollback_takes_back_the_length_of_rows_with_the_weights(make_trainer,
     assert model.trained_seq_len == 64
 
 
-def test_a_device_that_is_too_small_is_told_with_what_helps(make_trainer, tmp_path) -> None:
-    trainer = make_trainer(tmp_path / "run")
-
-    def too_much(batch: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-    trainer.train_step = too_much
-    with pytest.raises(UserError, match=r"2.00 GiB.*recompute=selective, then full.*no context parallelism"):
-        Loop(trainer).fit()
-
-
 REFUSED = {
     "no origin": ({}, "context extends the model of init_from"),
     "rows that the new context would allow": ({"seq_len": 2048}, "context extends the model of init_from"),

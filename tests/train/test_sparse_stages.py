@@ -18,6 +18,7 @@ from osler.model.sparse_attention import MEASURED
 from osler.optim.build import build_optimizer
 from osler.parallel.config import DeepSpeedConfig, NoParallelConfig
 from osler.parallel.parallelize import parallelize
+from osler.runs.micro_batch import MicroBatchLimit
 from osler.runs.process import Learner
 from osler.runtime.errors import UserError
 from osler.runtime.faults import InjectedError
@@ -86,14 +87,14 @@ def test_the_warm_up_lowers_the_kl_and_raises_the_recall_and_both_stages_log_the
     assert "index/recall" in page
 
 
-def make_step(config, run, **fields):
+def make_step(config, run, micro_batch_tokens=None):
     """A step on the model of a run, whose indexers alone are trained if the config says so."""
     model = load_model(run).model.train()
     if config.trains == "indexers":
         model.warm_up_indexers()
     engine = parallelize(model, NoParallelConfig(), World())
     learner = Learner(model, build_optimizer(model, config.optim), engine, config.clip_norm)
-    return model, TrainStep(learner, **fields)
+    return model, TrainStep(learner, micro_batch_limit=MicroBatchLimit(learner, micro_batch_tokens))
 
 
 @pytest.mark.parametrize("trains", ["indexers", "all"])

@@ -13,7 +13,15 @@ from osler.data.order import Order
 from osler.data.packing import MixedPacking, WholePacking
 from osler.monitor.collect import Collector
 from osler.monitor.config import MonitorConfig
+from osler.records.jsonl import FAILED, read_events
+from osler.runs.loop import Loop
+from osler.runs.micro_batch import MicroBatchLimit
+from osler.runs.process import Run
+from osler.runtime.errors import UserError
+from osler.runtime.files import RunFolder
+from osler.runtime.world import World
 from osler.train.batches import make_loader
+from osler.train.trainer import TrainStep
 
 pytestmark = pytest.mark.usefixtures("no_compiled_code")
 
@@ -42,6 +50,49 @@ def test_gradient_accumulation_is_one_batch(kind, config, prepared, make_step):
     for micro in (128, 64):
         for found, expected in zip(results[micro], results[None], strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_step_without_memory_is_made_again_in_smaller_passes(config, prepared, make_learner, tmp_path):
+    """Allocations really fail: what stands for a teacher asks for more than any machine has, once in the middle of a step."""
+    run = Run(RunFolder.create(tmp_path / "run"), World())
+    batches = [make_loader(config, prepared).batch(index) for index in range(4)]
+    learner, twin = (make_learner(replace(config, optim=replace(config.optim, eps=1e-3))) for _ in range(2))
+    too_many, passes, made = [9, 1], [], []  # rows from which on a pass does not fit, and the first pass of those that does not
+
+    def hungry(ids, documents):
+        passes.append(len(ids))
+        torch.empty(2**60 if len(ids) >= too_many[0] and passes.count(len(ids)) >= too_many[1] else 1)
+        return ()
+
+    step = TrainStep(learner, micro_batch_limit=MicroBatchLimit(learner, None, run, lambda: len(made) + 1), teacher=hungry)
+    plain = TrainStep(twin)
+    for given, expected in (((9, 1), [4]), ((3, 1), [4, 2, 2]), ((2, 2), [2, 2, 1, 1, 1, 1])):
+        too_many[:] = given
+        passes.clear()
+        result, same = (each(batches[len(made)]).row for each in (step, plain))
+        made.append(result)
+        assert passes == expected
+        torch.testing.assert_close(result, same, rtol=1e-6, atol=1e-6)
+    for found, same in zip(learner.model.parameters(), twin.model.parameters(), strict=True):
+        torch.testing.assert_close(found, same, rtol=1e-6, atol=1e-6)
+
+    events = read_events(run.folder.events)
+    assert [(event.step, event.details["micro_batch_tokens"]) for event in events] == [(2, 128), (3, 64)]
+    assert "memory" in events[0].message and "micro_batch_tokens=128" in events[0].message
+    resumed = [MicroBatchLimit(learner, None, run, lambda number=number: number).tokens for number in (1, 2, 3, 9)]
+    assert resumed == [None, 128, 64, 64], "a step that is made again has the passes that it had"
+    assert MicroBatchLimit(learner, 256, run, lambda: 9).tokens == 256, "a start with another limit begins with that"
+    too_many[:] = [1, 1]
+    with pytest.raises(UserError, match=r"one row at once.*recompute=selective, then full.*seq_len"):
+        step(batches[3])
+
+
+def test_memory_that_runs_out_beside_the_passes_ends_a_run_with_what_helps(make_trainer, tmp_path):
+    trainer = make_trainer(tmp_path / "run")
+    trainer.learner.optimizer.register_step_pre_hook(lambda *_: torch.empty(2**60))
+    with pytest.raises(UserError, match=r"beside the passes.*parallel.type=fsdp"):
+        Loop(trainer).fit()
+    assert read_events(trainer.run.folder.events)[-1].name == FAILED
 
 
 def test_a_step_that_is_not_finite_leaves_no_trace(config, prepared, make_step):

@@ -12,6 +12,7 @@ from osler.ops.distillation import Mix, distillation_reference
 from osler.optim.build import build_optimizer
 from osler.parallel.config import DeepSpeedConfig, NoParallelConfig
 from osler.parallel.parallelize import parallelize
+from osler.runs.micro_batch import MicroBatchLimit
 from osler.runs.process import Learner, Machine
 from osler.runtime.errors import UserError
 from osler.runtime.world import World
@@ -45,12 +46,12 @@ def distil(osler, tiny, runs):
     return train
 
 
-def make_step(config, runs, teacher, mix, compile=False, **fields):
+def make_step(config, runs, teacher, mix, compile=False, micro_batch_tokens=None, **fields):
     model = load_model(runs.sft).model.train()
     loss_of = lambda model: DistilledLoss(model, mix)  # noqa: E731
     engine = parallelize(model, NoParallelConfig(), World(), compile=compile, loss_of=loss_of)
     learner = Learner(model, build_optimizer(model, config.optim), engine, config.clip_norm)
-    return model, TrainStep(learner, teacher=teacher, **fields)
+    return model, TrainStep(learner, micro_batch_limit=MicroBatchLimit(learner, micro_batch_tokens), teacher=teacher, **fields)
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "sft"])
