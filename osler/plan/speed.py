@@ -20,9 +20,9 @@ MFU = Estimate(
 FULL_WIDTH = 768  # hidden_size from which on the shares hold; narrower models are assumed to fill a GPU in proportion less
 EAGER_MFU = Estimate(0.08, 0.20, 0.35, "assumed MFU 8 to 35 % without torch.compile; not measured by Osler on a GPU")
 CPU_SHARE = Estimate(
-    0.25, 0.50, 0.80,
-    "assumed 25 to 80 % of the rate of matrix products: 37 to 77 % were measured on one Xeon with AMX (bench_train.py), the "
-    "smaller the model the less",
+    0.5, 1.0, 1.4,
+    "assumed: a share of the rate of matrix products that grows with the width, 37 % at hidden_size 128 and 75 % from 512 on, "
+    "give or take a half; as on one Xeon with AMX (quickstart, bench_train.py)",
 )  # fmt: skip
 EAGER_CPU_SHARE = Estimate(0.15, 0.40, 0.70, "assumed 15 to 70 % of the rate of matrix products in fp32, uncompiled")
 SEVERAL = Estimate(0.80, 0.93, 1.0, "assumed 80 to 100 % of several GPUs' speed on one machine")
@@ -49,7 +49,11 @@ def flops_per_second(device: Device, arithmetic: Arithmetic, gpus: int, hidden_s
     """Return the training FLOP/s of all GPUs together; the FLOPs of recomputation do not count."""
     on_cpu = device.kind == "cpu"
     peak = gpus * (device.fp32_flops if arithmetic.precision == "fp32" else device.flops)
-    share = (CPU_SHARE if arithmetic.compiled else EAGER_CPU_SHARE) if on_cpu else (MFU if arithmetic.compiled else EAGER_MFU)
+    share = (
+        (CPU_SHARE.times(min(0.75, 0.25 + hidden_size / 1024)) if arithmetic.compiled else EAGER_CPU_SHARE)
+        if on_cpu
+        else (MFU if arithmetic.compiled else EAGER_MFU)
+    )
     if not on_cpu and hidden_size < FULL_WIDTH:
         part = hidden_size / FULL_WIDTH
         why = f"{share.source}; at hidden_size {hidden_size} {part:.0%} of that, an assumption too"
