@@ -89,7 +89,7 @@ class CommonRequest:
     repetition_penalty: Annotated[float, Ge(0.01), Le(100)] | None = None  # above 1: tokens seen get rarer
     presence_penalty: Annotated[float, Ge(-2), Le(2)] | None = None  # subtracted from the logit of a token already drawn; null: 0
     frequency_penalty: Annotated[float, Ge(-2), Le(2)] | None = None  # the same, times how often it was drawn; null: 0
-    logit_bias: dict[str, Annotated[float, Ge(-100), Le(100)]] | None = None  # by token id: what is added to its logit
+    logit_bias: dict[str, Annotated[float, Ge(-100), Le(100)] | None] | None = None  # by token id: what is added to its logit
     seed: Annotated[int, Ge(-(2**63)), Le(2**63 - 1)] | None = None  # the same seed draws the same; null: another each time
     n: Annotated[int, Ge(1), Le(128)] | None = None  # completions of a prompt; null: 1
     stop: str | tuple[str, ...] | None = None  # end before the first of these texts

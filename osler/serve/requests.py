@@ -160,7 +160,7 @@ def _rows(prompts: Sequence[Sequence[int]], request: CommonRequest, served: Serv
 
 def _sampling(request: CommonRequest, served: Served, limit: int, top: int | None) -> SamplingParams:
     vocab_size = served.ready.tokenizer.vocab_size
-    bias = request.logit_bias or {}
+    bias = {token: value for token, value in (request.logit_bias or {}).items() if value is not None}
     if wrong := [token for token in bias if not (token.isdecimal() and token.isascii() and int(token) < vocab_size)]:
         message = f"logit_bias: {wrong[0]!r} is no token id; {served.name} has ids 0 to {vocab_size - 1}."
         raise ApiError(400, message, "invalid_value", "logit_bias")
