@@ -47,9 +47,10 @@ def run(command: Command, argv: Sequence[str]) -> int:
         sampling = {field.name: given.pop(field.name) for field in fields(SamplingParams) if field.name in given}
         given["sampling"] = decode(SamplingParams, sampling, source="the command line")
     if "branch" in given:
+        from osler.plan.actual import keep_plan
         from osler.runs.command import Request
 
-        given = {"request": Request(kind=command.name, **given)}
+        given = {"request": Request(kind=command.name, at_end=keep_plan, **given)}
     result = function_of(command)(**given)
     if isinstance(result, str):
         print(result)

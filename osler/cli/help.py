@@ -43,8 +43,9 @@ PLAN_HELP = """\
   osler plan osler-20usd parallel.type=ddp --gpu h100 --gpus 8 --price 2.50     (eight GPUs, at a price of your own)
   osler plan grpo-medqa init_from=pure-medium-large --gpu my-card.yaml          (a model family for a run that is not there yet)
 
-It needs neither the device nor torch. Numbers have intervals, and say what was assumed, computed or measured. A pipeline has a
-plan for each stage that trains; exams are not planned. A device of your own is a file such as
+It needs neither the device nor torch. Numbers have intervals, and say what was assumed, computed or measured. --probe trains here
+for a minute or two and measures. A pipeline has a plan for each stage that trains; exams are not planned. A device of your own is
+a file such as
   {title: My card, tflops: 100, memory_gib: 24, bandwidth_gb: 900, usd: [0.4, 0.6]}"""
 
 QUANTIZE_HELP = """\

@@ -11,11 +11,13 @@ from osler.config.devices import find_device, here
 from osler.config.recipe import load_recipe, meant_for
 from osler.model.config import ModelConfig
 from osler.pipeline.config import PipelineConfig, read_reference
+from osler.plan.actual import of_probe, table_of
 from osler.plan.budget import seconds_for, words_of_budget
 from osler.plan.estimate import exact
 from osler.plan.notes import time_note
 from osler.plan.plan import HOUR, Plan, Where
 from osler.plan.planner import plan_of, shape_from
+from osler.plan.probe import measure
 from osler.plan.table import as_csv, cost_table, devices_table, markdown, tokens_table
 from osler.plan.words import money, words_of
 from osler.rl.config import GrpoConfig
@@ -35,6 +37,7 @@ class Asked(NamedTuple):
     price: float | None = None
     table: str | None = None
     as_table: str = "md"
+    probe: bool = False
 
     def checked(self) -> Asked:
         """Return the same; raises UserError for options that cannot be, or not together."""
@@ -43,12 +46,14 @@ class Asked(NamedTuple):
                 raise UserError(f"--{name} {number:g} must be above 0.")
         if self.hours is not None and self.budget is not None:
             raise UserError("--hours and --budget are two ways to limit a run: give one of them.")
+        if self.probe and (self.gpu is not None or (self.gpus or 1) > 1):
+            raise UserError("--probe makes steps on this machine, in one process: leave --gpu and --gpus out.")
         return self
 
     def meaning(self, recipe: str) -> Asked:
         """Return the options with the device, and perhaps the hours, that a recipe is meant for where no device is given."""
         meant = meant_for(recipe)
-        if self.gpu is not None or "gpu" not in meant:
+        if self.gpu is not None or "gpu" not in meant or self.probe:
             return self
         hours = self.hours if self.hours or self.budget else meant.get("hours")
         return self._replace(gpu=meant["gpu"], gpus=self.gpus or meant.get("gpus"), hours=hours)
@@ -57,6 +62,14 @@ class Asked(NamedTuple):
         """Return the devices that the plan is for: those asked for, else ``default``, else this machine."""
         name = self.gpu or default
         return Where(here() if name is None else find_device(name), self.gpus or 1, self.price)
+
+
+class PlannedRun(NamedTuple):
+    """The name of a run, its config, and its model where that is not the config's."""
+
+    name: str
+    config: TrainConfig | GrpoConfig
+    model: ModelConfig | None
 
 
 def plan(recipe: str | None, overrides: Sequence[str], **options: Any) -> str:
@@ -71,11 +84,19 @@ def plan(recipe: str | None, overrides: Sequence[str], **options: Any) -> str:
         return words_of_budget(None, overrides, asked.where(), asked.budget)
     asked = asked.meaning(recipe)
     where, hours, budget = asked.where(), asked.hours, asked.budget
-    texts = []
-    for one in plans_of(recipe, overrides, where):
+    texts, runs = [], runs_of(recipe, overrides)
+    for name, config, model in runs:
+        one, beside = plan_of(config, where, name=name, model=model), ""
+        if asked.probe:
+            try:
+                one, beside = probed(config, one, model)
+            except UserError as error:
+                if len(runs) == 1:
+                    raise
+                one = replace(one, not_planned=(f"this stage was not probed, so its plan is made of assumptions: {error}",))
         notes = [time_note(one, exact(hours * HOUR), f"{hours:g} hours")] if hours else []
         notes += [time_note(one, seconds_for(budget, where), money(budget))] if budget else []
-        texts.append(words_of(replace(one, notes=(*notes, *one.notes))))
+        texts.append(words_of(replace(one, notes=(*notes, *one.notes))) + beside)
     if budget is not None and load_recipe(recipe, overrides).get("kind") == "pretrain":
         texts.append(words_of_budget(recipe, overrides, where, budget))
     return "\n\n".join(texts)
@@ -87,21 +108,33 @@ def _rows(table: str, where: Where, hours: float | None) -> list[list[str]]:
     return cost_table(where) if table == "cost" else tokens_table(hours or TABLE_HOURS, where.gpus)
 
 
+def probed(config: TrainConfig | GrpoConfig, assumed: Plan, model: ModelConfig | None) -> tuple[Plan, str]:
+    """Return a plan with what a probe measured here, and a table of the assumptions beside it."""
+    measured = measure(config, assumed, model)
+    found = plan_of(config, assumed.where, name=assumed.name, model=model, measured=measured)
+    return found, f"\n\nThe plan without the probe, and the probe:\n\n{table_of(of_probe(assumed, found))}"
+
+
 def plans_of(recipe: str, overrides: Sequence[str], where: Where) -> list[Plan]:
     """Return the plan of a recipe, or for a pipeline those of its stages that train."""
+    return [plan_of(config, where, name=name, model=model) for name, config, model in runs_of(recipe, overrides)]
+
+
+def runs_of(recipe: str, overrides: Sequence[str]) -> list[PlannedRun]:
+    """Return the run of a recipe, or for a pipeline its stages that train."""
     resolved = decode_recipe(load_recipe(recipe, overrides), source=recipe)
     if isinstance(resolved, (TrainConfig, GrpoConfig)):
-        return [plan_of(resolved, where, name=recipe)]
+        return [PlannedRun(recipe, resolved, None)]
     if not isinstance(resolved, PipelineConfig):
         raise UserError(f"`{recipe}` is a model and no run: plan a recipe that trains a model, such as `osler plan osler-2day`.")
-    plans: list[Plan] = []
+    runs: list[PlannedRun] = []
     models: dict[str, ModelConfig] = {}
     for name, stage in resolved.stages.items():
         if not isinstance(stage, (TrainConfig, GrpoConfig)):
             continue
         models[name] = model_of(stage, models, resolved)
-        plans.append(plan_of(stage, where, name=f"{recipe}: {name}", model=models[name]))
-    return plans
+        runs.append(PlannedRun(f"{recipe}: {name}", stage, models[name]))
+    return runs
 
 
 def model_of(stage: TrainConfig | GrpoConfig, models: dict[str, ModelConfig], pipeline: PipelineConfig) -> ModelConfig:

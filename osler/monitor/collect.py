@@ -137,6 +137,11 @@ class Collector:
         found["perf/memory_peak_bytes"] = peak_bytes(self.device)
         return {name: number for name, number in found.items() if number is not None}
 
+    def peak(self) -> dict[str, float]:
+        """Return the peak memory so far; an evaluation may take more than the steps."""
+        found = None if self.level == "off" else peak_bytes(self.device)
+        return {} if found is None else {"perf/memory_peak_bytes": found}
+
     def speed(self, tokens_per_second: float, *, tokens_left: int, seq_len: int) -> dict[str, float]:
         """Return the metrics that follow from a speed of training, among them the share of the GPUs' peak."""
         left = {"perf/eta_seconds": max(0, tokens_left) / tokens_per_second}

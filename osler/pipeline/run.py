@@ -40,6 +40,7 @@ from osler.pipeline.config import (
     read_reference,
     references_of,
 )
+from osler.plan.actual import keep_plan
 from osler.records import jsonl
 from osler.records.answers import asked_differently
 from osler.records.jsonl import read_metrics
@@ -207,7 +208,7 @@ class Pipeline:
         start = None
         if stage.init_from is not None:
             start = self.world.broadcast_from_first(partial(self.start_of, name))
-        with taken(folder, self.world):
+        with taken(folder, self.world, keep_plan):
             return JOBS[type(stage)].train(replace(stage, init_from=start), folder, self.world)
 
     def start_of(self, name: str) -> str:

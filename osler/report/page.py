@@ -20,6 +20,7 @@ from markupsafe import Markup
 from osler.config.recipe import dump_yaml
 from osler.config.schema import encode
 from osler.monitor.metrics import declared_name
+from osler.plan.actual import HEAD, Part, compare
 from osler.records.answers import AnswerSheet
 from osler.records.results import ExamScore, SampledAnswer
 from osler.records.values import as_dict, as_list, as_number
@@ -99,9 +100,17 @@ def _stage(run: RunRecord, log: StageLog, position: int) -> dict[str, Any]:
     facts = (fmt.plural(log.last_step, "step"), f"{fmt.count(log.tokens)} tokens", fmt.duration(seconds))
     return {
         "title": stage_title(log.name), "colour": colour, "main": main, "families": families, "groups": groups,
-        "sets": _sets(log),
+        "sets": _sets(log), "plan": _plan(log),
         "facts": [fact for fact in facts if not fact.startswith(fmt.MISSING)],
     }  # fmt: skip
+
+
+def _plan(log: StageLog) -> list[Part]:
+    """Return plan against actual of a stage; nothing where its folder lacks what a plan is made of."""
+    try:
+        return compare(log.folder)
+    except (UserError, OSError, KeyError):
+        return []
 
 
 def _sets(log: StageLog) -> tuple[list[str], list[tuple[int, list[str]]]]:
@@ -199,5 +208,5 @@ PAGES = jinja2.Environment(
     trim_blocks=True, lstrip_blocks=True,
 )  # fmt: skip
 PAGES.globals |= {"fmt": fmt, "svg": svg, "words": words, "dump_yaml": dump_yaml, "encode": encode}
-PAGES.globals |= {"isfinite": math.isfinite, "place": place}
+PAGES.globals |= {"isfinite": math.isfinite, "place": place, "plan_head": HEAD}
 PAGES.policies["json.dumps_kwargs"] = {"separators": (",", ":")}

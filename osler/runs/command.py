@@ -44,6 +44,7 @@ class Request:
     from_step: int | None = None
     eval_only: bool = False
     branch: str | None = None  # run folder or checkpoint of another run
+    at_end: Callable[[RunFolder], None] = lambda folder: None  # called with the run's folder when its process ends
 
     @property
     def back_to(self) -> int | None:
@@ -92,7 +93,7 @@ def carry_out(job: Job, request: Request) -> int:
         return 0
     with joined(config.device) as world:  # connected before the checks, so that an error of all ranks is printed once
         job.check_processes(config, world.size)
-        with taken(folder, world):
+        with taken(folder, world, request.at_end):
             if request.back_to is not None:
                 refuse_another(folder, config)
                 world.broadcast_from_first(partial(go_back, folder, request.back_to))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -39,10 +39,15 @@ DATA_SECTIONS = ("data", "validation", "tasks")  # a run learns from these and i
 
 
 @contextmanager
-def taken(folder: RunFolder, world: World = World()) -> Iterator[None]:  # noqa: B008 - frozen
+def taken(
+    folder: RunFolder,
+    world: World = World(),  # noqa: B008 - frozen
+    at_end: Callable[[RunFolder], None] = lambda folder: None,
+) -> Iterator[None]:
     """Create the folder if it does not exist, and lock it inside the context; all ranks call this, and rank 0 locks.
 
-    A start that fails leaves no empty folder. Raises UserError when another process is at work on the folder.
+    Rank 0 calls ``at_end`` with a folder that holds a run by then. A start that fails leaves no empty folder behind. Raises
+    UserError when another process is at work on the folder.
     """
     RunFolder.create(folder.root)
     with locked(folder.root) if world.is_first else nullcontext():
@@ -52,6 +57,9 @@ def taken(folder: RunFolder, world: World = World()) -> Iterator[None]:  # noqa:
             with suppress(OSError):  # a folder that holds something is worth keeping
                 folder.root.rmdir()
             raise
+        finally:
+            if world.is_first and folder.config.exists():
+                at_end(folder)
 
 
 def claim(folder: RunFolder, config: Any) -> None:

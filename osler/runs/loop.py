@@ -338,7 +338,8 @@ class Loop:
         if metrics:
             self._mark_if_best(metrics)
             # Last, because a resumed run takes this line as the sign that the evaluation is complete.
-            self.run_logger.write(trainer.step, trainer.tokens, {**metrics, "eval/seconds": time.monotonic() - began})
+            own = {**trainer.collector.peak(), "eval/seconds": time.monotonic() - began}
+            self.run_logger.write(trainer.step, trainer.tokens, {**metrics, **own})
             logger.info(f"step {trainer.step}: {in_a_line(metrics)}")
             self._show({})
         trainer.exclude_time(time.monotonic() - began)

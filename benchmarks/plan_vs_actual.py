@@ -1,0 +1,123 @@
+"""Plan against actual on this machine: what `osler plan` and `osler plan --probe` say of a run, and what the run then takes.
+
+    python benchmarks/plan_vs_actual.py --text FILE [--seconds 120] [--only NAME ...] [--out FILE]
+
+Each run is a recipe that trains here, shortened by its length alone to about ``--seconds`` of training after a probe has said how
+long a step takes. Then it is made in a process of its own, and its records are compared with its plans: seconds of training, of
+evaluations, and of the whole from the start of the data's preparation, and the peak memory of the process. The runs of the
+quickstart start from one another; ``--text`` is what `text-10min` reads. A run is ``in_time`` within 15 % and ``in_memory``
+within 10 % of the plan with a probe, and ``safe`` if it stays below the upper end of the memory of both plans, because that end
+decides whether a plan says "fits". Nothing else may run beside it. Prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from measuring import ROOT, publish
+
+from osler.cli.plan import runs_of
+from osler.config.devices import this_machine
+from osler.config.recipe import dump_yaml
+from osler.config.schema import encode
+from osler.plan.actual import Part, as_json, compare
+from osler.plan.plan import Plan, Where
+from osler.plan.planner import model_at, plan_of
+from osler.plan.probe import measure
+from osler.rl.config import GrpoConfig
+from osler.runtime.files import RunFolder, write_json
+from osler.train.config import TrainConfig
+
+# Name: the recipe, its stage if it is a pipeline, overrides, and the run that it starts from.
+RUNS: dict[str, tuple[str, str, list[str], str]] = {
+    "pretrain": ("quickstart", "pretrain", [], ""),
+    "sft": ("quickstart", "sft", ["sft.exam.every_tokens=0"], "pretrain"),  # how long its answers get is not planned
+    "grpo": ("quickstart", "grpo", [], "sft"),
+    "grpo-debug": ("grpo-debug", "", ["init_from=none"], "sft"),
+    "text-10min": ("text-10min", "", ["max_minutes=null", "compile=always"], ""),
+    "text-adamw": ("text-10min", "", ["max_minutes=null", "optim={type: adamw, lr: 1e-3}", "batch_tokens=16384"], ""),
+    "text-eager": ("text-10min", "", ["max_minutes=null", "compile=never", "precision=fp32", "micro_batch_tokens=2048"], ""),
+    "text-long": ("text-10min", "", ["max_minutes=null", "seq_len=512", "batch_tokens=16384", "recompute=full"], ""),
+    "debug": ("debug", "", [], ""),
+    "debug-recompute": ("debug", "", ["recompute=selective"], ""),
+}
+LEAST_STEPS = 12
+TIME, MEMORY = 0.15, 0.10  # how far the plan with a probe may be off
+
+
+def shorter(config: TrainConfig | GrpoConfig, plan: Plan, seconds: float) -> TrainConfig | GrpoConfig:
+    """Return the config of a run that trains for about so many seconds at the pace of a plan; nothing but its length differs."""
+    steps = max(LEAST_STEPS, int(seconds / plan.pace.stretches[0].seconds.value))
+    if isinstance(config, GrpoConfig):
+        return replace(config, steps=min(steps, config.steps), eval_every_steps=max(1, steps // 2))
+    return replace(config, total_tokens=min(config.total_tokens, steps * config.batch_tokens))
+
+
+def make(config: TrainConfig | GrpoConfig, folder: Path, name: str) -> RunFolder:
+    """Make a run as `osler pretrain` and the like do, with an empty cache of compiled code."""
+    recipe, run = folder / f"{name}.yaml", RunFolder(folder / name)
+    recipe.write_text(dump_yaml(encode(config)), encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(folder / f"{name}-compiled")}
+    command = [sys.executable, "-m", "osler.cli", config.kind, str(recipe), "--run", str(run.root)]
+    if subprocess.run(command, env=environment).returncode:
+        raise SystemExit(f"{name} failed")
+    return run
+
+
+def told(parts: list[Part]) -> dict[str, Any]:
+    return {
+        part.name: {"planned": list(part.planned.numbers), "actual": part.actual, "ratio": part.ratio} for part in parts
+    }
+
+
+def one_run(name: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Plan a run, probe it, make it, and compare."""
+    recipe, stage, overrides, start = RUNS[name]
+    given = [*overrides, *([f"data.path={args.text}"] if recipe == "text-10min" else [])]
+    planned = next(run for run in runs_of(recipe, given) if run.name == (f"{recipe}: {stage}" if stage else recipe))
+    config, model = planned.config, planned.model
+    if start:
+        config = replace(config, init_from=str(folder / start))
+        model = model_at(str(folder / start))
+    where = Where(this_machine())
+    measured = measure(config, plan_of(config, where, model=model), model)
+    config = shorter(config, plan_of(config, where, model=model, measured=measured), args.seconds)
+    assumed = plan_of(config, where, model=model)
+    probed = plan_of(config, where, model=model, measured=measured)
+    run = make(config, folder, name)
+    result: dict[str, Any] = {"recipe": recipe, "overrides": overrides, "steps": assumed.steps.value}
+    for word, plan in (("assumed", assumed), ("probed", probed)):
+        write_json(run.root / "plan.json", as_json(plan))
+        result[word] = told(compare(run)) | {"fits": plan.fits}
+    time, memory = (result["probed"][part] for part in ("time", "memory of a process"))
+    result["in_time"] = abs(time["ratio"] - 1) <= TIME
+    result["in_memory"] = abs(memory["ratio"] - 1) <= MEMORY
+    result["safe"] = all(memory["actual"] <= plan.memory_bytes.high for plan in (assumed, probed))
+    print(f"{name}: time {time['ratio']:.2f}, memory {memory['ratio']:.2f}", file=sys.stderr)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, required=True, help="a file or folder that `osler pretrain` reads")
+    parser.add_argument("--seconds", type=float, default=120.0, help="of training in each run (default: 120)")
+    parser.add_argument("--only", nargs="+", default=list(RUNS), choices=list(RUNS), metavar="NAME", help=", ".join(RUNS))
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    with tempfile.TemporaryDirectory(prefix="plan-vs-actual-") as folder:
+        runs = {name: one_run(name, Path(folder), args) for name in args.only}
+    counts = {word: sum(run[word] for run in runs.values()) for word in ("in_time", "in_memory", "safe")}
+    publish({"benchmark": "plan_vs_actual", "seconds": args.seconds, "of": len(runs), **counts, "runs": runs}, args.out)
+
+
+if __name__ == "__main__":
+    main()
