@@ -25,7 +25,7 @@ LAYERS = [  # each may import those above it
     ["train", "rl"],
     ["plan"],
     ["report"],
-    ["pipeline", "doctor", "bench", "watch", "serve", "api", "deploy"],
+    ["pipeline", "doctor", "selftest", "bench", "watch", "serve", "api", "deploy"],
     ["cli"],
 ]
 FLOORS = {name: floor for floor, names in enumerate(LAYERS) for name in names}

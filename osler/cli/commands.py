@@ -385,4 +385,12 @@ COMMANDS: tuple[Command, ...] = (
             option("--folder", default=".", metavar="DIR", help="where runs will be written (default: here)"),
         ),
     ),
+    Command(
+        "test",
+        "Find out whether this installation computes right, in a minute",
+        "osler test --gpu",
+        "osler.selftest:run",
+        (option("--gpu", action="store_true", help="test the GPU instead of the CPU"),),
+        "Exit code 2 where a part differs from its reference, with what to do.",
+    ),
 )
