@@ -6,7 +6,8 @@ schedule are those of a recipe.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from osler.config.recipe import available_recipes, dump_yaml, load_recipe
@@ -37,7 +38,8 @@ class Offer:
     beyond: float  # times as far as the runs of the fit
 
 
-def families() -> dict[str, ModelConfig]:
+@functools.cache
+def families() -> Mapping[str, ModelConfig]:
     """Return the shipped model families, the smallest first."""
     found = {name: load_recipe(name) for name in available_recipes()}
     shapes = {name: recipe["model"] for name, recipe in found.items() if list(recipe) == ["model"]}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from osler.config.recipe import available_recipes, load_recipe, run_name
@@ -48,12 +50,17 @@ def model_at(path: str) -> ModelConfig | None:
     names = available_recipes()
     if path in names:
         return model_in(load_recipe(path), path)
-    for name in names if path else ():
-        recipe = load_recipe(name)
-        if Path(path) == Path("runs", run_name(name, kind := recipe.get("kind", ""))) and kind in ("pretrain", "sft"):
-            config = decode(TrainConfig, recipe, source=name)
-            return config.model if config.init_from is None else shape_from(config)
+    if maker := runs_of_recipes().get(str(Path(path))):
+        config = decode(TrainConfig, load_recipe(maker), source=maker)
+        return config.model if config.init_from is None else shape_from(config)
     return None
+
+
+@functools.cache
+def runs_of_recipes() -> Mapping[str, str]:
+    """Return the shipped recipe that makes each run folder when no other name is given."""
+    kinds = {name: load_recipe(name).get("kind") for name in available_recipes()}
+    return {str(Path("runs", run_name(name, kind))): name for name, kind in kinds.items() if kind in ("pretrain", "sft")}
 
 
 def shape_from(config: TrainConfig | GrpoConfig, start: ModelConfig | None = None) -> ModelConfig:

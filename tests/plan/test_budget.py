@@ -67,6 +67,16 @@ def test_a_committed_fit_is_read_and_without_one_nothing_is_chosen(tmp_path, mon
     assert read_fit(file) == fit
 
 
+def test_the_fit_that_ships_is_read() -> None:
+    if not scaling.FIT_FILE.is_file():
+        pytest.skip("no fit is committed yet: benchmarks/scaling_fit.py makes one")
+    fit = read_fit()
+    assert fit is not None and len(fit.drawn) >= 100
+    runs = json.loads(scaling.FIT_FILE.read_text())["runs"]
+    for run in runs:
+        assert fit.curve.at(run["counted_parameters"], run["tokens"]) == pytest.approx(run["bits_per_byte"], rel=0.1)
+
+
 def with_fit(monkeypatch, fit: Fit | None) -> str:
     monkeypatch.setattr(budget, "read_fit", lambda: fit)
     return plan(None, [], gpu="h100", gpus=8, price=2.5, budget=20.0)
