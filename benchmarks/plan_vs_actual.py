@@ -14,15 +14,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
-import subprocess
 import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from measuring import ROOT, publish
+from measuring import publish
 
 from osler.cli.plan import runs_of
 from osler.config.devices import this_machine
@@ -31,8 +29,9 @@ from osler.config.schema import encode
 from osler.plan.actual import Part, as_json, compare
 from osler.plan.plan import Plan, Where
 from osler.plan.planner import model_at, plan_of
-from osler.plan.probe import measure
+from osler.plan.probe import CACHE, measure
 from osler.rl.config import GrpoConfig
+from osler.runtime import child
 from osler.runtime.files import RunFolder, write_json
 from osler.train.config import TrainConfig
 
@@ -65,9 +64,9 @@ def make(config: TrainConfig | GrpoConfig, folder: Path, name: str) -> RunFolder
     """Make a run as `osler pretrain` and the like do, with an empty cache of compiled code."""
     recipe, run = folder / f"{name}.yaml", RunFolder(folder / name)
     recipe.write_text(dump_yaml(encode(config)), encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(folder / f"{name}-compiled")}
-    command = [sys.executable, "-m", "osler.cli", config.kind, str(recipe), "--run", str(run.root)]
-    if subprocess.run(command, env=environment).returncode:
+    # A session of its own, as the probe's process has: Linux shares the processor between sessions.
+    environment = {CACHE: str(folder / f"{name}-compiled")}
+    if child.start("osler.cli", config.kind, str(recipe), "--run", str(run.root), env=environment).wait():
         raise SystemExit(f"{name} failed")
     return run
 
