@@ -21,6 +21,7 @@ CHUNK_BYTES = 1 << 28  # the most in a chunk of logits: in fp32 1,280 tokens wit
 BLOCK_LOGITS = {"cpu": 1 << 21}  # logits that are widened to fp32 at a time: few enough to stay in the cache
 TILES = {"cpu": 4}  # parts of the vocabulary that compiled code takes one after another, each at least TILE_WORDS wide
 TILE_WORDS = 12_800
+WHOLE_CHUNK_TOKENS = 1024  # of a vocabulary of one tile: more of its logits stay in the cache between the passes over them
 TILED_CHUNK_TOKENS, TILED_CHUNK_BYTES = 4096, 400 << 20  # larger, because only one tile's gradient is in memory beside the logits
 
 Chunks = list[tuple[Tensor, Tensor, Tensor]]  # features [C, R], labels [C] and the scale of each label's loss [C]
@@ -43,7 +44,8 @@ def linear_cross_entropy(
     scale_N = wide((labels_N != IGNORED).to(features_NR.dtype))  # in the dtype of every sum
     words, logit_bytes = weight_VR.shape[0], features_NR.element_size()
     if chunk_tokens is None and torch.compiler.is_compiling() and features_NR.device.type in TILES:
-        chunk_tokens = default_chunk_tokens(words, logit_bytes, TILED_CHUNK_TOKENS, TILED_CHUNK_BYTES)
+        most_tokens = TILED_CHUNK_TOKENS if words > TILE_WORDS else WHOLE_CHUNK_TOKENS
+        chunk_tokens = default_chunk_tokens(words, logit_bytes, most_tokens, TILED_CHUNK_BYTES)
     numbers = (vocab_size or words, chunk_tokens or default_chunk_tokens(words, logit_bytes))
     loss: Tensor = _LinearCrossEntropy.apply(features_NR, weight_VR, labels_N.clamp_min(0), scale_N, numbers)
     return loss
