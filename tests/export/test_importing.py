@@ -30,7 +30,8 @@ def published(tmp_path) -> Callable[..., Path]:
     def save(specials: tuple[str, ...] = QWEN, unused: int = 70) -> Path:
         tokenizer = Tokenizer.train([TEXT], 330, specials)
         shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 32}
-        ends = {"eos_token_id": [len(specials) - 1], "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+        ends = {"eos_token_id": [len(specials) - 1], "rope_theta": 1e6}
+        ends["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6}  # transformers 5; 4.57 reads the field above
         config = transformers.Qwen3Config(
             **shape,
             **ends,
