@@ -132,7 +132,7 @@ def refuse_deleted(loader: Loader, stop: int, skipped_tokens: int) -> None:
 class DiskBudget:
     """Deletes the shards that a run no longer needs, when the preparation has no room for more and asks for it (`PAUSED`).
 
-    It deletes shards before the window of the oldest checkpoint to resume from, and only of sources that surely have more
+    It deletes the shards that no row behind the oldest checkpoint to resume from needs, and only of sources that surely have more
     tokens than the run reads, even if rollbacks skip `spare_tokens` more. While a source is being prepared, the tokens of its
     unread files are estimated from those of the files that were read, and `SURE_SHARE` of the estimate counts.
     """

@@ -51,6 +51,7 @@ def slurm(workload: Workload) -> str:
             "#SBATCH --requeue",
             *preparation,
             'export MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"',
+            'export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"',  # srun does not take it over from sbatch
             f"srun --kill-on-bad-exit=0 bash -c {shlex.quote(f'exec {command}')}",
             "code=$?",
             "# The time was up and the run has saved: it goes on when its turn comes again. A cancelled job is not RUNNING.",

@@ -142,7 +142,7 @@ def compare(run: RunFolder) -> list[Part]:
     """
     plan = plan_in(run)
     lines, events = list(read_metrics(run.metrics)), read_events(run.events)
-    if not lines:
+    if not lines or not lines[-1].step:  # there is nothing to compare before the first step
         return []
     planned = {name: Estimate(**fields) for name, fields in plan["seconds"].items()}
     training = training_seconds(lines)

@@ -35,6 +35,7 @@ DECODING = {
 }  # fmt: skip
 CALLS_OF_LAYER = Estimate(5e-5, 2e-4, 5e-4)
 LOG_HEAD_COPIES = 4  # tensors of the size of a chunk's fp32 logits that log-probabilities take at once
+EXAM_QUESTIONS = 1000  # assumed of an exam without a limit
 
 
 def arithmetic_of(config: GrpoConfig, device: Device) -> Arithmetic:
@@ -70,7 +71,7 @@ def plan_grpo(
         share = sampling.value / (sampling.value + learning.value)
         sampling, learning = step.times(share), step.times(1 - share)
     pace = Pace([Stretch(0, algorithm.completions_per_step * round(drawn.value), total([sampling, learning]), flops)])
-    questions = getattr(config.eval_task, "limit", None) or 1000 if config.eval_task is not None else 0
+    questions = getattr(config.eval_task, "limit", None) or EXAM_QUESTIONS if config.eval_task is not None else 0
     exam = sampling.times(config.eval_permutations * questions / algorithm.completions_per_step)
     exams = config.steps // config.eval_every_steps + 1
     limit = algorithm.max_new_tokens + round(prompt.high)

@@ -29,6 +29,7 @@ from osler.monitor.config import MonitorConfig
 from osler.optim.schedule import ConstantConfig
 from osler.parallel.config import NoParallelConfig
 from osler.plan.estimate import Estimate
+from osler.plan.grpo import EXAM_QUESTIONS
 from osler.plan.plan import Measured, Plan
 from osler.plan.training import arithmetic_of
 from osler.records.jsonl import MetricsLine, read_metrics
@@ -275,9 +276,9 @@ def evaluation_share(config: TrainConfig, short: TrainConfig, run: RunFolder) ->
 
 def exam_share(config: GrpoConfig, short: GrpoConfig) -> float:
     """Return the share of an exam's questions that the short run asks."""
-    if config.eval_task is None or short.eval_task is None or not config.eval_task.limit:
+    if config.eval_task is None or short.eval_task is None:
         return 1.0
-    return (short.eval_task.limit or 1) / config.eval_task.limit
+    return (short.eval_task.limit or 1) / (config.eval_task.limit or EXAM_QUESTIONS)
 
 
 def started(config: TrainConfig, seconds: float) -> Estimate:

@@ -181,24 +181,23 @@ def joined(device: str) -> Iterator[World]:
     except UserError as error:
         with suppress(RuntimeError):
             if store is not None:
-                store.set(ERROR_KEY, str(error))
+                store.set(ERROR_KEY, f"{error.exit_code} {error}")
         error.is_reporter = is_reporter(str(error), store)
         raise
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):  # gloo's errors have no class
             raise
         first_line = str(error).partition("\n")[0][:200]
-        left = None  # the UserError that another process left
+        code, left = str(EXIT_LOST), None  # the exit code and the message of a UserError that another process left
         with suppress(RuntimeError):
             if store is not None and store.check([ERROR_KEY]):
-                left = str(store.get(ERROR_KEY), "utf-8")
+                code, _, left = str(store.get(ERROR_KEY), "utf-8").partition(" ")
         lost = UserError(
             left
             or f"Rank {here.rank} of {here.size} lost the others: one of them ended or cannot be reached ({first_line}). "
             "Its last message says why; the same command goes on from the newest checkpoint."
         )
-        if left is None:
-            lost.exit_code = EXIT_LOST
+        lost.exit_code = int(code)
         lost.is_reporter = is_reporter(left or "lost", store)
         raise lost from error
 

@@ -53,6 +53,7 @@ ROUND_LENGTH = 64  # a proposed row length is a multiple of this
 # passes over text nearly as good as new text, and hardly a gain after 16. Fine-tuning often repeats few examples many times.
 WORTHWHILE_EPOCHS = {"pretrain": 4, "sft": 16}
 ROUND_TRIPS = 64  # documents that are encoded and decoded before a run begins, to see what its tokenizer loses
+WINDOWS_AT_HAND = 3  # that being read, the one before, in which its first row begins, and the one being written
 
 
 def check_plan(config: TrainConfig, *, is_new: bool) -> None:
@@ -88,7 +89,7 @@ def check_disk_budget(config: TrainConfig) -> None:
         return
     sources, checkpoint, budget = list(config.sources.values()), config.checkpoint, config.text.disk_budget_gb
     kept = (checkpoint.keep_last + 1) * checkpoint.every_tokens  # tokens between the oldest checkpoint and the present step
-    tokens: float = min(2 * config.total_tokens, kept + len(sources) * 2 * WINDOW_SHARDS * SHARD_TOKENS)
+    tokens: float = min(2 * config.total_tokens, kept + len(sources) * WINDOWS_AT_HAND * WINDOW_SHARDS * SHARD_TOKENS)
     tokens += len(sources) * SHARD_TOKENS
     weights = sum(source.weight for source in sources)
     num_sets = sum(isinstance(source, ClinicData) or source.holdout_fraction > 0 for source in sources)
@@ -106,7 +107,7 @@ def check_disk_budget(config: TrainConfig) -> None:
         waits = ", and until enough is held out for an evaluation (with sets in `validation` that is nothing)" if ahead else ""
         raise UserError(
             f"data.disk_budget_gb={budget:g} is too small: what lies between the oldest of "
-            f"checkpoint.keep_last={checkpoint.keep_last} checkpoints and two windows of shards ahead{waits} takes up to "
+            f"checkpoint.keep_last={checkpoint.keep_last} checkpoints and {WINDOWS_AT_HAND} windows of shards{waits} takes up to "
             f"{least:.3g} GB: set it to that."
         )
 
