@@ -26,6 +26,7 @@ from osler.runtime.machine import physical_memory_bytes, processor
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32, "pure-bf16": torch.bfloat16, "fp8": torch.bfloat16}
 
 MOST_HUGE_BYTES = 1 << 35  # of addresses, on machines with much memory
+TRIM_THRESHOLD, KEPT_BYTES = -1, 1 << 17  # glibc's number of this option, and its own default
 
 # What errors say that are no ``torch.OutOfMemoryError`` when torch's allocator for CPUs, C++, cuBLAS or the driver has no memory.
 ALLOCATORS_WORDS = ("can't allocate memory", "bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
@@ -150,12 +151,12 @@ def keep_freed_memory() -> None:
     if platform.libc_ver()[0] != "glibc":
         return
     libc = ctypes.CDLL(None)
-    trim_threshold, mmap_threshold, never = -1, -3, -1
+    mmap_threshold, never = -3, -1
     mapped_bytes = 1 << 30
     if libc.mallopt(mmap_threshold, mapped_bytes) != 1:  # older versions of glibc refuse thresholds above half a heap
         mapped_bytes = 32 << 20
         libc.mallopt(mmap_threshold, mapped_bytes)
-    libc.mallopt(trim_threshold, never)
+    libc.mallopt(TRIM_THRESHOLD, never)
     _use_huge_pages(libc, mapped_bytes // 2)
 
 
@@ -163,8 +164,12 @@ def _use_huge_pages(libc: ctypes.CDLL, block_bytes: int) -> None:
     """Let the heap grow by a quarter of the machine's memory, which nothing touches yet, and ask for huge pages there.
 
     The tensors of a step lie on tens of thousands of small pages, more than a processor keeps the addresses of. A kernel
-    without huge pages refuses, and where addresses are limited the heap grows by less.
+    without huge pages refuses. Where addresses are limited the heap does not grow: threads would have no place for their stacks.
     """
+    import resource  # Windows has none
+
+    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+        return
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.argtypes, libc.madvise.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -178,11 +183,16 @@ def _use_huge_pages(libc: ctypes.CDLL, block_bytes: int) -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Give memory that the allocators keep for reuse back to the GPU and, where the C library is glibc, to the system."""
+    """Give memory that the allocators keep for reuse back to the GPU and, where the C library is glibc, to the system.
+
+    From here on glibc keeps little: what a step frees may be all there is for the stack of a new thread.
+    """
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(TRIM_THRESHOLD, KEPT_BYTES)
+        libc.malloc_trim(0)
 
 
 class Stopwatch:

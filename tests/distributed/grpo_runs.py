@@ -88,7 +88,7 @@ def run_all(grpo: list[str], root: Path) -> None:
     rewards = 'tasks=[{task: {type: clinic, split: train, limit: 60}, rewards: {"%s:%s": 1.0}}]'
     report("own reward", same_run, [*grpo, rewards % (own, "correct")], root / "plain", root / "own", 2, "ddp")
     wrong = [*grpo, rewards % (own, "nan"), "parallel.type=ddp"]
-    report("wrong reward", refused, wrong, root / "wrong", ["own.py:nan returned nan", "for an answer to item"])
+    report("wrong reward", refused, wrong, root / "wrong", ["own.py:nan returned nan", "for an answer to item"], alone=True)
     with served(next(word.partition("=")[2] for word in grpo if word.startswith("init_from="))) as url:
         server = ["rollout.type=server", f"rollout.urls=[{url}]", "rollout.retry_seconds=5"]
         report("servers", same_run, [*grpo, *server], root / "plain", root / "servers", 2, "ddp")

@@ -30,7 +30,7 @@ def test_a_grid_is_one_change_for_each_value():
 
 
 def test_a_value_that_the_recipe_has_is_no_change():
-    configs = configs_of("text-10min", ["data.path=x"], [("optim.lr=0.02",), ("optim.lr=0.04",), ("seq_len=256",)])
+    configs = configs_of("text-10min", ["data.path=x"], [("optim.lr=0.03",), ("optim.lr=0.04",), ("seq_len=256",)])
     assert list(configs) == [RECIPE, "optim.lr=0.04"] and configs["optim.lr=0.04"].optim.lr == 0.04
     for recipe, changes, told in (
         ("text-10min", [("seq_len=256",)], "nothing to compare"),

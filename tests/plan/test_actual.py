@@ -114,7 +114,7 @@ def test_a_probe_makes_steps_and_its_measurements_are_in_the_plan(kind, tiny, ru
     start = [f"init_from={runs.sft}"] if kind == "grpo" else []
     text = plan(getattr(tiny, kind), start, probe=True)
     assert "measured here" in text and "The plan without the probe, and the probe:" in text
-    with pytest.raises(UserError, match=r"could not make its steps: .*device"):
+    with pytest.raises(UserError, match=r"could not make its steps: .*Device"):
         plan(tiny.pretrain, ["device=cuda"], probe=True)
 
 
