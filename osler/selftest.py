@@ -39,6 +39,8 @@ NEW_TOKENS = 24
 STEPS, RESUMED_FROM = 12, 8
 CPU = torch.device("cpu")
 LARGEST_ERROR = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative to the largest number of the reference
+# What an unknown version of torch, or a wrong result, may lead to.
+BREAKS = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 REMEDY = (
     "Osler does not compute right here. Install the versions of constraints.txt (`pip install -c constraints.txt -e .`). If it "
     "stays so, report these lines with the output of `osler doctor`."
@@ -80,7 +82,7 @@ def carry_out(title: str, check: Callable[[torch.device], None], device: torch.d
     logging.disable(logging.WARNING)  # a run of a few seconds has nothing to tell
     try:
         check(device)
-    except Exception as error:  # an unknown torch may break in any way
+    except (Wrong, UserError, *BREAKS) as error:
         problem = next(iter(str(error).splitlines()), type(error).__name__)
     finally:
         logging.disable(logging.NOTSET)
