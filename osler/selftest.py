@@ -11,7 +11,6 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable
-from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,7 +107,7 @@ def model_and_ids(device: torch.device) -> tuple[Transformer, Tensor]:
 def exact(model: Transformer) -> Transformer:
     """Return a copy of a model that computes in fp64 on the CPU."""
     weights = {name: weight.detach().double().cpu() for name, weight in model.state_dict().items()}
-    copy = deepcopy(model).cpu().eager_copy(weights, torch.float64)
+    copy = model.eager_copy(weights, torch.float64)
     copy.make_tables(CPU)
     return copy
 

@@ -202,10 +202,6 @@ class WholePacking:
         window, first_row, tokens = self._find(rows - 1)  # the row after them may not be prepared yet
         return tokens + int(self._plan(window).row_tokens[: rows - first_row].sum())
 
-    def first_needed(self, rows: int) -> int:
-        """Return the first token that is needed once the first rows have been read: their windows are planned again."""
-        return self.tokens(rows)
-
     def _find(self, row: int) -> tuple[int, int, int]:
         """Return the window that a row is in, its first row, and the tokens before it; window numbers run through all epochs."""
         with self._lock:
@@ -308,9 +304,10 @@ class MixedPacking:
         return sum(packing.padding(a, b) * (b - a) for packing, a, b in spans if b > a) / (stop - first)
 
     def first_needed(self, rows: int) -> dict[str, int]:
-        """Return for each source the first token that the rows behind the first ones need."""
+        """Return for each source of a stream the first token that the rows behind the first ones need."""
         counts = zip(self.packings.items(), self._rows(rows), strict=True)
-        return {name: packing.first_needed(count) for (name, packing), count in counts}
+        streams = ((name, packing, count) for (name, packing), count in counts if isinstance(packing, StreamPacking))
+        return {name: packing.first_needed(count) for name, packing, count in streams}
 
     def tokens(self, rows: int) -> dict[str, int]:
         """Return how many tokens of each source a run has consumed after the first rows of this stage."""

@@ -311,9 +311,9 @@ def table(scores: Sequence[ScoredExam]) -> str:
             letters.append(f"  {score.split}, {score.method}: {counts}")
         notes += remarks(score)
         grids += grid(score)
-    lines = [fmt.table(rows, left=2), *(["", fmt.table(more, left=3)] if len(more) > 1 else [])]
-    lines += ["", "letters answered", *letters] if letters else []
-    return "\n".join([*lines, *grids, *([""] if notes else []), *notes])
+    tables = [fmt.table(rows, left=2), *(["", fmt.table(more, left=3)] if len(more) > 1 else [])]
+    answered = ["", "letters answered", *letters] if letters else []
+    return "\n".join([*tables, *answered, *grids, *([""] if notes else []), *notes])
 
 
 def grid(score: ScoredExam) -> Iterator[str]:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from osler.model.transformer import SummedLoss, Transformer
+from osler.parallel.config import COMPILE_MIN_STEPS
 from osler.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-COMPILE_MIN_STEPS = 100  # compiling costs 10 to 30 seconds; shorter runs end sooner without it
 LINKING_SECONDS = 30  # the C++ compiler needs less to write a library
 COMPILED_SHAPES = 64  # the most for one function; torch's own limit is 8, and a curriculum may have more stages
 

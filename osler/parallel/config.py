@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 from osler.config.schema import TAGGED, config
 
+COMPILE_MIN_STEPS = 100  # compiling costs 10 seconds to a minute; shorter runs end sooner without it
+
 
 @config
 class NoParallelConfig:

@@ -7,17 +7,15 @@ from dataclasses import replace
 from osler.config.devices import Device
 from osler.data.curriculum import rows_per_micro_batch
 from osler.model.config import ModelConfig
-from osler.parallel.config import DeepSpeedConfig, FsdpConfig
+from osler.parallel.config import COMPILE_MIN_STEPS, DeepSpeedConfig, FsdpConfig
 from osler.plan.disk import checkpoint_bytes, disk_of
 from osler.plan.estimate import Estimate, combined, exact
 from osler.plan.memory import MODES, Pass, measured_memory, memory_of, most_rows
 from osler.plan.notes import notes_of
 from osler.plan.plan import Measured, Plan, Where
 from osler.plan.speed import Arithmetic, Pace, Stretch, flops_per_second, step_seconds
-from osler.train.config import TrainConfig
+from osler.train.config import PLANNED_SHARE, TrainConfig
 
-COMPILE_MIN_STEPS = 100  # shorter runs are not compiled, as in parallel/compile.py
-CLOCK_SHARE = 0.97  # the share of max_minutes that training takes, as in train/trainer.py
 STARTS = {
     "gpu": Estimate(30, 120, 600, "assumed: libraries, tokenizer, first data, compilation"),
     "cpu": Estimate(10, 45, 180, "assumed: libraries, tokenizer, data, compilation; more with many files"),
@@ -31,8 +29,7 @@ DISK_SPEED = Estimate(100e6, 400e6, 2e9, "assumed: a disk that writes 0.1 to 2 G
 
 def arithmetic_of(config: TrainConfig, device: Device) -> Arithmetic:
     """Return what a run will compute with on a device, where ``auto`` chooses as on a machine with a compiler."""
-    steps = config.total_steps if config.max_minutes is None else int(config.max_minutes * COMPILE_MIN_STEPS)
-    compiled = config.compile == "always" or (config.compile == "auto" and steps >= COMPILE_MIN_STEPS)
+    compiled = config.compile == "always" or (config.compile == "auto" and config.steps_to_compile_for >= COMPILE_MIN_STEPS)
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if device.bf16 and (device.kind == "gpu" or compiled) else "fp32"
@@ -56,7 +53,7 @@ def plan_training(
     start = measured.start_seconds or STARTS[where.device.kind]
     tokens = exact(float(config.total_tokens))
     if config.max_minutes is not None:
-        clock = CLOCK_SHARE * 60 * config.max_minutes
+        clock = PLANNED_SHARE * 60 * config.max_minutes
         left = start.through(lambda seconds: max(0.0, clock - seconds))
         one_step = pace.stretches[0].step_tokens  # a run makes one step, however late it begins
         tokens = pace.tokens(left).through(lambda count: min(max(count, one_step), config.total_tokens))

@@ -172,8 +172,7 @@ def _use_huge_pages(libc: ctypes.CDLL, block_bytes: int) -> None:
         return
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.argtypes, libc.madvise.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    count = min(memory_bytes // 4, MOST_HUGE_BYTES) // block_bytes
+    count = min((physical_memory_bytes() or 0) // 4, MOST_HUGE_BYTES) // block_bytes
     blocks = [block for _ in range(count) if (block := libc.malloc(block_bytes)) is not None]
     for block in blocks:
         start = block // mmap.PAGESIZE * mmap.PAGESIZE

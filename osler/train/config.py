@@ -26,7 +26,7 @@ from osler.data.config import (
 from osler.data.curriculum import Timeline, lay_out, rows_per_micro_batch
 from osler.model.config import ContextConfig, ModelConfig, SparseAttentionConfig
 from osler.optim.schedule import LinearConfig, ScheduleConfig, warmup_of
-from osler.parallel.config import NoParallelConfig, ParallelConfig
+from osler.parallel.config import COMPILE_MIN_STEPS, NoParallelConfig, ParallelConfig
 from osler.runs.config import CheckpointConfig, RunConfig
 from osler.runtime.errors import UserError
 from osler.tasks.registry import TaskConfig
@@ -37,6 +37,7 @@ UNTRIED_WITH_DEEPSPEED = "{} was never tried with parallel.type=deepspeed: use p
 INDEXER_SHAPE = ("index_heads", "index_head_dim")  # fields of sparse attention that its weights are made for
 # An evaluation reads at most this share of the tokens that a run learns; reading a token takes a third as long as learning it.
 EVALUATED_SHARE = 0.2
+PLANNED_SHARE = 0.97  # share of max_minutes that training takes; the rest is for the last checkpoint and evaluation
 
 
 @config
@@ -228,6 +229,11 @@ class TrainConfig(RunConfig):
     def total_steps(self) -> int:
         """Optimizer steps that cover ``total_tokens``, the last one rounded up."""
         return self.timeline.steps_for(self.total_tokens)
+
+    @property
+    def steps_to_compile_for(self) -> int:
+        """Steps by which a run decides whether to compile. By the clock it takes all it can: compiling pays from a minute on."""
+        return self.total_steps if self.max_minutes is None else int(self.max_minutes * COMPILE_MIN_STEPS)
 
     @property
     def evaluation_tokens(self) -> int:

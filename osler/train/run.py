@@ -21,7 +21,6 @@ from osler.inference.engine import InferenceEngine
 from osler.inference.load import TOKENIZER_FILE
 from osler.model.transformer import SummedLoss, Transformer
 from osler.optim.build import build_optimizer
-from osler.parallel.compile import COMPILE_MIN_STEPS
 from osler.parallel.parallelize import parallelize
 from osler.runs.command import Job, Request, carry_out
 from osler.runs.loop import Loop
@@ -57,8 +56,7 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
     run = Run(folder, world)
     start = find_start(config, run, setup.check_branch)
     checkpoint = start.load()
-    # A run by the clock takes as many steps as it can, so compiling pays from one minute on.
-    steps = config.total_steps if config.max_minutes is None else int(config.max_minutes * COMPILE_MIN_STEPS)
+    steps = config.steps_to_compile_for
     machine = agree_on_machine(world, start.checkpoint, precision=config.precision, compile_mode=config.compile, steps=steps)
     model, tokenizer, fill = setup.make_model(config, machine, checkpoint, processes=world.size)
     kept = folder.root / TOKENIZER_FILE

@@ -38,12 +38,11 @@ from osler.runs.loop import Due, Trainer
 from osler.runs.micro_batch import MicroBatchLimit
 from osler.runs.process import Learner, Run
 from osler.runs.resume import warn_of_endless_warmup
-from osler.train.config import TrainConfig
+from osler.train.config import PLANNED_SHARE, TrainConfig
 from osler.train.teacher import Teacher
 
 # metric, its word in the progress bar, its format
 SHOWN = (("train/loss", "loss", ".3f"), ("index/recall", "recall", ".3f"), ("perf/tokens_per_second", "tokens/s", ",.0f"))
-PLANNED_SHARE = 0.97  # share of the minutes that training takes; the rest is for the last checkpoint and evaluation
 
 
 class StepResult(NamedTuple):
