@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import tempfile
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ from osler.data.order import Order
 from osler.data.packing import StreamPacking, WholePacking
 from osler.data.shard_set import SIZES_CHECKED, ShardSet
 from osler.data.shards import INDEX, RECORD, ShardWriter, shard_name
+from osler.runtime.machine import peak_process_bytes
 
 VOCAB, SEQ_LEN, ROWS = 50_304, 2048, 5_000
 FULL = 4  # the first shard of full size
@@ -75,7 +75,7 @@ def trillion(folder: Path, template: Path, shards: int) -> dict[str, Any]:
     index.tofile(folder / INDEX)
     for number in {*range(min(shards, SIZES_CHECKED)), *range(shards - 256, shards)}:
         os.symlink(template / shard_name(FULL), folder / shard_name(number))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_process_bytes()
     began = time.perf_counter()
     opened = open_shards(folder)
     ready = time.perf_counter()
@@ -89,7 +89,7 @@ def trillion(folder: Path, template: Path, shards: int) -> dict[str, Any]:
         "open_seconds": round(ready - began, 3),
         "late_row_seconds": round(first - ready, 3),
         "second_epoch_seconds": round(time.perf_counter() - first, 3),
-        "memory_bytes": 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before),
+        "memory_bytes": peak_process_bytes() - before,
     }
 
 

@@ -30,12 +30,6 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def peak_bytes() -> int:
-    """The most that this process has held since :func:`reset_peak`."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-
 def reset_peak() -> None:
     """Let the high-water mark start from what is held now (Linux: 5 is the code for that)."""
     Path("/proc/self/clear_refs").write_text("5")
@@ -47,6 +41,7 @@ def measure(contestant: str, tokens: int, args: argparse.Namespace) -> dict[str,
 
     from osler.ops.cross_entropy import cross_entropy_reference, linear_cross_entropy
     from osler.runtime.device import pick_device
+    from osler.runtime.machine import peak_process_bytes
 
     device = pick_device("auto")
     generator = torch.Generator(device).manual_seed(0)
@@ -79,7 +74,7 @@ def measure(contestant: str, tokens: int, args: argparse.Namespace) -> dict[str,
         reset_peak()
         before = resident_bytes()
         first = once()
-        held = peak_bytes() - before
+        held = peak_process_bytes() - before
     seconds = [first] if args.passes == 0 else [once() for _ in range(args.passes)]
     return {"seconds": statistics.median(seconds), "extra_mib": (held - gradients) / MIB}
 

@@ -15,7 +15,6 @@ import json
 import math
 import random
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from measuring import measured, publish
+
+from osler.runtime.machine import peak_process_bytes
 
 STEPS_PER_LINE, TOKENS_PER_STEP, SECONDS_PER_LINE = 10, 4096, 0.35
 MODES = ("report", "watch", "compare", "heal", "replay")
@@ -86,13 +87,6 @@ def work_of(mode: str, folder: Path, lines: int) -> Callable[[], object]:
     }[mode]
 
 
-def peak_bytes() -> int:
-    """The most memory that this process has held."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lines", type=int, nargs="+", default=[3_000, 30_000, 300_000])
@@ -105,7 +99,8 @@ def main() -> None:
         began, cpu = time.perf_counter(), time.process_time()
         work()
         seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
-        print(json.dumps({"seconds": round(seconds, 3), "cpu_seconds": round(cpu_seconds, 3), "peak_bytes": peak_bytes()}))
+        peak = peak_process_bytes()
+        print(json.dumps({"seconds": round(seconds, 3), "cpu_seconds": round(cpu_seconds, 3), "peak_bytes": peak}))
         return
 
     result: dict[str, Any] = {"benchmark": "bench_report"}

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import sys
 import tempfile
 import time
@@ -36,6 +35,7 @@ def texts_of(path: Path) -> list[str]:
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
     """Train a tokenizer in this process and write it to a file."""
+    from osler.runtime.machine import peak_process_bytes
     from osler.tokenizer import superbpe
     from osler.tokenizer.bpe import Tokenizer
 
@@ -48,7 +48,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         tokenizer = superbpe.train(texts, args.vocab_size, args.vocab_size // 2)
     seconds = time.perf_counter() - started
     args.tokenizer.write_bytes(tokenizer.to_bytes())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_process_bytes()
     size = sum(len(text.encode()) for text in texts)
     return {"text_bytes": size, "seconds": seconds, "peak_bytes": peak, "vocab_size": tokenizer.vocab_size}
 

@@ -9,7 +9,6 @@ import functools
 import mmap
 import os
 import platform
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from osler.runtime.errors import UserError
-from osler.runtime.machine import physical_memory_bytes, processor
+from osler.runtime.machine import peak_process_bytes, physical_memory_bytes, processor
 
 # The dtype of the activations; parallel/parallelize.py applies the rest of a precision.
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32, "pure-bf16": torch.bfloat16, "fp8": torch.bfloat16}
@@ -243,8 +242,4 @@ def peak_bytes(device: torch.device) -> int | None:
     """Return the peak memory of the GPU's allocator, or on a CPU that of the process, mapped files too; None where unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak_process_bytes()

@@ -6,6 +6,7 @@ import contextlib
 import os
 import platform
 import re
+import sys
 from pathlib import Path
 
 
@@ -29,6 +30,19 @@ def physical_memory_bytes() -> int | None:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return None
+
+
+def peak_process_bytes() -> int | None:
+    """Return the peak resident memory of this process, mapped files too; None where unknown."""
+    # Linux keeps in ``ru_maxrss`` the peak of the process that started this one, so its own mark is read first.
+    with contextlib.suppress(OSError):
+        if found := re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE):
+            return int(found[1]) * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def processor() -> tuple[str, frozenset[str]]:

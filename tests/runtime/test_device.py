@@ -84,6 +84,13 @@ def test_a_mapped_file_is_not_held_and_an_array_is(tmp_path):
     assert peak is not None and peak >= after
 
 
+def test_the_peak_of_a_process_is_not_that_of_the_process_that_started_it():
+    code = "from osler.runtime.machine import peak_process_bytes; print(peak_process_bytes())"
+    held = bytearray(256 * MIB)
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert MIB < int(child.stdout) < len(held) // 2
+
+
 HUGE_PAGES = """
 import re
 from pathlib import Path
