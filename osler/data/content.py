@@ -14,13 +14,14 @@ from osler.data.shards import FORMAT_VERSION, SPLITS, TOKENIZER, VALIDATION_PREF
 from osler.data.tokenise import PartEnd, Task
 from osler.data.workers import process_count, tokenise
 from osler.data.writing import read_journal
-from osler.files.parts import PART_BYTES
+from osler.files.parts import MIN_PARTS, PART_BYTES, Parts
 from osler.runtime.errors import UserError
 from osler.tokenizer.bpe import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-OPTIONS = ("holdout_fraction", "seed", "options", "part_bytes")  # what the shards of a corpus depend on besides its files
+# What the shards of a corpus depend on besides its files.
+OPTIONS = ("holdout_fraction", "seed", "options", "part_bytes")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ def manifest_of(
     corpora: Mapping[str, Corpus], validation: Mapping[str, Corpus], weights: Sequence[float], tokenizer: Tokenizer
 ) -> dict[str, Any]:
     """Return the manifest of what is to be prepared."""
+    cut = {"min_parts": MIN_PARTS}
     return {
         "format_version": FORMAT_VERSION,
         "complete": False,
@@ -45,11 +47,12 @@ def manifest_of(
         "eos_id": tokenizer.eos_id,
         "vocab_size": tokenizer.vocab_size,
         "sources": {
-            name: {"weight": weight, "content": _content(corpus), "splits": {}, "about": dict(corpus.about)}
+            name: {"weight": weight, "content": _content(corpus), "splits": {}, "about": dict(corpus.about), **cut}
             for (name, corpus), weight in zip(corpora.items(), weights, strict=True)
         },
         "validation": {
-            name: {"content": _content(corpus), "splits": {}, "about": dict(corpus.about)} for name, corpus in validation.items()
+            name: {"content": _content(corpus), "splits": {}, "about": dict(corpus.about), **cut}
+            for name, corpus in validation.items()
         },
     }
 
@@ -74,15 +77,29 @@ def targets_of(
     None stands for a corpus whose files are gone; it gets no target.
     """
     named = zip(validation, manifest["validation"].items(), strict=True)
-    sets = [Target(corpus, out / f"{VALIDATION_PREFIX}{name}", SPLITS[1:], entry) for corpus, (name, entry) in named if corpus]
+    sets = [
+        Target(_as_cut(corpus, entry), out / f"{VALIDATION_PREFIX}{name}", SPLITS[1:], entry)
+        for corpus, (name, entry) in named
+        if corpus
+    ]
     sources = []
     for corpus, (name, entry) in zip(corpora, manifest["sources"].items(), strict=True):
         if corpus is not None:
+            corpus = _as_cut(corpus, entry)
             if corpus.validation is not None:
                 sets.append(Target(corpus.validation, out / name, SPLITS[1:], entry))
             splits = SPLITS if corpus.validation is None and corpus.holdout_fraction > 0 else SPLITS[:1]
             sources.append(Target(corpus, out / name, splits, entry, entry["weight"]))
     return sets, sources
+
+
+def _as_cut(corpus: Corpus, entry: Mapping[str, Any]) -> Corpus:
+    """Return the corpus with its parts cut as in the folder; an older version, which did not deal files out, names no number."""
+    if corpus.validation is not None:
+        corpus = replace(corpus, validation=_as_cut(corpus.validation, entry))
+    if not isinstance(corpus.parts, Parts):
+        return corpus
+    return replace(corpus, parts=Parts(corpus.files, min(corpus.parts.min_parts, entry.get("min_parts", 1))))
 
 
 def difference_of(

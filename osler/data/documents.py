@@ -95,7 +95,7 @@ class Corpus:
 
     def documents(self) -> Iterator[Document]:
         """Yield all documents as they stand in the files."""
-        for part in self.parts:
+        for part in map(Part, self.parts.files) if isinstance(self.parts, Parts) else self.parts:
             yield from self.read(part)
 
     def judged(self, part: Part) -> Iterator[tuple[Document, bytes, Look]]:
@@ -157,9 +157,9 @@ def in_memory(
         own.append(given[place])
         size += sizes[place]
         if size >= PART_BYTES:
-            parts.append(_MemoryPart(file, start, start + size, tuple(own)))
+            parts.append(_MemoryPart(file, start, start + size, documents=tuple(own)))
             own, size, start = [], 0, start + size
-    parts.append(_MemoryPart(file, start, start + size, tuple(own)))
+    parts.append(_MemoryPart(file, start, start + size, documents=tuple(own)))
     return Corpus(parts, _documents, {}, validation, holdout_fraction, seed)
 
 

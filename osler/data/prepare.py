@@ -114,7 +114,8 @@ def _begun(out: Path, wanted: dict[str, Any], differs: Callable[[], tuple[str, s
         for kind in ("sources", "validation"):
             for (name, old), entry in zip(list(found[kind].items()), wanted[kind].values(), strict=True):
                 now = {key: entry[key] for key in ("weight", "content") if key in entry}
-                found[kind][name] = old | now if found["complete"] else entry
+                cut = {"min_parts": old.get("min_parts", 1)}
+                found[kind][name] = old | now if found["complete"] else entry | cut
         if found["complete"] and found != (before := read_data_manifest(out)):
             write_atomic(out / CARD, data_card(found, out).encode())
             write_json(out / DATA_MANIFEST, found)

@@ -3,6 +3,9 @@
 The size of a file decides where it is cut, so nothing is opened to know the parts of a corpus. A part of a parquet file holds the
 row groups that begin in its range of bytes; the sizes of the earlier groups say where a group begins. A part of plain JSON lines
 holds the lines that begin in its range. A text file, or a file that is compressed as a whole, is one part.
+
+Where that makes fewer than ``MIN_PARTS``, small files are dealt out: each part of one has every k-th document of it. So a few
+books, which would follow one another, are mixed when their parts are taken in a drawn order.
 """
 
 from __future__ import annotations
@@ -12,14 +15,17 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from osler.files.find import PARQUET_ENDING, TEXT_ENDINGS, compression, ending, find_files, shown
 from osler.runtime.errors import UserError
 
+T = TypeVar("T")
+
 PART_BYTES = 1 << 22
+MIN_PARTS = 16  # a small file is read again for each of its parts, so more of them would cost more than they mix
 
 
 class File(Protocol):
@@ -83,24 +89,36 @@ def find_local(path: str | Path, endings: Sequence[str], key: str) -> list[File]
 
 @dataclass(frozen=True)
 class Part:
-    """The rows that begin in the bytes `start` to `stop` of a file, or the whole text; `stop` None means the end of the file."""
+    """The rows that begin in the bytes `start` to `stop` of a file, or the whole text; `stop` None means the end of the file.
+
+    Of these documents it has every `every`-th, from number `first` on.
+    """
 
     file: File
     start: int = 0
     stop: int | None = None
+    first: int = 0
+    every: int = 1
 
     @property
     def num_bytes(self) -> int:
-        """Return the size of the part."""
-        return min(self.file.size, self.file.size if self.stop is None else self.stop) - self.start
+        """Return the size of the part; the parts of a file that is dealt out share its size."""
+        size = min(self.file.size, self.file.size if self.stop is None else self.stop) - self.start
+        return size * (self.first + 1) // self.every - size * self.first // self.every
+
+    def dealt(self, documents: Iterator[T]) -> Iterator[T]:
+        """Yield those of the documents in the range of bytes that belong to the part."""
+        return islice(documents, self.first, None, self.every)
 
 
 class Parts:
     """The parts of files in their order; each is made when it is asked for, so millions of them take no memory."""
 
-    def __init__(self, files: Sequence[File]) -> None:
-        self.files = files
+    def __init__(self, files: Sequence[File], min_parts: int = MIN_PARTS) -> None:
+        self.files, self.min_parts = files, min_parts
         self._part_bytes = PART_BYTES  # kept here, so that other processes cut files alike
+        self._every = 1
+        self._every = max(1, -(-min_parts // max(1, sum(map(self._count, files)))))
         self._ends = list(accumulate(map(self._count, files)))
 
     def __len__(self) -> int:
@@ -115,12 +133,19 @@ class Parts:
         number = bisect.bisect_right(self._ends, index)
         place = index - (self._ends[number - 1] if number else 0)
         file = self.files[number]
+        if self._is_dealt(file):
+            return Part(file, first=place, every=self._every)
         if self._count(file) == 1:
             return Part(file)
         stop = (place + 1) * self._part_bytes
         return Part(file, place * self._part_bytes, None if stop >= file.size else stop)
 
+    def _is_dealt(self, file: File) -> bool:
+        return file.size <= self._part_bytes and ending(file.name) not in TEXT_ENDINGS  # a text so short is one document
+
     def _count(self, file: File) -> int:
+        if self._is_dealt(file):
+            return self._every
         kind = ending(file.name)
         is_whole = kind in TEXT_ENDINGS or (kind != PARQUET_ENDING and compression(file.name) is not None)
         return 1 if is_whole else max(1, -(-file.size // self._part_bytes))

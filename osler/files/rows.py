@@ -98,7 +98,7 @@ def read_rows(source: Path | Part, columns: Sequence[str] | None = None) -> Iter
     the file changes while it is read.
     """
     part = _part(source)
-    yield from _parquet_rows(part, columns) if ending(part.file.name) == PARQUET_ENDING else _json_rows(part, columns)
+    yield from part.dealt(_parquet_rows(part, columns) if ending(part.file.name) == PARQUET_ENDING else _json_rows(part, columns))
     part.file.check()
 
 

@@ -6,6 +6,8 @@ Shapes are static, because a training step has one shape in each stage of a curr
 import contextlib
 import functools
 import logging
+import os
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,8 @@ from osler.runtime.errors import UserError
 logger = logging.getLogger(__name__)
 
 LINKING_SECONDS = 30  # the C++ compiler needs less to write a library
+# The newest instructions of x86 for which torch has code; a compiler that knows them knows the older ones.
+VECTOR_FLAGS = "-mavx512f -mavx512vnni -mavx512bf16 -mamx-tile -mamx-bf16 -mamx-int8"
 COMPILED_SHAPES = 64  # the most for one function; torch's own limit is 8, and a curriculum may have more stages
 
 
@@ -84,7 +88,7 @@ def compile_works(device: torch.device) -> tuple[bool, str]:
     x = torch.ones(64, device=device)
     try:
         # Compiled code in the cache would hide that the compiler is gone, so ask for the compiler and start with an empty cache.
-        cpp_builder.get_cpp_compiler()
+        trust_vector_instructions(cpp_builder.get_cpp_compiler())
         with fresh_cache():
             result = torch.compile(tiny, fullgraph=True)(x)
     except InvalidCxxCompiler:
@@ -94,6 +98,18 @@ def compile_works(device: torch.device) -> tuple[bool, str]:
     if not torch.allclose(result, tiny(x), rtol=1e-4):
         return False, f"a compiled function gave {result.item()} instead of {tiny(x).item()}"
     return True, ""
+
+
+def trust_vector_instructions(compiler: str) -> None:
+    """Let torch take every vector instruction that the processor lists, if ``compiler`` knows them all.
+
+    Torch would compile a test of each kind, which takes 11 to 16 seconds in every process that compiles.
+    """
+    from torch._inductor import config
+
+    command = [compiler, *VECTOR_FLAGS.split(), "-E", "-x", "c++", os.devnull]
+    if config.cpp.vec_isa_ok is None and subprocess.run(command, capture_output=True, check=False).returncode == 0:
+        config.cpp.vec_isa_ok = True
 
 
 def remove_empty_libraries(cache: Path) -> None:

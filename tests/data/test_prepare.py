@@ -24,13 +24,13 @@ from osler.data.prepare import prepare as prepare_sources
 from osler.data.prepared import held_out_so_far, open_prepared
 from osler.data.readers import TextFiles
 from osler.data.shard_set import ShardSet
-from osler.data.shards import read_data_manifest, shard_name
+from osler.data.shards import DATA_MANIFEST, read_data_manifest, shard_name
 from osler.data.tokenise import Chunk
 from osler.data.writing import CorpusWriter
-from osler.files.parts import LocalFile, Part, Parts
+from osler.files.parts import MIN_PARTS, LocalFile, Part, Parts
 from osler.runtime import faults
 from osler.runtime.errors import UserError
-from osler.runtime.files import locked
+from osler.runtime.files import locked, write_json
 from osler.runtime.stop import interruptible
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.chat import Turn, encode_examples
@@ -387,6 +387,25 @@ def test_the_number_of_processes_changes_nothing(tmp_path: Path, notes: Path, to
     assert open_prepared(tmp_path / "0", tokenizer).train[0].num_shards > 5
 
 
+def test_what_an_older_version_began_is_finished_as_that_version_cut_it(
+    tmp_path: Path, notes: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It did not deal out small files, and its manifests say nothing of that."""
+    corpus, begun = rows_corpus(notes), tmp_path / "out"
+    undealt = replace(corpus, parts=Parts(corpus.files, min_parts=1))
+    old, new = (prepare(cut, tokenizer, tmp_path / name).train for name, cut in {"old": undealt, "new": corpus}.items())
+    assert old.fingerprint != new.fingerprint
+    with monkeypatch.context() as torn, pytest.raises(UserError, match="could not be written"):
+        torn.setenv(faults.VARIABLE, "prepare-part:ioerror:3")
+        prepare(undealt, tokenizer, begun)
+    manifest = read_data_manifest(begun)
+    del manifest["sources"]["notes"]["min_parts"]
+    write_json(begun / DATA_MANIFEST, manifest)
+    assert prepare(corpus, tokenizer, begun).train.fingerprint == old.fingerprint
+    os.utime(notes / "1.jsonl")
+    assert prepare(corpus, tokenizer, begun).reused
+
+
 def test_of_a_validation_set_as_much_is_kept_as_is_read_and_nothing_of_it_is_learned(
     tmp_path: Path, notes: Path, tokenizer: Tokenizer, small_parts: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -426,7 +445,7 @@ def test_a_process_that_is_killed_is_told(
 ) -> None:
     """Before the first shard of a source, too, the same command goes on from what is written: a validation set."""
     out, sets = tmp_path / "out", {"set": rows_corpus(notes / "1.jsonl", 0.0)}
-    monkeypatch.setenv(faults.VARIABLE, "prepare-part:kill:2")
+    monkeypatch.setenv(faults.VARIABLE, f"prepare-part:kill:{MIN_PARTS + 1}")  # the set is a small file
     with pytest.raises(UserError, match="A process that prepares the data was killed, most often for want of memory"):
         prepare_sources({"a": rows_corpus(notes)}, tokenizer, out, validation=sets, processes=1)
     written = (out / "validation.set/validation" / shard_name(0)).stat()

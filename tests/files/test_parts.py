@@ -21,8 +21,8 @@ LONG = "x" * 300
 
 
 def in_parts(path: Path) -> list[list[object]]:
-    """The column `a` of the rows of each part."""
-    return [[row.values["a"] for row in read_rows(part)] for part in Parts([LocalFile.at(path)])]
+    """The column `a` of the rows of each part, where small files are not dealt out."""
+    return [[row.values["a"] for row in read_rows(part)] for part in Parts([LocalFile.at(path)], min_parts=1)]
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_row_groups_are_in_one_part_each(
     monkeypatch.setattr(parts, "PART_BYTES", part_bytes)
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"a": list(range(100)), "b": [LONG] * 100}), path, row_group_size=group_rows)
-    read = [row for part in Parts([LocalFile.at(path)]) for row in read_rows(part, ["a"])]
+    read = [row for part in Parts([LocalFile.at(path)], min_parts=1) for row in read_rows(part, ["a"])]
     assert [row.values["a"] for row in read] == list(range(100))
     assert [row.where for row in read] == [f"{path}: row {number}" for number in range(1, 101)]
     assert [list(row.unread) for row in read if row.unread] == [["b"]]
@@ -111,6 +111,24 @@ def test_text_and_what_is_compressed_is_one_part(tmp_path: Path, monkeypatch: py
     assert in_parts(tmp_path / "a.jsonl.gz") == [[1, 2]]
     (tmp_path / "a.md").write_text("a long text")
     assert list(Parts([LocalFile.at(tmp_path / "a.md")])) == [Part(LocalFile.at(tmp_path / "a.md"))]
+
+
+def test_few_small_files_are_dealt_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each part of a small file has every k-th of its rows; a short text, and a large file, are as without dealing."""
+    monkeypatch.setattr(parts, "PART_BYTES", 700)
+    pq.write_table(pa.table({"a": list(range(10))}), tmp_path / "a.parquet", compression="zstd")
+    (tmp_path / "b.jsonl").write_text("".join(f'{{"a": {number}}}\n' for number in range(20, 25)))
+    (tmp_path / "c.jsonl").write_text("".join(f'{{"a": {number}}}\n' for number in range(100, 250)))
+    (tmp_path / "d.md").write_text("text")
+    files = [LocalFile.at(path) for path in sorted(tmp_path.iterdir())]
+    assert [file.size <= 700 for file in files] == [True, True, False, True] and len(Parts(files, min_parts=1)) == 6
+    dealt = Parts(files, min_parts=14)
+    of = [[part for part in dealt if part.file == file] for file in files]
+    assert list(map(len, of)) == [3, 3, 3, 1]
+    rows_of = [[[row.values["a"] for row in read_rows(part)] for part in some] for some in of[:3]]
+    assert rows_of[0] == [[0, 3, 6, 9], [1, 4, 7], [2, 5, 8]] and rows_of[1] == [[20, 23], [21, 24], [22]]
+    assert [row for part in rows_of[2] for row in part] == list(range(100, 250)) and list(read_texts(of[3][0])) == ["text"]
+    assert [sum(part.num_bytes for part in some) for some in of] == [file.size for file in files]
 
 
 def test_parts_of_petabytes_take_no_memory() -> None:
