@@ -19,6 +19,7 @@ from osler.ops.labels import IGNORED
 WEIGHT_PIECE = 1 << 25  # elements of a weight gradient that are widened to fp32 at a time: 128 MB
 CHUNK_BYTES = 1 << 28  # the most in a chunk of logits: in fp32 1,280 tokens with 50k words, or 320 with 200k
 BLOCK_LOGITS = {"cpu": 1 << 21}  # logits that are widened to fp32 at a time: few enough to stay in the cache
+CACHED_LOGITS = {"cpu": 1 << 19}  # logits in fp32 that stay in a core's cache
 TILES = {"cpu": 4}  # parts of the vocabulary that compiled code takes one after another, each at least TILE_WORDS wide
 TILE_WORDS = 12_800
 WHOLE_CHUNK_TOKENS = 1024  # of a vocabulary of one tile: more of its logits stay in the cache between the passes over them
@@ -67,7 +68,11 @@ def linear_logprobs(
     over, with the labels in it. Only the log-probability has a gradient.
     """
     words = weight_VR.shape[0]
-    numbers = (vocab_size or words, temperature, chunk_tokens or default_chunk_tokens(words))
+    backward_tokens = chunk_tokens or default_chunk_tokens(words)
+    # The forward pass reads the logits of a chunk several times, so on a CPU they are few enough to stay in the cache.
+    is_cached = chunk_tokens is None and features_NR.device.type in CACHED_LOGITS and not torch.compiler.is_compiling()
+    forward_tokens = max(64, CACHED_LOGITS[features_NR.device.type] // words) if is_cached else backward_tokens
+    numbers = (vocab_size or words, temperature, forward_tokens, backward_tokens)
     logp, entropy, is_top = _LinearLogprobs.apply(features_NR, weight_VR, labels_N, mask_NV, numbers)
     return logp, entropy, is_top
 
@@ -217,16 +222,16 @@ def _scaled_logits(x_CR: Tensor, head_VR: Tensor, mask_CV: Tensor | None, vocab_
     if mask_CV is not None:
         mask_CV = F.pad(mask_CV, (0, head_VR.shape[0] - mask_CV.shape[1]))
         logits_CV = logits_CV.masked_fill(~mask_CV, float("-inf"))
-    return logits_CV / temperature
+    return logits_CV if temperature == 1 else logits_CV / temperature
 
 
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, features: Tensor, weight: Tensor, labels: Tensor, mask: Tensor | None, numbers: tuple[int, float, int]
+        ctx: Any, features: Tensor, weight: Tensor, labels: Tensor, mask: Tensor | None, numbers: tuple[int, float, int, int]
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(features, weight, labels, mask)
-        ctx.numbers = (vocab_size, temperature, chunk_tokens) = numbers
+        ctx.numbers = (vocab_size, temperature, chunk_tokens, _) = numbers
         head = weight.to(features.dtype)
         logp, entropy, is_top = [], [], []
         for start in range(0, features.shape[0], chunk_tokens):
@@ -234,9 +239,9 @@ class _LinearLogprobs(torch.autograd.Function):
             logits = _scaled_logits(features[part], head, None if mask is None else mask[part], vocab_size, temperature)
             log_softmax = logits.log_softmax(-1)
             logp.append(log_softmax.gather(1, labels[part, None]).squeeze(1))
-            # A word outside the mask has log-probability -inf and adds nothing: 0 * -inf must not become NaN.
-            entropy.append(-(log_softmax.exp() * log_softmax.clamp_min(-1e9)).sum(-1))
             is_top.append(log_softmax.argmax(-1) == labels[part])
+            # A word outside the mask has log-probability -inf and adds nothing: 0 * -inf must not become NaN.
+            entropy.append(-log_softmax.exp().mul_(log_softmax.clamp_min_(-1e9)).sum(-1))
         entropy_N, is_top_N = torch.cat(entropy), torch.cat(is_top)
         ctx.mark_non_differentiable(entropy_N, is_top_N)
         return torch.cat(logp), entropy_N, is_top_N
@@ -244,7 +249,7 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_logp: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         features, weight, labels, mask = ctx.saved_tensors
-        vocab_size, temperature, chunk_tokens = ctx.numbers
+        vocab_size, temperature, _, chunk_tokens = ctx.numbers
         head = weight.to(features.dtype)
         grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(features.dtype, torch.float32))
         grad_chunks: list[Tensor] = []
