@@ -4,8 +4,8 @@ The size of a file decides where it is cut, so nothing is opened to know the par
 row groups that begin in its range of bytes; the sizes of the earlier groups say where a group begins. A part of plain JSON lines
 holds the lines that begin in its range. A text file, or a file that is compressed as a whole, is one part.
 
-Where that makes fewer than ``MIN_PARTS``, small files are dealt out: each part of one has every k-th document of it. So a few
-books, which would follow one another, are mixed when their parts are taken in a drawn order.
+Where that makes fewer than ``MIN_PARTS``, each range is dealt out among several parts, which have every k-th document of it. So
+a few books, which would follow one another, are mixed when the parts are taken in a drawn order.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from osler.runtime.errors import UserError
 T = TypeVar("T")
 
 PART_BYTES = 1 << 22
-MIN_PARTS = 16  # a small file is read again for each of its parts, so more of them would cost more than they mix
+MIN_PARTS = 16  # a range is read again for each of its parts, and more of them would mix hardly better
 
 
 class File(Protocol):
@@ -91,7 +91,7 @@ def find_local(path: str | Path, endings: Sequence[str], key: str) -> list[File]
 class Part:
     """The rows that begin in the bytes `start` to `stop` of a file, or the whole text; `stop` None means the end of the file.
 
-    Of these documents it has every `every`-th, from number `first` on.
+    With `every` it has each `every`-th of these documents, from number `first` on.
     """
 
     file: File
@@ -102,7 +102,7 @@ class Part:
 
     @property
     def num_bytes(self) -> int:
-        """Return the size of the part; the parts of a file that is dealt out share its size."""
+        """Return the size of the part; the parts among which a range is dealt share its size."""
         size = min(self.file.size, self.file.size if self.stop is None else self.stop) - self.start
         return size * (self.first + 1) // self.every - size * self.first // self.every
 
@@ -117,9 +117,8 @@ class Parts:
     def __init__(self, files: Sequence[File], min_parts: int = MIN_PARTS) -> None:
         self.files, self.min_parts = files, min_parts
         self._part_bytes = PART_BYTES  # kept here, so that other processes cut files alike
-        self._every = 1
-        self._every = max(1, -(-min_parts // max(1, sum(map(self._count, files)))))
-        self._ends = list(accumulate(map(self._count, files)))
+        self._every = max(1, -(-min_parts // max(1, sum(map(self._ranges, files)))))
+        self._ends = list(accumulate(self._ranges(file) * self._dealt(file) for file in files))
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -133,19 +132,19 @@ class Parts:
         number = bisect.bisect_right(self._ends, index)
         place = index - (self._ends[number - 1] if number else 0)
         file = self.files[number]
-        if self._is_dealt(file):
-            return Part(file, first=place, every=self._every)
-        if self._count(file) == 1:
-            return Part(file)
-        stop = (place + 1) * self._part_bytes
-        return Part(file, place * self._part_bytes, None if stop >= file.size else stop)
+        number, first = divmod(place, every := self._dealt(file))
+        if self._ranges(file) == 1:
+            return Part(file, first=first, every=every)
+        start, stop = number * self._part_bytes, (number + 1) * self._part_bytes
+        return Part(file, start, None if stop >= file.size else stop, first, every)
 
-    def _is_dealt(self, file: File) -> bool:
-        return file.size <= self._part_bytes and ending(file.name) not in TEXT_ENDINGS  # a text so short is one document
-
-    def _count(self, file: File) -> int:
-        if self._is_dealt(file):
-            return self._every
+    def _ranges(self, file: File) -> int:
+        """Return into how many ranges of bytes a file is cut."""
         kind = ending(file.name)
         is_whole = kind in TEXT_ENDINGS or (kind != PARQUET_ENDING and compression(file.name) is not None)
         return 1 if is_whole else max(1, -(-file.size // self._part_bytes))
+
+    def _dealt(self, file: File) -> int:
+        """Return among how many parts each range is dealt: no text, which is few documents, and nothing that is long to read."""
+        is_long = self._ranges(file) == 1 and file.size > self._part_bytes
+        return 1 if is_long or ending(file.name) in TEXT_ENDINGS else self._every

@@ -113,22 +113,26 @@ def test_text_and_what_is_compressed_is_one_part(tmp_path: Path, monkeypatch: py
     assert list(Parts([LocalFile.at(tmp_path / "a.md")])) == [Part(LocalFile.at(tmp_path / "a.md"))]
 
 
-def test_few_small_files_are_dealt_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each part of a small file has every k-th of its rows; a short text, and a large file, are as without dealing."""
+def test_the_documents_of_few_files_are_dealt_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each range of a file is dealt among parts, which have every k-th of its rows; a text is not, nor a long packed file."""
     monkeypatch.setattr(parts, "PART_BYTES", 700)
     pq.write_table(pa.table({"a": list(range(10))}), tmp_path / "a.parquet", compression="zstd")
-    (tmp_path / "b.jsonl").write_text("".join(f'{{"a": {number}}}\n' for number in range(20, 25)))
-    (tmp_path / "c.jsonl").write_text("".join(f'{{"a": {number}}}\n' for number in range(100, 250)))
+    lines = [f'{{"a": {number}}}\n' for number in range(100, 200)]
+    (tmp_path / "b.jsonl").write_text("".join(lines))
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode(), compresslevel=0))
     (tmp_path / "d.md").write_text("text")
     files = [LocalFile.at(path) for path in sorted(tmp_path.iterdir())]
-    assert [file.size <= 700 for file in files] == [True, True, False, True] and len(Parts(files, min_parts=1)) == 6
+    assert files[0].size <= 700 < files[1].size < files[2].size and len(Parts(files, min_parts=1)) == 5
     dealt = Parts(files, min_parts=14)
     of = [[part for part in dealt if part.file == file] for file in files]
-    assert list(map(len, of)) == [3, 3, 3, 1]
-    rows_of = [[[row.values["a"] for row in read_rows(part)] for part in some] for some in of[:3]]
-    assert rows_of[0] == [[0, 3, 6, 9], [1, 4, 7], [2, 5, 8]] and rows_of[1] == [[20, 23], [21, 24], [22]]
-    assert [row for part in rows_of[2] for row in part] == list(range(100, 250)) and list(read_texts(of[3][0])) == ["text"]
+    assert list(map(len, of)) == [3, 6, 1, 1]
+    first, second, third = ([[row.values["a"] for row in read_rows(part)] for part in some] for some in of[:3])
+    assert first == [[0, 3, 6, 9], [1, 4, 7], [2, 5, 8]] and third == [list(range(100, 200))]
+    border = sum(map(len, second[:3]))
+    ranges = (100, 100 + border), (100 + border, 200)
+    assert second == [list(range(start + first, stop, 3)) for start, stop in ranges for first in range(3)]
     assert [sum(part.num_bytes for part in some) for some in of] == [file.size for file in files]
+    assert list(read_texts(of[3][0])) == ["text"]
 
 
 def test_parts_of_petabytes_take_no_memory() -> None:
