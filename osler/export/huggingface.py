@@ -30,11 +30,17 @@ WEIGHTS_FILE = "model.safetensors"
 ABOUT = "osler"  # a field of config.json that only ``osler import`` reads: what Qwen3's fields cannot say
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CHAT_TEMPLATE = (
+    "{% macro text(message) %}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% elif message['content'] %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}{{ raise_exception('This model reads text alone') }}{% endif %}"
+    "{% endfor %}{% elif message['role'] == 'user' %}{{ raise_exception('A message of the user has no content') }}{% endif %}"
+    "{% if message['tool_calls'] %}{{ raise_exception('This model calls no tools') }}{% endif %}{% endmacro %}"
     "{% for message in messages %}"
-    f"{{% if message['role'] == 'user' %}}{{{{ '{QUESTION}' + message['content'] }}}}"
+    f"{{% if message['role'] == 'user' %}}{QUESTION}{{{{ text(message) }}}}"
     "{% elif message['role'] == 'assistant' %}"
-    f"{{% if message['reasoning_content'] %}}{{{{ '{THINKING}' + message['reasoning_content'] }}}}{{% endif %}}"
-    f"{{{{ '{ANSWER}' + message['content'] + '{EOS}' }}}}"
+    f"{{% if message['reasoning_content'] %}}{THINKING}{{{{ message['reasoning_content'] }}}}{{% endif %}}"
+    f"{ANSWER}{{{{ text(message) }}}}{EOS}"
     "{% else %}{{ raise_exception('This model was taught questions and answers alone, no ' + message['role'] + ' messages') }}"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}"
 )

@@ -77,8 +77,18 @@ def test_chat_template_is_the_form_of_training_and_its_markers_stay_readable(run
         answer = {"role": "assistant", "content": "aspirin (A)", **({"reasoning_content": "It is."} if reasoning else {})}
         ((row, _),) = encode_examples(ours, [Turn(question, "It is." if reasoning else None, "aspirin (A)")])
         assert tokenizer(tokenizer.apply_chat_template([*asked, answer], tokenize=False))["input_ids"] == row
-    with pytest.raises(Exception, match="no system messages"):
-        tokenizer.apply_chat_template([{"role": "system", "content": "Be brief."}], tokenize=False)
+    part = {"type": "text", "text": question}
+    history = [{"role": "user", "content": [part, part]}, {"role": "assistant", "content": None, "reasoning_content": "It is."}]
+    ((row, _),) = encode_examples(ours, [Turn(question * 2, "It is.", "")])  # as the server reads them
+    assert tokenizer(tokenizer.apply_chat_template(history, tokenize=False))["input_ids"] == row
+    for message, said in (
+        ({"role": "system", "content": "Be brief."}, "no system messages"),
+        ({"role": "user", "content": None}, "of the user has no content"),
+        ({"role": "user", "content": [{"type": "image_url"}]}, "reads text alone"),
+        ({"role": "assistant", "content": None, "tool_calls": [{}]}, "calls no tools"),
+    ):
+        with pytest.raises(Exception, match=said):
+            tokenizer.apply_chat_template([message], tokenize=False)
     ids = [*ours.encode("rest"), ours.special_id(ANSWER), ours.eos_id]
     assert tokenizer.decode(ids, skip_special_tokens=True) == f"rest{ANSWER}"
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] == ours.eos_id

@@ -227,6 +227,8 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": [*ASK, *ASK]}, "messages", "must alternate"),
     ({"messages": [{"role": "user", "content": None}]}, "messages", "content is missing in a message of the user"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages", "'text'"),
+    ({"messages": [*ASK, {"role": "assistant", "content": None, "tool_calls": [{}]}, *ASK]}, "messages", "tool_calls"),
+    ({"messages": [*ASK, {"role": "assistant", "content": None}]}, "messages", "begin and end with one of the user"),
     ({"messages": [{"role": "user", "content": "fever " * 300}]}, "messages", "takes at most 255"),
 ]
 
