@@ -189,6 +189,22 @@ def test_every_door_is_used_and_every_requirement_is_imported():
         assert library in {None, *DOORS, *EVERYWHERE}, f"{requirement} is required and imported nowhere"
 
 
+def test_tests_import_only_what_their_extra_installs():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 has it")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = [re.split("[<>=]", one)[0] for one in [*project["dependencies"], *project["optional-dependencies"]["test"]]]
+    installed = {IMPORTED_AS.get(name) or name.replace("-", "_") for name in required} | sys.stdlib_module_names
+    beside = {path.stem for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")} | {"osler", "tests"}
+    for path in (ROOT / "tests").rglob("*.py"):
+        for line, name in imports(path):
+            assert name.split(".")[0] in installed | beside, f"{path}:{line}: the extra test does not install {name}"
+
+
+def test_supported_versions_of_transformers_are_those_that_the_readme_names():
+    (low, high) = re.findall(r'"transformers>=([\d.]+),<(\d+)"', (ROOT / "pyproject.toml").read_text())[0]
+    assert f"`transformers` {low} and {int(high) - 1})" in (ROOT / "README.md").read_text()
+
+
 def test_configs_and_cli_do_not_load_torch():
     light = [
         "osler.config.schema",
