@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from osler.export.huggingface import Export, companion_files
 from osler.inference.load import TOKENIZER_FILE
 from osler.model.config import ModelConfig
+from osler.model.quantization import quantize
 from osler.model.rope import apply_rope, rope_tables
 from osler.runtime.errors import UserError
 from osler.runtime.log import say
@@ -40,23 +41,28 @@ INLINE_BYTES = 1_500_000_000  # a larger model's weights go into a second file, 
 
 
 class QwenGraph(nn.Module):
-    """The model of ``qwen3_weights`` in plain operators; ``tied`` makes the embedding the head."""
+    """The model of ``qwen3_weights`` in plain operators, with its embedding in int8 for the dtype ``int8``."""
 
     cos: Tensor
     sin: Tensor
     embed: Tensor
+    scale_V1: Tensor | None
     head: Tensor | None
     norm: Tensor
 
-    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], *, tied: bool) -> None:
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], dtype: str) -> None:
         super().__init__()
         self.config = config
         cos, sin = rope_tables(config.max_seq_len, config.head_dim, config.rope_theta, config.rope_scaling)
         self.register_buffer("cos", cos)
         self.register_buffer("sin", sin)
-        self.register_buffer("embed", weights["model.embed_tokens.weight"])
-        head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
-        self.register_buffer("head", None if tied else head.T.contiguous())
+        embed_VD = weights["model.embed_tokens.weight"]
+        head_VD = weights.get("lm_head.weight", embed_VD)
+        self.register_buffer("head", None if config.tie_embeddings and dtype == "fp32" else head_VD.T.contiguous())
+        # ONNX Runtime's quantiser of 8 bits leaves an embedding as it is.
+        embed_VD, scale_V1 = quantize(embed_VD, 8, config.hidden_size) if dtype == "int8" else (embed_VD, None)
+        self.register_buffer("embed", embed_VD)
+        self.register_buffer("scale_V1", None if scale_V1 is None else scale_V1.float())
         self.layers = nn.ModuleList(Layer(config, weights, f"model.layers.{index}.") for index in range(config.num_layers))
         self.register_buffer("norm", weights["model.norm.weight"])
 
@@ -69,6 +75,8 @@ class QwenGraph(nn.Module):
         seen_BTS = (counted_BS[:, None, :] <= counted_BS[:, -new:, None]) & (attention_mask[:, None, :] > 0)
         bias_B11TS = torch.where(seen_BTS, 0.0, -1e9)[:, None, None]
         x_BTD = F.embedding(input_ids, self.embed)
+        if self.scale_V1 is not None:
+            x_BTD = x_BTD.float() * F.embedding(input_ids, self.scale_V1)
         present: list[Tensor] = []
         for layer, k, v in zip(self.layers, past[::2], past[1::2], strict=True):
             x_BTD, k, v = layer(x_BTD, rope, bias_B11TS, k, v)
@@ -147,7 +155,7 @@ def write(export: Export, folder: Path) -> str:
 def write_graph(export: Export, path: Path) -> None:
     """Trace the model and write it as one file; weights over ``INLINE_BYTES`` go into a second file beside it."""
     config = export.config
-    graph = QwenGraph(config, export.weights, tied=config.tie_embeddings and export.dtype == "fp32").eval()
+    graph = QwenGraph(config, export.weights, export.dtype).eval()
     free = torch.export.Dim.DYNAMIC
     # Every size of the example is different, so that the tracer takes no two for one size.
     past = [torch.zeros(2, config.num_kv_heads, 5, config.head_dim) for _ in range(2 * config.num_layers)]
@@ -170,12 +178,9 @@ def write_graph(export: Export, path: Path) -> None:
 
 def write_quantized(quantization: ModuleType, plain: Path, path: Path, dtype: str) -> None:
     """Write a copy of a graph with its matrices in 8 or 4 bits; norms and activations stay in fp32."""
-    bits, is_large = {"int8": 8, "int4": 4}[dtype], any(plain.parent.glob(f"{plain.name}.*"))
-    kinds: tuple[str, ...] = ("MatMul", "Gather")
+    is_large = any(plain.parent.glob(f"{plain.name}.*"))
+    bits, kinds = {"int8": (8, ("MatMul",)), "int4": (4, ("MatMul", "Gather"))}[dtype]
     with quiet():
-        if bits == 8:  # the quantiser below can write an embedding in 4 bits only
-            source, plain, kinds = plain, plain.with_name(f"embedding-{plain.name}"), ("MatMul",)
-            quantization.quantize_dynamic(source, plain, op_types_to_quantize=["Gather"], use_external_data_format=is_large)
         nbits = quantization.matmul_nbits_quantizer.MatMulNBitsQuantizer
         quantiser = nbits(str(plain), bits, BLOCK, op_types_to_quantize=kinds)
         quantiser.process()

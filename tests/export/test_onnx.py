@@ -54,9 +54,22 @@ def assert_close(logits: np.ndarray, own: list[torch.Tensor], atol: float) -> No
 @pytest.mark.parametrize("shape", [*SHAPES, "yarn"])
 def test_graph_computes_the_model(shape, checkpoint):
     model = load_model(checkpoint(**(YARN if shape == "yarn" else SHAPES[shape]))).model
-    graph = QwenGraph(model.config, qwen3_weights(model.config, model.state_dict()), tied=model.config.tie_embeddings)
+    graph = QwenGraph(model.config, qwen3_weights(model.config, model.state_dict()), "fp32")
     with torch.inference_mode():
         assert_close(*in_two_parts(model, graph), 1e-5)
+
+
+def test_a_token_with_large_numbers_leaves_the_others_theirs_in_int8(checkpoint):
+    model = load_model(checkpoint()).model
+    weights = qwen3_weights(model.config, model.state_dict())
+    embed = weights["model.embed_tokens.weight"].clone()
+    embed[0] *= 1000
+    graphs = (QwenGraph(model.config, weights | {"model.embed_tokens.weight": embed}, dtype) for dtype in ("int8", "fp32"))
+    ids, past = torch.arange(1, 61)[None], [torch.zeros(1, model.config.num_kv_heads, 0, model.config.head_dim)] * 4
+    with torch.inference_mode():
+        rounded, whole = (graph(ids, torch.ones_like(ids), past)[0] for graph in graphs)
+    torch.testing.assert_close(rounded, whole, atol=0.05, rtol=0)
+    assert not torch.equal(rounded, whole)
 
 
 @pytest.mark.slow
