@@ -38,6 +38,7 @@ Exit codes:
 REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free some of the disk; the same command then goes on."),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Name another place, or ask its owner for the permission."),
+    errno.EFBIG: "Name a place that takes files of this size.",
     errno.EBADF: "Send the output to a place that can be written.",
 }  # advice for errors of the operating system, by their number
 

@@ -95,7 +95,7 @@ def write(export: Export, path: Path) -> str:
         writer.write_tensors_to_file()
     except OSError as error:
         if error.errno is None:  # numpy tells how much it could write, not why no more
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
         raise
     writer.close()
     if kept:

@@ -72,7 +72,8 @@ def new_path(path: str | os.PathLike[str], option: str = "--out") -> Path:
 def appearing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a hidden place beside ``path`` to write a file or folder at, which gets its name when the block ends well.
 
-    After an exception nothing is left; a kill may leave a hidden ``.<name>.*.tmp``. Raises UserError as ``new_path`` does.
+    After an exception nothing is left; a kill may leave a hidden ``.<name>.*.tmp``. Raises UserError as ``new_path`` does, and
+    an OSError that names no file, as of a full disk, names ``path`` from here on.
     """
     path = new_path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -84,11 +85,13 @@ def appearing(path: str | os.PathLike[str]) -> Iterator[Path]:
         if path.is_dir() and temporary.is_file():
             path.rmdir()
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)
         raise
     fsync_dir(path.parent)
 

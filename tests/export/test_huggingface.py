@@ -158,3 +158,17 @@ def test_what_is_interrupted_leaves_nothing(error, checkpoint, tmp_path, monkeyp
     command = ["export", str(run), "--to", "hf", "--out", str(tmp_path / "out" / "hf")]
     assert main(command) == (130 if isinstance(error, KeyboardInterrupt) else 2)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("form", ["hf", "gguf", "safetensors", pytest.param("onnx", marks=pytest.mark.slow)])
+def test_a_disk_that_takes_no_more_is_named_and_keeps_nothing(form, checkpoint, tmp_path, capsys):
+    resource = pytest.importorskip("resource", reason="Windows has no such limit")
+    command = ["export", str(checkpoint()), "--to", form, "--out", str(tmp_path / "out" / form)]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, before[1]))  # every writer, of any library, meets it as a full disk
+    try:
+        assert main(command) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert re.search(rf"{tmp_path}/out/{form}: (File too large|No space left on device)\. ", capsys.readouterr().err)
+    assert list((tmp_path / "out").iterdir()) == []
