@@ -10,11 +10,10 @@ from itertools import chain
 
 from osler.inference.engine import InferenceEngine
 from osler.ops.sampling_params import SamplingParams
-from osler.tokenizer.bpe import Tokenizer
+from osler.tokenizer.bpe import INCOMPLETE, Tokenizer
 
 logger = logging.getLogger(__name__)
 
-_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what the bytes of half a character decode to
 _END = -1  # stands after the last token
 _CONTEXT, _MOST_CONTEXT = 8, 32  # tokens that are decoded again with the next one: a character has at most four
 
@@ -46,8 +45,8 @@ class TextStream:
         is_marker = token in self.markers
         self._ids += [] if is_marker else [token]
         text = self.tokenizer.decode(self._ids)
-        is_whole = is_marker or not text.endswith(_INCOMPLETE)
-        known = text if is_whole else text.removesuffix(_INCOMPLETE)
+        is_whole = is_marker or not text.endswith(INCOMPLETE)
+        known = text if is_whole else text.removesuffix(INCOMPLETE)
         new = known[self._length :]
         self._waiting += new
         self.decoded += len(new)

@@ -13,7 +13,7 @@ from osler.inference.rows import Continuation
 from osler.inference.text import TextStream
 from osler.serve.config import ChatRequest
 from osler.serve.requests import Asked
-from osler.tokenizer.bpe import ANSWER, Tokenizer
+from osler.tokenizer.bpe import ANSWER, INCOMPLETE, Tokenizer
 
 _END = -1  # stands after the last token
 REASONING, CONTENT = "reasoning_content", "content"  # the parts of an answer
@@ -173,10 +173,10 @@ class Reply:
                 content.append({**_named(self._tokenizer, token.token, token.logprob), "top_logprobs": likeliest})
             return {"content": content, "refusal": None}
         return {
-            "tokens": [self._tokenizer.decode([token.token]) for token in tokens],
+            "tokens": [_distinct(self._tokenizer, token.token) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": [
-                {self._tokenizer.decode([other]): value for other, value in reversed(_possible(token.likeliest))}
+                {_distinct(self._tokenizer, other): value for other, value in reversed(_possible(token.likeliest))}
                 for token in tokens
             ],
             "text_offset": [token.offset for token in tokens],
@@ -189,6 +189,14 @@ def _possible(likeliest: dict[int, float]) -> list[tuple[int, float]]:
 
 
 def _named(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
-    """Return a token with its text; its bytes are None where it is half a character, because decoding loses them."""
-    text = tokenizer.decode([token])
-    return {"token": text, "logprob": logprob, "bytes": None if "\N{REPLACEMENT CHARACTER}" in text else list(text.encode())}
+    """Return a token with its text and its bytes, which make whole what is half a character in the text."""
+    written = tokenizer.bytes_of(token)
+    return {"token": tokenizer.decode([token]), "logprob": logprob, "bytes": None if written is None else list(written)}
+
+
+def _distinct(tokenizer: Tokenizer, token: int) -> str:
+    """Return the text of a token; for half a character its bytes, as OpenAI writes them, so that no two tokens have one text."""
+    text, written = tokenizer.decode([token]), tokenizer.bytes_of(token)
+    if INCOMPLETE not in text or written is None:
+        return text
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in written)

@@ -34,6 +34,7 @@ THINKING = "<|thinking|>"
 ANSWER = "<|answer|>"
 EOS = "<|endoftext|>"
 SPECIALS = (EOS, QUESTION, THINKING, ANSWER)
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what the bytes of half a character decode to
 
 PIECES = (
     r"'(?:[sdmt]|ll|ve|re)"  # English contractions
@@ -200,6 +201,13 @@ class Tokenizer:
             ids = [token_id for token_id in ids if token_id not in self.special_ids]
         return str(self._backend.decode(list(ids), skip_special_tokens=False))
 
+    def bytes_of(self, token_id: int) -> bytes | None:
+        """Return the bytes of one token; None for half a character where the tokens are not made of bytes."""
+        text, name = self.decode([token_id]), self._backend.id_to_token(token_id) or ""
+        if INCOMPLETE not in text or name == text:
+            return text.encode()
+        return bytes(map(_byte_of().__getitem__, name)) if self.is_byte_level else None
+
     @property
     def is_byte_level(self) -> bool:
         """Whether its tokens are made of bytes, so that it can write any text if it has all bytes."""
@@ -209,6 +217,14 @@ class Tokenizer:
         """Return the text after the tokenizer's normalizer, which may fold case, accents or spaces."""
         normalizer = self._backend.normalizer
         return text if normalizer is None else str(normalizer.normalize_str(text))
+
+
+@functools.cache
+def _byte_of() -> dict[str, int]:
+    """Return the byte that each character of a byte-level vocabulary stands for: its own, or one that cannot be printed."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    others = iter(sorted({*range(256)} - {*map(ord, alphabet)}))
+    return {character: ord(character) if ord(character) < 256 else next(others) for character in alphabet}
 
 
 def split_bytes(pieces: str) -> pre_tokenizers.PreTokenizer:

@@ -173,13 +173,26 @@ def test_logprobs_are_those_of_the_tokens_that_are_told(client, models) -> None:
             assert [one.logprob for one in token.top_logprobs] == pytest.approx(
                 list(expected.top_logprobs[place].values()), abs=1e-5
             )
-            assert token.bytes is None or bytes(token.bytes).decode() == token.token
+            assert bytes(token.bytes).decode(errors="replace") == token.token
+    assert b"".join(bytes(token.bytes) for token in streamed).decode(errors="replace") == whole.message.content
     reply = client.completions.create(
         model="text", prompt="A", max_tokens=9, seed=2, logprobs=2, extra_body={"top_k": 1}
     ).choices[0]
-    assert "".join(reply.logprobs.tokens) == reply.text or "�" in "".join(reply.logprobs.tokens)
+    assert "".join(reply.logprobs.tokens) == reply.text or "bytes:" in "".join(reply.logprobs.tokens)
     assert reply.logprobs.token_logprobs == pytest.approx([0.0] * 9) and reply.logprobs.text_offset[0] == 0
     assert all(len(top) == 1 for top in reply.logprobs.top_logprobs), "what could not be drawn is not told"
+
+
+def test_halves_of_a_character_are_told_by_their_bytes(client, models) -> None:
+    halves = models["asked"].tokenizer.encode("é")
+    assert len(halves) == 2, "the text that it was trained on has none"
+    given: dict[str, Any] = {"max_tokens": 1, "logit_bias": {str(token): 100 for token in halves}}
+    legacy = client.completions.create(model="text", prompt="A", logprobs=2, **given).choices[0].logprobs
+    assert legacy.top_logprobs[0].keys() == {r"bytes:\xc3", r"bytes:\xa9"} and legacy.tokens[0] in legacy.top_logprobs[0]
+    told = client.chat.completions.create(
+        model="asked", messages=ASK, logprobs=True, top_logprobs=2, reasoning_effort="none", **given
+    ).choices[0].logprobs.content[0]
+    assert sorted((one.token, one.bytes) for one in told.top_logprobs) == [("�", [0xA9]), ("�", [0xC3])]
 
 
 def test_sampling_parameters_of_vllm_are_heard(client, models) -> None:

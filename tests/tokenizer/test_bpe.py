@@ -47,7 +47,7 @@ AWKWARD = [
 
 def check_round_trip(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
-    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(ids) == text and b"".join(map(tokenizer.bytes_of, ids)) == text.encode()
     assert tokenizer.special_ids.isdisjoint(ids)
 
 
