@@ -19,15 +19,16 @@ from torch import Tensor
 
 from osler.checkpoint.folders import CONFIG_JSON
 from osler.checkpoint.store import write_tensors
+from osler.config.schema import PositiveInt, config, encode
 from osler.export.card import card_files
-from osler.inference.load import REASONS, TOKENIZER_FILE, LoadedModel
+from osler.inference.load import TOKENIZER_FILE, LoadedModel
 from osler.model.config import DenseAttentionConfig, ModelConfig, SparseAttentionConfig
 from osler.model.init import is_of_indexer
 from osler.runtime.errors import UserError
 from osler.tokenizer.bpe import ANSWER, EOS, QUESTION, THINKING
 
 WEIGHTS_FILE = "model.safetensors"
-ABOUT = "osler"  # a field of config.json that only ``osler import`` reads: what Qwen3's fields cannot say
+ABOUT = "osler"  # the name of the section ``About``
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CHAT_TEMPLATE = (
     "{% macro text(message) %}"
@@ -44,6 +45,15 @@ CHAT_TEMPLATE = (
     "{% else %}{{ raise_exception('This model was taught questions and answers alone, no ' + message['role'] + ' messages') }}"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}"
 )
+
+
+@config
+class About:
+    """What Qwen3's fields cannot say of a model: a section of config.json that only ``osler import`` reads."""
+
+    kind: str = ""  # of its training: pretrain, sft or grpo; "": not known
+    reasons: bool | None = None  # whether it learned to think before it answers; null: not known
+    trained_seq_len: PositiveInt | None = None  # tokens of the longest rows that it learned; null: as many as it reads
 
 
 @dataclass(frozen=True)
@@ -150,10 +160,10 @@ def companion_files(export: Export) -> dict[str, bytes]:
     """Return the files that go beside the weights: config, special tokens, tokenizer and chat template."""
     config, loaded = export.config, export.loaded
     ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), loaded.tokenizer.eos_id)
-    known = {"kind": loaded.kind, REASONS: loaded.reasons}
-    known["trained_seq_len"] = min(loaded.model.trained_seq_len, config.max_seq_len)
+    trained = min(loaded.model.trained_seq_len, config.max_seq_len)
+    about = {ABOUT: encode(About(kind=loaded.kind, reasons=loaded.reasons, trained_seq_len=trained))}
     contents: dict[str, dict[str, Any]] = {
-        CONFIG_JSON: qwen3_config(config, DTYPES.get(export.dtype, torch.float32)) | ends | {ABOUT: known},
+        CONFIG_JSON: qwen3_config(config, DTYPES.get(export.dtype, torch.float32)) | ends | about,
         "generation_config.json": ends,
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",

@@ -20,7 +20,7 @@ from osler.checkpoint.folders import CONFIG_JSON, is_checkpoint
 from osler.checkpoint.store import read_tensors
 from osler.config.schema import decode
 from osler.export.folder import check_finite, write_run
-from osler.export.huggingface import ABOUT, WEIGHTS_FILE
+from osler.export.huggingface import ABOUT, WEIGHTS_FILE, About
 from osler.inference.load import MADE_BY, REASONS, TOKENIZER_FILE, LoadedModel, device_to_use
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
@@ -100,11 +100,11 @@ def read_folder(source: Path) -> Imported:
     check_finite(weights, source)
     if tokenizer.vocab_size > config.vocab_size:
         config, weights = with_rows(config, weights, tokenizer.vocab_size)
-    about = section_of(described, ABOUT, str(source / CONFIG_JSON))
+    about = decode(About, described.get(ABOUT) or {}, source=f"{source / CONFIG_JSON}: {ABOUT}")
     state = {
-        "kind": about.get("kind", ""),
-        **({REASONS: about[REASONS]} if REASONS in about else {}),
-        "trained_seq_len": min(about.get("trained_seq_len", config.max_seq_len), config.max_seq_len),
+        "kind": about.kind,
+        **({} if about.reasons is None else {REASONS: about.reasons}),
+        "trained_seq_len": min(about.trained_seq_len or config.max_seq_len, config.max_seq_len),
         MADE_BY: {"command": "import", "of": str(source.resolve())},
     }
     return Imported(config, weights, tokenizer, state, remarks)
@@ -249,7 +249,12 @@ def read_weights(source: Path) -> Iterator[tuple[str, Tensor]]:
 
 def model_weights(config: ModelConfig, found: Iterator[tuple[str, Tensor]]) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Return the config and the state dict of a model with these weights; raises UserError where some are missing or unknown."""
-    named = {name.removeprefix("model."): tensor for name, tensor in found if not name.endswith("rotary_emb.inv_freq")}
+    named: dict[str, Tensor] = {}
+    for full_name, tensor in found:
+        if (name := full_name.removeprefix("model.")) in named:
+            raise UserError(f"{name} is there twice, with and without `model.` before it: remove the one that is not meant.")
+        if not name.endswith("rotary_emb.inv_freq"):
+            named[name] = tensor
     with torch.device("meta"):
         wanted = Transformer(config).state_dict()
     head = named.pop("lm_head.weight", None) if config.tie_embeddings else None
