@@ -1,14 +1,14 @@
-"""Load on the server: 64 clients at once against one after the other, and against ``transformers`` behind the same FastAPI.
+"""Load on the server: 64 clients at once against one after the other, and against ``transformers serve``.
 
     python benchmarks/bench_serve.py [--model tiny] [--clients 64] [--requests 256] [--rounds 3] [--threads 2] [--out FILE]
 
-Requests have 8 to 160 random tokens and stream 8 to 144 new ones at temperature 1, without an end. Three contestants take turns,
-each with a fresh server: "osler" is ``osler serve`` asked by all clients at once, "one at a time" is the same server asked by one
-client (a quarter of the requests), and "transformers" is Qwen3ForCausalLM with the same weights (checked: equal logits), whose
-``generate`` streams behind FastAPI and uvicorn, a request at a time, as ``transformers serve`` does without continuous batching.
-The clients are one process on the same cores, with a socket for each request. A request is lost when its stream does not end with
-all tokens and ``[DONE]``. Times are those of a client: to its first token, and between its tokens on average; memory is that of
-the server after all requests. Numbers are medians over rounds, ratios are taken round by round.
+Requests are texts of 8 to 152 random tokens, and stream 8 to 144 new ones at temperature 1, without an end. The contestants take
+turns, each with a fresh server: "osler" is ``osler serve`` asked by all clients at once, and "one at a time" is the same server
+asked by one client. "transformers serve" is the command of that name with the folder that ``osler export --to hf`` writes of the
+model; it answers one request at a time, and several with ``--continuous-batching``. All but "osler" get a quarter of the requests.
+The clients are one process on the same cores, with a socket for each request. A request is lost when its stream does not end
+with all tokens. Times are those of a client: to its first token, and between its tokens on average; memory is that of the server
+after all requests. Numbers are medians over rounds, ratios are taken round by round.
 """
 
 from __future__ import annotations
@@ -28,13 +28,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench_sample import MODELS, NEW_TOKENS, PROMPT_TOKENS, build_model, build_qwen3
+from bench_sample import MODELS, NEW_TOKENS, PROMPT_TOKENS, build_model
 from measuring import ROOT, publish
 
-LONGEST_PROMPT, LONGEST_ANSWER = 160, 144
-assert LONGEST_PROMPT + LONGEST_ANSWER == PROMPT_TOKENS + NEW_TOKENS  # that the models read
+LONGEST_PROMPT, LONGEST_ANSWER, SPARE = 152, 144, 8  # in tokens; a text that is encoded again may have a few more
+assert LONGEST_PROMPT + LONGEST_ANSWER + SPARE == PROMPT_TOKENS + NEW_TOKENS  # that the models read
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-CONTESTANTS = ("osler", "one at a time", "transformers")
+
+
+def words(count: int, rng: random.Random) -> str:
+    """Return a text of so many made-up words."""
+    syllables = [a + b for a in "bcdfghklmnprstvw" for b in "aeiou"]
+    return " ".join("".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(count))
 
 
 def make_checkpoint(model_name: str, folder: Path) -> Path:
@@ -46,89 +51,42 @@ def make_checkpoint(model_name: str, folder: Path) -> Path:
     from osler.tokenizer.bpe import Tokenizer
 
     model, rng = build_model(MODELS[model_name], torch.float32), random.Random(0)
-    words = ["".join(rng.choice("bcdfghklmnprstvw") + rng.choice("aeiou") for _ in range(rng.randint(1, 4))) for _ in range(9000)]
-    tokenizer = Tokenizer.train([" ".join(words)] * 2, model.config.vocab_size)
+    tokenizer = Tokenizer.train([words(9000, rng)] * 2, model.config.vocab_size)
     files = describing_files(model.config, tokenizer)
     return store.save(folder, 1, tensors={"model": model.state_dict()}, state={"kind": "pretrain"}, files=files)
 
 
-def serve_transformers(model_name: str) -> None:
-    """Serve ``generate`` as ``/v1/completions``, for requests as this script sends them; prints its address."""
-    import queue
-    import socket
-    import threading
+def exported(checkpoint: Path) -> Path:
+    """Write the model for ``transformers``, which then draws as Osler does here: from all tokens, without an end."""
+    from osler.cli.main import main as osler
 
-    import torch
-    import uvicorn
-    from fastapi import FastAPI
-    from fastapi.responses import StreamingResponse
-    from transformers.generation.streamers import BaseStreamer
+    folder = checkpoint.parent / "hf"
+    if osler(["export", str(checkpoint), "--to", "hf", "--out", str(folder)]):
+        raise SystemExit("the model was not exported")
+    (folder / "generation_config.json").write_text(json.dumps({"do_sample": True, "top_k": 0, "pad_token_id": 0}))
+    return folder
 
-    qwen3, turn = build_qwen3(build_model(MODELS[model_name], torch.float32), torch.float32), threading.Lock()
 
-    class Tokens(BaseStreamer):
-        def __init__(self) -> None:
-            self.queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-            self.is_prompt = True
+def made_requests(checkpoint: Path, count: int) -> list[dict[str, Any]]:
+    """Return the bodies of requests, which all contestants get."""
+    from osler.tokenizer.bpe import Tokenizer
 
-        def put(self, value: torch.Tensor) -> None:
-            if not self.is_prompt:
-                self.queue.put(int(value[0]))
-            self.is_prompt = False
+    tokenizer, rng = Tokenizer.load(checkpoint), random.Random(0)
 
-        def end(self) -> None:
-            self.queue.put(None)
+    def prompt() -> str:
+        return tokenizer.decode(tokenizer.encode(words(LONGEST_PROMPT, rng))[: rng.randint(8, LONGEST_PROMPT)])
 
-    def generate(body: dict[str, Any], tokens: Tokens) -> None:
-        prompt_1T = torch.tensor([body["prompt"]])
-        with turn, torch.inference_mode():
-            qwen3.generate(
-                prompt_1T,
-                attention_mask=torch.ones_like(prompt_1T),
-                max_new_tokens=body["max_tokens"],
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                streamer=tokens,
-            )
-
-    app = FastAPI()
-
-    async def complete(body: dict[str, Any]):  # type: ignore[no-untyped-def]
-        tokens = Tokens()
-        threading.Thread(target=generate, args=(body, tokens), daemon=True).start()
-
-        async def events():  # type: ignore[no-untyped-def]
-            count = 0
-            while await asyncio.to_thread(tokens.queue.get) is not None:
-                count += 1
-                yield b'data: {"choices": [{"text": "x"}]}\n\n'
-            yield b'data: {"choices": [], "usage": {"completion_tokens": %d}}\n\ndata: [DONE]\n\n' % count
-
-        return StreamingResponse(events(), media_type="text/event-stream")
-
-    app.add_api_route("/v1/completions", complete, methods=["POST"], response_model=None)
-
-    listener = socket.create_server(("127.0.0.1", 0))
-    print(f"Serving at http://127.0.0.1:{listener.getsockname()[1]} ", file=sys.stderr, flush=True)
-    loop_threads = 2 * 64  # every stream waits in a thread
-    config = uvicorn.Config(app, log_config=None, access_log=False)
-
-    async def run() -> None:
-        from concurrent.futures import ThreadPoolExecutor
-
-        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(loop_threads))
-        await uvicorn.Server(config).serve([listener])
-
-    asyncio.run(run())
+    fixed = {"logit_bias": {"0": -100}, "stream": True, "stream_options": {"include_usage": True}}
+    return [{"prompt": prompt(), "max_tokens": rng.randint(8, LONGEST_ANSWER), **fixed} for _ in range(count)]
 
 
 def started(arguments: list[str], threads: int, log: Path) -> tuple[subprocess.Popen[bytes], int]:
     """Start a server, and return it with its port as soon as it serves."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads), **offline}
     with log.open("wb") as told:
-        server = subprocess.Popen([sys.executable, *arguments], env=environment, stderr=told, cwd=ROOT)
-    while not (found := re.search(r"Serving at http://127\.0\.0\.1:(\d+)", log.read_text())):
+        server = subprocess.Popen([sys.executable, *arguments], env=environment, stdout=told, stderr=told, cwd=ROOT)
+    while not (found := re.search(r"(?:Serving at|running on) http://127\.0\.0\.1:(\d+)", log.read_text())):
         if server.poll() is not None:
             raise SystemExit(f"the server ended:\n{log.read_text()[-3000:]}")
         time.sleep(0.05)
@@ -142,17 +100,15 @@ async def ask(port: int, body: dict[str, Any]) -> tuple[float, float, int] | Non
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         data = json.dumps(body).encode()
         writer.write(HEAD + f"Content-Length: {len(data)}\r\n\r\n".encode() + data)
-        is_done = False
-        while not is_done and (line := await reader.readline()):
+        while (line := await reader.readline()) not in (b"", b"0\r\n"):  # the last chunk is empty
             if line.startswith(b"data: {"):
                 first = first or time.perf_counter() - began
                 if b'"completion_tokens"' in line:
                     tokens = json.loads(line[6:])["usage"]["completion_tokens"]
-            is_done = line.startswith(b"data: [DONE]")
         writer.close()
     except OSError:
         return None
-    return (first, time.perf_counter() - began, tokens) if is_done and tokens == body["max_tokens"] else None
+    return (first, time.perf_counter() - began, tokens) if tokens == body["max_tokens"] else None
 
 
 async def load(port: int, bodies: list[dict[str, Any]], clients: int) -> dict[str, float]:
@@ -185,12 +141,11 @@ async def load(port: int, bodies: list[dict[str, Any]], clients: int) -> dict[st
     }
 
 
-def measure(contestant: str, options: argparse.Namespace, checkpoint: Path, bodies: list[dict[str, Any]]) -> dict[str, float]:
+def measure(
+    contestant: str, command: list[str], options: argparse.Namespace, bodies: list[dict[str, Any]], log: Path
+) -> dict[str, float]:
     """Measure one contestant with a fresh server."""
-    arguments = ["-m", "osler.cli", "serve", f"model={checkpoint}", "--port", "0"]
-    if contestant == "transformers":
-        arguments = [__file__, "--serve-transformers", "--model", options.model]
-    server, port = started(arguments, options.threads, checkpoint.parent / "server.log")
+    server, port = started(command, options.threads, log)
     try:
         own = bodies if contestant == "osler" else bodies[: max(len(bodies) // 4, 2)]
         clients = 1 if contestant == "one at a time" else options.clients
@@ -204,34 +159,25 @@ def measure(contestant: str, options: argparse.Namespace, checkpoint: Path, bodi
 
 
 def main() -> None:
-    options = parsed()
-    if options.serve_transformers:
-        serve_transformers(options.model)
-        return
-    rng = random.Random(0)
-    vocab = MODELS[options.model]["vocab"]
-    bodies = [
-        {
-            "prompt": [rng.randrange(4, vocab) for _ in range(rng.randint(8, LONGEST_PROMPT))],
-            "max_tokens": rng.randint(8, LONGEST_ANSWER),
-            "logit_bias": {"0": -100},
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        for _ in range(options.requests)
-    ]
-    rounds = []
+    options, rounds = parsed(), []
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint = make_checkpoint(options.model, Path(folder))
+        checkpoint, log = make_checkpoint(options.model, Path(folder)), Path(folder) / "server.log"
+        ours = ["-m", "osler.cli", "serve", f"model={checkpoint}", "--port", "0"]
+        theirs = ["-m", "transformers.cli.transformers", "serve", str(exported(checkpoint)), "--host", "127.0.0.1", "--port", "0"]
+        batching = "--continuous-batching"
+        contestants = {"osler": ours, "one at a time": ours, "transformers serve": theirs}
+        contestants[f"transformers serve {batching}"] = [*theirs, batching]
+        bodies = made_requests(checkpoint, options.requests)
         for number in range(options.rounds):
-            rounds.append({name: measure(name, options, checkpoint, bodies) for name in CONTESTANTS})
+            rounds.append({name: measure(name, command, options, bodies, log) for name, command in contestants.items()})
             print(f"round {number + 1}: {json.dumps(rounds[-1])}", file=sys.stderr, flush=True)
-    result = {name: {key: statistics.median(one[name][key] for one in rounds) for key in rounds[0][name]} for name in CONTESTANTS}
+    result = {name: {key: statistics.median(one[name][key] for one in rounds) for key in rounds[0][name]} for name in contestants}
     ratios = {
         f"osler_over_{name.replace(' ', '_')}": statistics.median(
             one["osler"]["tokens_per_second"] / one[name]["tokens_per_second"] for one in rounds
         )
-        for name in CONTESTANTS[1:]
+        for name in contestants
+        if name != "osler"
     }
     settings = {key: getattr(options, key) for key in ("model", "clients", "requests", "rounds", "threads")}
     publish({**settings, "contestants": result, "throughput_ratios": ratios}, options.out)
@@ -245,7 +191,6 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--serve-transformers", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
