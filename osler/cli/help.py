@@ -18,7 +18,8 @@ ABLATE_HELP = """\
 
 A field with | between its values is a change for each of them that the recipe does not have already; fields that go together
 stand in one change, as in the second example. All other fields are those of every run. The interval is of the mean difference
-over the seeds (Student's t). Runs by the clock also pay for slower steps, so let nothing else run beside them.
+over the seeds (Student's t). Runs by the clock also pay for slower steps, so let nothing else run beside them, and for compiling:
+each has an empty cache of compiled code, as the first run of a model has, so none is ahead because another ran before it.
 
 Each run is an ordinary run folder inside --run DIR, and DIR/ablation.json has all values. After Ctrl-C or a kill the same command
 goes on, also with more --seeds and with further changes."""

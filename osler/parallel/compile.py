@@ -9,7 +9,7 @@ import logging
 import os
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -70,6 +70,15 @@ def compile_forward(model: Transformer) -> Callable[..., Tensor]:
 def forget_compiled() -> None:
     """Forget the code of earlier models, before another one is trained in this process; torch keeps such models in memory."""
     torch.compiler.reset()
+
+
+@contextlib.contextmanager
+def compiled_anew() -> Iterator[None]:
+    """Inside the context compile into an empty cache, as the first run of a new model would; the cache is deleted at the end."""
+    from torch._inductor.utils import fresh_cache
+
+    with fresh_cache():
+        yield
 
 
 @functools.cache

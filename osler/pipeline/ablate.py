@@ -12,20 +12,24 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from osler.config.recipe import load_recipe, run_name
-from osler.config.schema import decode, encode
+from osler.config.schema import decode, encode, nearest
 from osler.eval.score import Difference, mean_change
-from osler.parallel.compile import forget_compiled
+from osler.monitor.metrics import METRICS, declared_name
+from osler.parallel.compile import compiled_anew, forget_compiled, should_compile
 from osler.records.jsonl import END, FINISHED, newest_lifetime_event, read_events, read_metrics
 from osler.runs.folder import refuse_another, taken
 from osler.runtime import format as fmt
+from osler.runtime.device import pick_device
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, write_json
 from osler.runtime.stop import EXIT_STOPPED
@@ -86,17 +90,26 @@ def run(
         raise UserError("Which recipe is to be changed? `osler recipes` lists them.")
     if seeds < 1:
         raise UserError(f"--seeds {seeds}: give 1 or more; an interval needs 2.")
+    for given in overrides:
+        if given.startswith("seed="):
+            raise UserError(f"{given}: all changes are trained with the seeds 0, 1 and so on, and --seeds says with how many.")
     lengths = [length for length in (minutes, flops, tokens) if length is not None]
     if len(lengths) > 1 or not all(length > 0 for length in lengths):
         raise UserError("--minutes, --flops and --tokens all say how long a run is: give one of them, above 0.")
-    given = configs_of(recipe, *read_grid(overrides))
-    configs = {name: within(config, minutes=minutes, flops=flops, tokens=tokens) for name, config in given.items()}
+    for metric in metrics:
+        if declared_name(metric) is None:
+            meant = nearest(metric, list(METRICS), list_all=False)
+            raise UserError(f"--metric {metric}: no metric has this name{meant} (`osler metrics` lists all)")
+    configs = configs_of(recipe, *read_grid(overrides), partial(within, minutes=minutes, flops=flops, tokens=tokens))
     base = configs[RECIPE]
     metrics = metrics or ("eval/bits_per_byte" if base.kind == "pretrain" else "eval/loss",)
     root = Path(run_dir or Path("runs") / f"{run_name(recipe, base.kind)}-ablation")
     ablation = Ablation(configs, metrics, seeds, root)
     with joined(base.device) as world, taken(RunFolder(root), world):
         check(ablation, world.size)
+        if world.is_first:  # whether compiling works is tried now, because the clock of the first run alone would count it
+            for config in configs.values():
+                should_compile(config.compile, pick_device(world.device), steps=config.steps_to_compile_for)
         for seed in range(seeds):
             for name in list(configs) if seed % 2 == 0 else reversed(configs):
                 folder = ablation.folder(name, seed)
@@ -104,8 +117,9 @@ def run(
                     continue
                 logger.info(f"── {name}, seed {seed}")
                 forget_compiled()
-                with taken(folder, world):
-                    is_done = JOB.train(replace(configs[name], seed=seed), folder, world)
+                config = replace(configs[name], seed=seed)
+                with taken(folder, world), nullcontext() if config.max_minutes is None else compiled_anew():
+                    is_done = JOB.train(config, folder, world)
                 if world.is_first:
                     report(ablation)
                 if not is_done:
@@ -137,15 +151,19 @@ def read_grid(items: Sequence[str]) -> tuple[list[str], list[tuple[str, ...]]]:
     return fixed, changes
 
 
-def configs_of(recipe: str, fixed: Sequence[str], changes: Sequence[Sequence[str]]) -> dict[str, TrainConfig]:
-    """Return the config of the recipe and of each change by name, without changes to what the recipe has already."""
+def configs_of(
+    recipe: str, fixed: Sequence[str], changes: Sequence[Sequence[str]], fitted: Callable[[TrainConfig], TrainConfig]
+) -> dict[str, TrainConfig]:
+    """Return the config of the recipe and of each change by name, without changes that make no difference once ``fitted``."""
     configs: dict[str, TrainConfig] = {}
     for name, change in [(RECIPE, ()), *((" ".join(change), change) for change in changes)]:
         resolved = load_recipe(recipe, [*fixed, *change])
         if (kind := resolved.get("kind")) not in ("pretrain", "sft"):
             raise UserError(f"{recipe} is of kind {kind}, and `osler ablate` trains pretrain and sft.")
-        config = decode(TrainConfig, resolved, source=recipe if name == RECIPE else f"{recipe} with {name}")
-        if config not in configs.values():
+        config = fitted(decode(TrainConfig, resolved, source=recipe if name == RECIPE else f"{recipe} with {name}"))
+        if same := [other for other, known in configs.items() if known == config]:
+            logger.info(f"{name} makes the same run as {same[0]}, and is not trained beside it.")
+        else:
             configs[name] = config
     if len(configs) == 1:
         raise UserError("The recipe has these values already: there is nothing to compare.")
@@ -192,12 +210,13 @@ def report(ablation: Ablation) -> str:
         for name, runs in found.items():
             values = {seed: run[metric] for seed, run in runs.items()}
             pairs = [value - found[RECIPE][seed][metric] for seed, value in values.items() if seed in found[RECIPE]]
-            change = mean_change(pairs) if pairs and name != RECIPE else None
+            change = mean_change(pairs) if pairs and name != RECIPE and all(map(isfinite, pairs)) else None
             told = {} if change is None else {"difference": change.mean, "interval": change.interval, "pairs": change.n}
             tokens = {seed: run["tokens"] for seed, run in runs.items()}
             rows.append({"change": name, "metric": metric, "values": values, "tokens": tokens, **told})
             if values:
-                shown = [f"{fmean(values.values()):.4f}", *in_words(change), str(len(values)), fmt.count(fmean(tokens.values()))]
+                words = ["", "", ""] if name == RECIPE else in_words(change)
+                shown = [f"{fmean(values.values()):.4f}", *words, str(len(values)), fmt.count(fmean(tokens.values()))]
                 lines.append([name, *shown])
         tables.append(fmt.table(lines))
     configs = {name: encode(config) for name, config in ablation.configs.items()}
@@ -206,10 +225,13 @@ def report(ablation: Ablation) -> str:
 
 
 def in_words(change: Difference | None) -> list[str]:
-    """Return a difference, its interval, and whether the interval shows that the metric is lower or higher."""
+    """Return a difference, its interval, and whether the interval shows that the metric is lower or higher, or what it lacks.
+
+    None stands for a difference from or of a run whose metric is not a number.
+    """
     if change is None:
-        return ["", "", ""]
+        return [fmt.MISSING, fmt.MISSING, "no number"]
     low, high = change.interval
-    shown = "lower" if high < 0 else "higher" if low > 0 else "nothing"
+    shown = "needs 2 seeds" if change.n == 1 else "lower" if high < 0 else "higher" if low > 0 else "nothing"
     interval = f"{low:+.4f} to {high:+.4f}" if change.n > 1 else fmt.MISSING
     return [text.replace("-", fmt.MINUS) for text in (f"{change.mean:+.4f}", interval, shown)]

@@ -1,6 +1,10 @@
 """``osler ablate``: pairs of runs with the same seeds, what is reported of them, and an ablation that was interrupted."""
 
 import json
+import re
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,9 +19,9 @@ from osler.train.config import TrainConfig
 
 @pytest.fixture
 def ablate(tiny, tmp_path, capsys):
-    def run(*more: str, seeds: int = 2) -> tuple[int, str, str]:
-        given = ["ablate", tiny.pretrain, "eval_every_tokens=512", "optim.lr=1e-3", "optim.lr=1e-3|1e-2", "--tokens", "512"]
-        code = main([*given, "--seeds", str(seeds), "--run", str(tmp_path / "runs"), *more])
+    def run(*more: str, seeds: int = 2, length: Sequence[str] = ("--tokens", "512"), name: str = "runs") -> tuple[int, str, str]:
+        given = ["ablate", tiny.pretrain, "eval_every_tokens=512", "optim.lr=1e-3", "optim.lr=1e-3|1e-2", *length]
+        code = main([*given, "--seeds", str(seeds), "--run", str(tmp_path / name), *more])
         return code, *capsys.readouterr()
 
     return run
@@ -30,7 +34,9 @@ def test_a_grid_is_one_change_for_each_value():
 
 
 def test_a_value_that_the_recipe_has_is_no_change():
-    configs = configs_of("text-10min", ["data.path=x"], [("optim.lr=0.03",), ("optim.lr=0.04",), ("seq_len=256",)])
+    changes = [("optim.lr=0.03",), ("optim.lr=0.04",), ("seq_len=256",), ("total_tokens=4096",), ("max_minutes=2",)]
+    fitted = partial(within, minutes=None, flops=None, tokens=512)
+    configs = configs_of("text-10min", ["data.path=x"], changes, fitted)
     assert list(configs) == [RECIPE, "optim.lr=0.04"] and configs["optim.lr=0.04"].optim.lr == 0.04
     for recipe, changes, told in (
         ("text-10min", [("seq_len=256",)], "nothing to compare"),
@@ -38,7 +44,7 @@ def test_a_value_that_the_recipe_has_is_no_change():
         ("text-10min", [("optim.lrr=3",)], "text-10min with optim.lrr=3: 1 error"),
     ):
         with pytest.raises(UserError, match=told):
-            configs_of(recipe, [], changes)
+            configs_of(recipe, [], changes, fitted)
     with pytest.raises(UserError, match="Which changes"):
         read_grid(["seq_len=256"])
 
@@ -81,11 +87,40 @@ def test_runs_are_paired_and_go_on_where_they_stopped(ablate, tmp_path: Path, fa
     whole = (runs[0] / "metrics.jsonl").read_bytes()
 
     assert ablate()[:2] == (0, table.split("\n\n")[0] + "\n") and (runs[0] / "metrics.jsonl").read_bytes() == whole
-    assert ablate(seeds=1)[1].splitlines()[2].split()[3:5] == ["–", "nothing"]
-    code, _, told = ablate("--metric", "eval/nothing")
-    assert code == 2 and "has no eval/nothing, which --metric asks for. It has: " in told and "eval/loss" in told
+    assert ablate(seeds=1)[1].splitlines()[2].split()[3:7] == ["–", "needs", "2", "seeds"]
+    code, _, told = ablate("--metric", "eval/test_accuracy")
+    assert code == 2 and "has no eval/test_accuracy, which --metric asks for. It has: " in told and "eval/loss" in told
     code, _, told = ablate("batch_tokens=512")
     assert code == 2 and "holds another run: batch_tokens is 512 here and 256 there" in told
     for more in (["--minutes", "1"], ["--tokens", "0"]):
         code, _, told = ablate(*more)
         assert code == 2 and "give one of them, above 0" in told
+
+
+def test_what_cannot_be_compared_is_told_before_the_first_run(ablate, tmp_path: Path):
+    for more, word in (
+        (["--metric", "eval/bits_per_bite"], "no metric has this name; did you mean `eval/bits_per_byte`?"),
+        (["seed=1|2"], "--seeds says with how many"),
+    ):
+        code, _, told = ablate(*more)
+        assert code == 2 and word in told and not (tmp_path / "runs").exists()
+
+
+def test_a_run_that_diverged_has_no_interval(ablate, tmp_path: Path):
+    """Its metric is null in the file, and of what follows from it the table says so."""
+    assert ablate()[0] == 0
+    metrics = tmp_path / "runs" / "optim.lr=1e-2-seed1" / "metrics.jsonl"
+    metrics.write_text(re.sub(r'"eval/bits_per_byte": [\d.]+', '"eval/bits_per_byte": null', metrics.read_text()))
+    code, table, _ = ablate()
+    assert code == 0 and table.splitlines()[2].split()[1:6] == ["nan", "–", "–", "no", "number"]
+    assert "difference" not in json.loads((tmp_path / "runs" / "ablation.json").read_text())["rows"][1]
+
+
+def test_runs_by_the_clock_compile_into_a_cache_of_their_own(ablate, monkeypatch):
+    """What one run leaves in a cache would give a later one more steps."""
+    import torch._inductor.utils
+
+    emptied = []
+    monkeypatch.setattr(torch._inductor.utils, "fresh_cache", lambda: nullcontext(emptied.append(1)))
+    assert ablate(seeds=1)[0] == 0 and not emptied
+    assert ablate(length=("--minutes", "0.005"), name="timed", seeds=1)[0] == 0 and len(emptied) == 2
