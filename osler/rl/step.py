@@ -241,13 +241,13 @@ def update_policy(
     passes = PolicyPasses(learner, rows, algorithm, reference, mark)
     history: list[dict[str, Tensor]] = []
     updates: list[Tensor] = []  # gradient norm, and 1 for a skipped update
-    for _ in range(algorithm.updates_per_batch):
-        sums = limit.make(passes, passes.halved)
+    for update in range(1, algorithm.updates_per_batch + 1):
+        sums = limit.make(passes, passes.halved, update=update)
         history.append(sums)
         with collector.update(lambda: probe_rows(rows)) if collector else nullcontext():
             updates.append(torch.stack(engine.update(optimizer, *parameters)))
         mark("optimizer")
-        if len(updates) < algorithm.updates_per_batch and has_moved_too_far(sums, algorithm, world):
+        if update < algorithm.updates_per_batch and has_moved_too_far(sums, algorithm, world):
             break
     # A limit on how far the policy may move fetches sums after each update; without one, this is the first wait for the device.
     own = {name: torch.stack([sums[name] for sums in history]).cpu().double() for name in history[0]}

@@ -1,8 +1,8 @@
 """The micro-batch of a run: when memory runs out in a pass, all ranks halve it and make the step again.
 
 A step adds up the gradients of its passes, so it learns from the same batch, and its numbers differ by rounding only. A limit
-holds from the step on in which memory ran out, also after a rollback or a resume, because the run's events hold it. So resume is
-exact. A start with another ``micro_batch_tokens`` begins with that.
+holds from the update on in which memory ran out (a step of GRPO may have several), also after a rollback or a resume, because the
+run's events hold it. So resume is exact. A start with another ``micro_batch_tokens`` begins with that.
 
 A rank alone knows that its memory has run out, and the others would wait for its gradients. So the first steps of each shape
 are made in two parts where the strategy allows that: every pass leaves its gradient on the rank, then the ranks vote, and only
@@ -41,15 +41,14 @@ class MicroBatchLimit:
         """``tokens`` is the configured limit, None for none. ``step`` returns the number of the step that is made, from 1."""
         self.learner, self.configured, self.run, self.step = learner, tokens, run, step
         self.world = learner.engine.world
-        self.limits: list[tuple[int, int]] = []  # the step from which a limit holds, and its tokens
+        self.limits: list[tuple[tuple[int, int], int]] = []  # the step and its update from which a limit holds, and its tokens
         self.made = Counter[Hashable]()  # steps that were made with each limit and shape
         if run is not None:
             self.limits = self.world.broadcast_from_first(lambda: recorded_limits(run, tokens))
 
-    @property
-    def tokens(self) -> int | None:
-        """The limit in the step that is made."""
-        found = [tokens for step, tokens in self.limits if step <= self.step()]
+    def tokens(self, update: int = 1) -> int | None:
+        """Return the limit in an update (1, 2 ...) of the step that is made."""
+        found = [tokens for start, tokens in self.limits if start <= (self.step(), update)]
         return min(found, default=self.configured)
 
     def make(
@@ -57,8 +56,9 @@ class MicroBatchLimit:
         passes: Callable[[int | None, bool], T],
         halved: Callable[[int | None], int | None],
         shape: Hashable | None = None,
+        update: int = 1,
     ) -> T:
-        """Return what ``passes(tokens, apart)`` returns, which makes all passes of a step; repeat it when memory runs out.
+        """Return what ``passes(tokens, apart)`` returns, which makes all passes of an update; repeat it when memory runs out.
 
         With ``apart`` every pass leaves its gradient on the rank, also the last one. ``halved`` returns a limit with which passes
         are smaller, the same on all ranks, or None when each has one row. Steps of one ``shape`` take the same memory; a step
@@ -67,7 +67,7 @@ class MicroBatchLimit:
         """
         exchange = self.learner.engine.exchange
         while True:
-            tokens = self.tokens
+            tokens = self.tokens(update)
             is_new = shape is None or self.made[tokens, shape] < VOTED_STEPS
             apart = self.world.size > 1 and exchange is not None and is_new
             result, problem = self._attempt(passes, tokens, apart)
@@ -79,7 +79,8 @@ class MicroBatchLimit:
                 self.made[tokens, shape] += 1
                 return result
             self.learner.engine.discard(self.learner.optimizer)
-            self._halve(halved(tokens), problem or "on another rank", goes_on=apart or self.world.size == 1)
+            goes_on = apart or self.world.size == 1
+            self._halve(halved(tokens), problem or "on another rank", update, goes_on=goes_on)
 
     def _attempt(self, passes: Callable[[int | None, bool], T], tokens: int | None, apart: bool) -> tuple[T | None, str]:
         """Return the result of the passes, or None and the words of the allocator, when the tensors of the pass are gone."""
@@ -90,8 +91,8 @@ class MicroBatchLimit:
                 raise
             return None, words_of(error)
 
-    def _halve(self, tokens: int | None, problem: str, *, goes_on: bool) -> None:
-        """Take a lower limit from this step on and record it; raises UserError when there is none or the run cannot go on."""
+    def _halve(self, tokens: int | None, problem: str, update: int, *, goes_on: bool) -> None:
+        """Take a lower limit from this update on and record it; raises UserError when there is none or the run cannot go on."""
         if tokens is None:
             raise UserError(
                 f"The memory is too small for a step with one row at once ({problem}). Compute activations again "
@@ -99,14 +100,16 @@ class MicroBatchLimit:
                 "rows and, with parallel.type=fsdp, the weights; a single row is never split over them (no context parallelism)."
             )
         step = self.step()
-        self.limits.append((step, tokens))
+        self.limits.append(((step, update), tokens))
         message = (
             f"Memory ran out in a pass ({problem}). From this step on a pass has at most {tokens:,} tokens (micro_batch_tokens="
             f"{tokens}), and a step makes more passes. The batch is the same, so the numbers change by rounding only."
         )
         if self.run is not None and (self.world.is_first or not goes_on):
             events = self.run.events if self.world.is_first else EventLog(self.run.folder.events)  # no other rank knows of it
-            events.write(step, "incident", OUT_OF_MEMORY, message, micro_batch_tokens=tokens, configured=self.configured)
+            events.write(
+                step, "incident", OUT_OF_MEMORY, message, update=update, micro_batch_tokens=tokens, configured=self.configured
+            )
             logger.warning(f"step {step}: {message}")
         if not goes_on:
             error = UserError(
@@ -117,11 +120,13 @@ class MicroBatchLimit:
             raise error
 
 
-def recorded_limits(run: Run, configured: int | None) -> list[tuple[int, int]]:
-    """Return the limits that earlier processes of a run found for this configured one: the first step of each, and its tokens."""
+def recorded_limits(run: Run, configured: int | None) -> list[tuple[tuple[int, int], int]]:
+    """Return the limits that earlier processes of a run found for this configured one: step and update, and the tokens."""
     found = [event for event in read_events(run.folder.events) if event.name == OUT_OF_MEMORY]
     return [
-        (event.step, event.details["micro_batch_tokens"]) for event in found if event.details.get("configured") == configured
+        ((event.step, event.details.get("update", 1)), event.details["micro_batch_tokens"])  # older events name no update
+        for event in found
+        if event.details.get("configured") == configured
     ]
 
 

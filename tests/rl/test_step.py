@@ -18,8 +18,10 @@ from osler.parallel.engine import ParallelEngine
 from osler.rl.config import AlgorithmConfig
 from osler.rl.step import PolicyLoss, TrainingRow, assign_to_ranks, completion_logprobs, micro_batches, update_policy
 from osler.runs.micro_batch import MicroBatchLimit
-from osler.runs.process import Learner
+from osler.runs.process import Learner, Run
 from osler.runtime.errors import UserError
+from osler.runtime.files import RunFolder
+from osler.runtime.world import World
 from tests.models import tiny_model
 
 
@@ -146,11 +148,11 @@ def test_the_kl_of_a_sparse_policys_index_does_not_shrink_the_step_of_the_policy
     assert all(torch.equal(ends[0][name], weight) for name, weight in ends[1].items() if not is_of_indexer(name))
 
 
-def test_an_update_without_memory_is_made_again_in_smaller_passes(make_policy):
+def test_an_update_without_memory_is_made_again_in_smaller_passes(make_policy, tmp_path):
     """The second of two updates does not fit, and allocations really fail. An update that was made is not made again."""
     algorithm = AlgorithmConfig(beta=0.1, updates_per_batch=2, max_new_tokens=8)
     rows = [row(3, 4 + i % 2, advantage=(-1.0) ** i) for i in range(4)]
-    ends, seen, most = [], [], [4]
+    ends, seen, most, run = [], [], [4], Run(RunFolder.create(tmp_path / "run"), World())
 
     def hungry(layer, given):
         seen.append(len(given[0]))
@@ -161,10 +163,11 @@ def test_an_update_without_memory_is_made_again_in_smaller_passes(make_policy):
         seen.clear()
         learner = learner_of(make_policy())
         learner.model.layers[0].register_forward_pre_hook(hungry)
-        limit = MicroBatchLimit(learner, None)
+        limit = MicroBatchLimit(learner, None, run)
         update_policy(learner, rows, algorithm, reference=make_policy().requires_grad_(False), micro_batch_limit=limit)
         ends.append(weights(learner.model))
-    assert seen == [4, 4, 2, 1, 1, 1, 1] and limit.tokens == 8
+    resumed = MicroBatchLimit(learner, None, run)
+    assert seen == [4, 4, 2, 1, 1, 1, 1] and [resumed.tokens(update) for update in (1, 2)] == [None, 8]
     torch.testing.assert_close(ends[1], ends[0], atol=2e-6, rtol=0)
     most[:] = [0]
     with pytest.raises(UserError, match="one row at once"):

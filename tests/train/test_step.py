@@ -79,9 +79,9 @@ def test_a_step_without_memory_is_made_again_in_smaller_passes(config, prepared,
     events = read_events(run.folder.events)
     assert [(event.step, event.details["micro_batch_tokens"]) for event in events] == [(2, 128), (3, 64)]
     assert "memory" in events[0].message and "micro_batch_tokens=128" in events[0].message
-    resumed = [MicroBatchLimit(learner, None, run, lambda number=number: number).tokens for number in (1, 2, 3, 9)]
+    resumed = [MicroBatchLimit(learner, None, run, lambda number=number: number).tokens() for number in (1, 2, 3, 9)]
     assert resumed == [None, 128, 64, 64], "a step that is made again has the passes that it had"
-    assert MicroBatchLimit(learner, 256, run, lambda: 9).tokens == 256, "a start with another limit begins with that"
+    assert MicroBatchLimit(learner, 256, run, lambda: 9).tokens() == 256, "a start with another limit begins with that"
     too_many[:] = [1, 1]
     with pytest.raises(UserError, match=r"one row at once.*recompute=selective, then full.*seq_len"):
         step(batches[3])
