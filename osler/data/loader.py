@@ -97,8 +97,14 @@ class Loader:
         return self.packing(last, skipped_tokens).tokens(self.timeline.rows_at(last).stop if step else 0)
 
     def first_needed(self, step: int, skipped_tokens: int = 0) -> dict[str, int]:
-        """Return for each source the first token that a step or a later one needs."""
-        return self.packing(step, skipped_tokens).first_needed(self.timeline.rows_at(step).start)
+        """Return for each source the first token that a step or a later one needs.
+
+        After a rollback that may be one of a later stage. The rows by which a stage goes on behind its end follow in order, but
+        the next stage permutes its rows anew, and may begin with tokens from before those.
+        """
+        starts = [step, *(span.first_step for span in self.timeline.spans if span.first_step > step)]
+        needed = [self.packing(start, skipped_tokens).first_needed(self.timeline.rows_at(start).start) for start in starts]
+        return {name: min(by_stage[name] for by_stage in needed) for name in needed[0]}
 
     def planned_tokens(self, total_tokens: int) -> dict[str, float]:
         """Return how many tokens of each source a run of `total_tokens` reads, with padding counted as data."""

@@ -19,7 +19,6 @@ import logging
 import threading
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -92,20 +91,23 @@ class StreamPacking:
         """Return the cuts that end in the same window of the order as cut `index`; None where cuts are not permuted."""
         if self.num_rows is not None and index >= self.num_rows:
             return None
-        first, end = self.order.window_at(self.first_token + (index + 1) * self.seq_len)
-        # Cut c ends, with the label of its last token, at token first_token + (c + 1) * seq_len.
-        start, stop = (max(0, -((self.first_token - token) // self.seq_len) - 1) for token in (first, end))
+        start, stop = map(self._first_cut, self.order.window_at(self.first_token + (index + 1) * self.seq_len))
         return range(start, stop if self.num_rows is None else min(stop, self.num_rows))
+
+    def _first_cut(self, token: int) -> int:
+        """Return the first cut that ends with a token or behind it; cut c ends at token first_token + (c + 1) * seq_len."""
+        return max(0, -((self.first_token - token) // self.seq_len) - 1)
 
     def _permute(self, window: range) -> Int64Array:
         return permutation(len(window), self.order.seed, "rows", self.first_token, self.seq_len, window.start)
 
     def first_needed(self, rows: int) -> int:
         """Return the first token of the epochs that is needed once the first rows have been read."""
-        window = None
-        with suppress(NotPreparedYet):  # then no row of the window has been read
+        try:
             window = self._window(rows)
-        return self.tokens(rows if window is None else window.start)
+            return self.tokens(rows if window is None else window.start)
+        except NotPreparedYet:  # the window begins behind those that are prepared
+            return self.tokens(min(rows, self._first_cut(max(self.order.epoch(0).ends.tolist(), default=0))))
 
     def tokens(self, rows: int) -> int:
         """Return how many tokens of the stream the first rows consume; tokens before row 0 count too."""

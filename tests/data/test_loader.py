@@ -93,3 +93,24 @@ def test_what_a_rollback_passes_over_is_seen_in_no_later_stage(make_shards) -> N
     assert ends == starts == {"a": 2880 + 576, "b": 320 + 576}, "nothing is repeated, nothing else is left out"
     plain = list(islice(loader.batches(0, 640), 2))
     assert same(plain[0], make_batch(MixedPacking(packings[0].packings, mixtures[0], [36, 36]), range(20)))
+
+
+def test_what_a_run_needs_after_a_rollback_is_known_for_every_later_step(make_shards) -> None:  # type: ignore[no-untyped-def]
+    """Also where a stage goes on behind its end, in order, and the next one permutes its rows anew."""
+    order = Order(make_shards(LENGTHS * 6, shard_tokens=60), 3)
+    stages = [CurriculumStage(seq_len=8, until_tokens=480), CurriculumStage(seq_len=16)]
+    packings = [StreamPacking(order, 8, num_rows=60), StreamPacking(order, 16, first_token=480)]
+    timeline = lay_out(stages, seq_len=16, batch_tokens=32)
+    loader = Loader(timeline, [MixedPacking({"notes": packing}, Mixture([1])) for packing in packings])
+    stream = [int(token) for document, _ in order.documents_from(0, 0) for token in order.shards.document(document)[0]]
+
+    def first_read(step: int, skipped: int) -> int:
+        begins = [row.tolist() for row in loader.batch(step, skipped).ids]
+        return min(stream.index(max(ids)) - ids.index(max(ids)) for ids in begins)
+
+    steps = range((len(stream) - 480) // 32)
+    for skipped in (0, 32, 96, 256):
+        read = [first_read(step, skipped) for step in steps]
+        needed = [loader.first_needed(step, skipped)["notes"] for step in steps]
+        assert all(first <= min(read[step:]) for step, first in enumerate(needed))
+        assert needed[-1] > 480 or skipped == 0

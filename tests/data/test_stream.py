@@ -130,6 +130,18 @@ def test_the_first_window_yields_rows_at_once(tmp_path, packing):
     assert packing(Order(written.open(growing=False), 0), SEQ_LEN).row(0).ids.tolist() == first
 
 
+def test_a_window_that_is_not_prepared_needs_the_row_that_leads_into_it(tmp_path):
+    """A rollback may skip rows of it before one was read. Its first row begins in the window before, which must stay."""
+    written = Written(tmp_path)
+    written.write(100)
+    packing = StreamPacking(Order(written.open(), 1), SEQ_LEN)
+    prepared = int(packing.order.epoch(0).ends[-1])
+    rows = range(prepared // SEQ_LEN, prepared // SEQ_LEN + 20)
+    found = [packing.first_needed(row) for row in rows]
+    written.write()
+    assert found == [packing.first_needed(row) for row in rows] and max(found) < prepared
+
+
 def test_examples_that_do_not_fit_are_told_window_by_window(tmp_path, caplog):
     written = Written(tmp_path, [30, 5, 30, 30])
     shards = written.open()
