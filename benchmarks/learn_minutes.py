@@ -15,8 +15,9 @@ do not overlap and begin without context; each contestant reads as many tokens a
 (``--context``, and ``context`` of the peer's setup). Other texts are measured after the clock has stopped, up to
 ``--other-bytes`` of documents that a hash draws.
 
-A finished run stays in --runs and is not repeated, so nights add up; a run that was interrupted begins again. Prints one JSON
-object; ``ahead`` says by how many percent each recipe is below the best setup of the peer, seed by seed.
+A finished run stays in --runs, so nights add up. It is repeated when its code has changed: Osler's checkout, or for the peer its
+own and ``learn_nanochat.py``. A run that was interrupted begins again. Prints one JSON object; ``ahead`` says by how many percent
+each recipe is below the best setup of the peer, seed by seed.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ from osler.runtime.files import write_json
 from osler.runtime.stop import EXIT_STOPPED, interruptible
 from osler.train.config import TrainConfig
 
+PEER = ROOT / "benchmarks" / "learn_nanochat.py"
 HELD_OUT = "held-out"
 HELD_OUT_SHARE = 0.05
 RESERVED_MINUTES = 0.4  # less than the minutes of a run are given to Osler as max_minutes, for its start and last evaluation
@@ -141,6 +143,7 @@ class Contest:
             "threads": self.threads,
             "warm_cache": self.args.warm_cache,
             "settings": contestant.settings(),
+            "code": PEER.read_text() if contestant.checkout else commit_of(ROOT),
             "osler": None if contestant.checkout else [self.args.osler_minutes, self.args.context],
         }
         digest = hashlib.blake2b(json.dumps(decided_by, sort_keys=True).encode(), digest_size=4).hexdigest()
@@ -149,7 +152,7 @@ class Contest:
         stored = folder / "result.json"
         if not stored.exists():
             learn = partial(self.nanochat if contestant.checkout else self.osler, contestant, seed, folder)
-            filled = self.args.runs / f"cache-{digest}{'' if contestant.checkout else '-' + commit_of(ROOT)}"
+            filled = self.args.runs / f"cache-{digest}"
             if self.args.warm_cache and not (filled / "filled").exists():
                 clear(folder, filled)
                 learn()
@@ -204,7 +207,7 @@ class Contest:
             "setup": contestant.setup,
             "started": time.monotonic(),
         }
-        printed = self.start(folder, [str(ROOT / "benchmarks" / "learn_nanochat.py"), json.dumps(spec)])
+        printed = self.start(folder, [str(PEER), json.dumps(spec)])
         result: dict[str, Any] = json.loads(printed.strip().splitlines()[-1])
         return result
 
@@ -236,9 +239,14 @@ def clear(folder: Path, cache: Path | None) -> None:
 
 
 def commit_of(checkout: Path) -> str:
-    """Return the commit of a checkout, with a mark where files were changed; "" where it is no repository."""
-    asked = ["git", "-C", str(checkout), "describe", "--always", "--dirty"]
-    return subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+    """Return the commit of a checkout, where files were changed with a digest of the changes; "" where it is no repository."""
+
+    def said(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(checkout), *arguments], capture_output=True, text=True).stdout.strip()
+
+    changes = said("diff", "HEAD")
+    digest = hashlib.blake2b(changes.encode(), digest_size=4).hexdigest()
+    return said("describe", "--always") + (f"-dirty-{digest}" if changes else "")
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:

@@ -7,8 +7,9 @@ its training script does by the count of steps happens by the share of the time 
 loader drops the rest of a document that does not fit into a row, which of long documents is nearly all. So rows are cut from a
 stream of all documents, in another order in each epoch.
 
-Rates are the peer's for a batch of 524,288 tokens, times ``rates``; its own rule for other batches is √(batch / 524,288). Prints
-one JSON object. The checkout needs rustbpe, tiktoken and filelock.
+Rates are the peer's for a batch of 524,288 tokens, times ``rates`` or, as it does, times √(batch / 524,288). Its rule for weight
+decay takes the number of tokens, which no run by the clock knows. The checkout needs rustbpe, tiktoken and filelock. Prints one
+JSON object.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from osler.runtime.device import keep_freed_memory, pick_device, pick_dtype
 
 DOCUMENT_CHARACTERS = 10_000  # of a document that its tokenizer is trained on, as in its own script
 EVALUATED_TOKENS = 4096  # of a forward pass of an evaluation; its logits are held whole, in fp32
+REFERENCE_BATCH = 524_288  # tokens of the batch that its rates are for
 SLOWER = 1.1  # an evaluation may take so much longer than was estimated
 
 
@@ -51,7 +53,7 @@ class Setup:
     seq_len: int = 256
     context: int = 0  # tokens read at once in evaluations, at most ten times seq_len, where its rotary cache ends; 0: seq_len
     dtype: str = "auto"  # bf16 or fp32; auto: bf16 where it is faster
-    rates: float = 1.0
+    rates: float = 0.0  # all rates are multiplied by it; 0: by its own rule for the batch
     matrix_lr: float = 0.02
     embedding_lr: float = 0.3
     unembedding_lr: float = 0.008
@@ -61,6 +63,11 @@ class Setup:
     momentum_steps: int = 400  # until the highest momentum
     warmdown: float = 0.65  # share of the time
     final_rate: float = 0.05  # share of the rate at the end
+
+    @property
+    def scale(self) -> float:
+        """What all rates are multiplied by."""
+        return self.rates or math.sqrt(self.rows * self.seq_len / REFERENCE_BATCH)
 
 
 @dataclass(frozen=True)
@@ -112,10 +119,10 @@ class Learner:
         self.model.to(self.device)
         self.model.init_weights()
         self.optimizer = self.model.setup_optimizer(
-            unembedding_lr=setup.unembedding_lr * setup.rates,
-            embedding_lr=setup.embedding_lr * setup.rates,
-            scalar_lr=setup.scalar_lr * setup.rates,
-            matrix_lr=setup.matrix_lr * setup.rates,
+            unembedding_lr=setup.unembedding_lr * setup.scale,
+            embedding_lr=setup.embedding_lr * setup.scale,
+            scalar_lr=setup.scalar_lr * setup.scale,
+            matrix_lr=setup.matrix_lr * setup.scale,
             weight_decay=setup.weight_decay,
         )
 
@@ -213,7 +220,8 @@ def main() -> None:
     seconds = learner.seconds
     bits |= {name: learner.bits_per_byte(read_texts(path)) for name, path in spec.others.items()}
     parameters = sum(parameter.numel() for parameter in learner.model.parameters())
-    about = {"preparation_seconds": prepared, "parameters": parameters, "dtype": learner.dtype, "setup": asdict(learner.setup)}
+    setup = {**asdict(learner.setup), "rates": learner.setup.scale}
+    about = {"preparation_seconds": prepared, "parameters": parameters, "dtype": learner.dtype, "setup": setup}
     print(json.dumps({"bits_per_byte": bits, "seconds": seconds, **told, **about}))
 
 
