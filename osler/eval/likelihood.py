@@ -21,7 +21,7 @@ from osler.data.shard_set import ShardSet
 from osler.inference.rows import warn_of_untrained
 from osler.model.decoder import Decoder
 from osler.model.transformer import Transformer
-from osler.ops.cross_entropy import linear_logprobs
+from osler.ops.cross_entropy import Statistic, is_likeliest, linear_logprobs
 from osler.ops.labels import IGNORED
 from osler.runtime.device import to_device
 from osler.runtime.errors import UserError
@@ -47,12 +47,13 @@ def label_logprobs(
     labels_BT: Tensor,
     document_BT: Tensor | None = None,
     *,
+    statistic: Statistic = is_likeliest,
     temperature: float = 1.0,
     mask_NV: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Return, for each label that is not -100, its row, its log-probability, the entropy, and whether it is the likeliest.
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return, for each label that is not -100, its row, its log-probability in nats, and the ``statistic`` of its distribution.
 
-    They come row by row, in nats. The last result has the measurements of a sparse model's index; see ``Transformer.with_index``.
+    They come row by row. The last result has the measurements of a sparse model's index; see ``Transformer.with_index``.
 
     Attention stays inside a document where ``document_BT`` is given; ``mask_NV`` is a sampling mask on the model's device. The
     other inputs lie on the CPU, where the labels' places are found without waiting for a device.
@@ -63,15 +64,16 @@ def label_logprobs(
     hidden_BTD, measured_BTM = model.with_index(to_device(ids_BT, device), documents)
     at = to_device(row_N, device), to_device(place_N, device)
     features_NR, weight_VR = model.head(hidden_BTD[at])
-    logp_N, entropy_N, is_top_N = linear_logprobs(
+    logp_N, found_N = linear_logprobs(
         features_NR,
         weight_VR,
         to_device(labels_BT[row_N, place_N], device),
+        statistic,
         vocab_size=model.config.vocab_size,
         temperature=temperature,
         mask_NV=mask_NV,
     )
-    return row_N, logp_N, entropy_N, is_top_N, None if measured_BTM is None else measured_BTM[at]
+    return row_N, logp_N, found_N, None if measured_BTM is None else measured_BTM[at]
 
 
 def by_length(rows: Sequence[LabelledRow], batch_tokens: int) -> Iterator[list[int]]:
@@ -151,7 +153,7 @@ def measure(model: Transformer, batches: Iterable[tuple[Tensor, ...]], total_byt
     nats, tokens, right = 0.0, 0, 0
     for batch in takewhile(lambda _: not asked(), islice(batches, world.rank, None, world.size)):
         if (batch[1] != IGNORED).any():
-            _, logp_N, _, is_top_N, _ = label_logprobs(model, *batch)
+            _, logp_N, is_top_N, _ = label_logprobs(model, *batch)
             nats -= logp_N.double().sum().item()
             right += int(is_top_N.sum())
             tokens += logp_N.numel()

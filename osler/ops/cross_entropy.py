@@ -8,6 +8,7 @@ Matmuls run in the dtype of the features, the log-sum-exp and sums of weight gra
 Shape legend: N tokens, R features per token, V rows of the head (padding included), C tokens of one chunk.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ TILED_CHUNK_TOKENS, TILED_CHUNK_BYTES = 4096, 400 << 20  # larger, because only 
 
 Chunks = list[tuple[Tensor, Tensor, Tensor]]  # features [C, R], labels [C] and the scale of each label's loss [C]
 Tiles = list[tuple[int, Tensor]]  # the first word of each tile, and its rows of the head
+Statistic = Callable[[Tensor, Tensor], Tensor]  # [C] from log-softmax [C, V], which it may overwrite, and labels [C]
 
 
 def cross_entropy_reference(features_NR: Tensor, weight_VR: Tensor, labels_N: Tensor, *, vocab_size: int | None = None) -> Tensor:
@@ -56,16 +58,17 @@ def linear_logprobs(
     features_NR: Tensor,
     weight_VR: Tensor,
     labels_N: Tensor,
+    statistic: Statistic,
     *,
     vocab_size: int | None = None,
     temperature: float = 1.0,
     mask_NV: Tensor | None = None,
     chunk_tokens: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return for each label its log-probability, the entropy of its distribution, and whether it is the likeliest, each [N].
+) -> tuple[Tensor, Tensor]:
+    """Return for each label its log-probability, and the ``statistic`` of its distribution, each [N].
 
-    The first two are fp32 in nats, at ``temperature``. ``mask_NV`` (bool, [N, vocab_size]) is a sampling mask to renormalise
-    over, with the labels in it. Only the log-probability has a gradient.
+    The log-probability is fp32 in nats, at ``temperature``, and has a gradient. ``mask_NV`` (bool, [N, vocab_size]) is a sampling
+    mask to renormalise over, with the labels in it.
     """
     words = weight_VR.shape[0]
     backward_tokens = chunk_tokens or default_chunk_tokens(words)
@@ -73,8 +76,19 @@ def linear_logprobs(
     is_cached = chunk_tokens is None and features_NR.device.type in CACHED_LOGITS and not torch.compiler.is_compiling()
     forward_tokens = max(64, CACHED_LOGITS[features_NR.device.type] // words) if is_cached else backward_tokens
     numbers = (vocab_size or words, temperature, forward_tokens, backward_tokens)
-    logp, entropy, is_top = _LinearLogprobs.apply(features_NR, weight_VR, labels_N, mask_NV, numbers)
-    return logp, entropy, is_top
+    logp, found = _LinearLogprobs.apply(features_NR, weight_VR, labels_N, mask_NV, statistic, numbers)
+    return logp, found
+
+
+def entropy(log_softmax_CV: Tensor, labels_C: Tensor) -> Tensor:
+    """Return the entropy of each distribution in nats; overwrites the logarithms."""
+    # A word outside the mask has log-probability -inf and adds nothing: 0 * -inf must not become NaN.
+    return -log_softmax_CV.exp().mul_(log_softmax_CV.clamp_min_(-1e9)).sum(-1)
+
+
+def is_likeliest(log_softmax_CV: Tensor, labels_C: Tensor) -> Tensor:
+    """Return whether each label is the likeliest word of its distribution."""
+    return log_softmax_CV.argmax(-1) == labels_C
 
 
 def default_chunk_tokens(vocab_size: int, logit_bytes: int = 4, most_tokens: int = 2048, most_bytes: int = CHUNK_BYTES) -> int:
@@ -228,23 +242,27 @@ def _scaled_logits(x_CR: Tensor, head_VR: Tensor, mask_CV: Tensor | None, vocab_
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, features: Tensor, weight: Tensor, labels: Tensor, mask: Tensor | None, numbers: tuple[int, float, int, int]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any,
+        features: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        mask: Tensor | None,
+        statistic: Statistic,
+        numbers: tuple[int, float, int, int],
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(features, weight, labels, mask)
         ctx.numbers = (vocab_size, temperature, chunk_tokens, _) = numbers
         head = weight.to(features.dtype)
-        logp, entropy, is_top = [], [], []
+        logp, found = [], []
         for start in range(0, features.shape[0], chunk_tokens):
             part = slice(start, start + chunk_tokens)
             logits = _scaled_logits(features[part], head, None if mask is None else mask[part], vocab_size, temperature)
             log_softmax = logits.log_softmax(-1)
             logp.append(log_softmax.gather(1, labels[part, None]).squeeze(1))
-            is_top.append(log_softmax.argmax(-1) == labels[part])
-            # A word outside the mask has log-probability -inf and adds nothing: 0 * -inf must not become NaN.
-            entropy.append(-log_softmax.exp().mul_(log_softmax.clamp_min_(-1e9)).sum(-1))
-        entropy_N, is_top_N = torch.cat(entropy), torch.cat(is_top)
-        ctx.mark_non_differentiable(entropy_N, is_top_N)
-        return torch.cat(logp), entropy_N, is_top_N
+            found.append(statistic(log_softmax, labels[part]))
+        found_N = torch.cat(found)
+        ctx.mark_non_differentiable(found_N)
+        return torch.cat(logp), found_N
 
     @staticmethod
     def backward(ctx: Any, grad_logp: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -261,4 +279,4 @@ class _LinearLogprobs(torch.autograd.Function):
             grad_logits = grad_logits.to(features.dtype)
             grad_chunks.append(grad_logits @ head)
             add_weight_gradient(grad_weight, grad_logits, features[part])
-        return torch.cat(grad_chunks), grad_weight.to(weight.dtype), None, None, None
+        return torch.cat(grad_chunks), grad_weight.to(weight.dtype), None, None, None, None

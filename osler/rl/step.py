@@ -27,6 +27,7 @@ from osler.eval.likelihood import LabelledRow, label_logprobs, pad_rows
 from osler.model.transformer import ModelLoss, Transformer, nan_gradient_unless_finite
 from osler.monitor.collect import Collector, norm_stats
 from osler.monitor.model_stats import ProbeRows
+from osler.ops.cross_entropy import entropy
 from osler.ops.labels import IGNORED
 from osler.ops.sampling import unpack_mask
 from osler.rl.config import AlgorithmConfig
@@ -119,7 +120,9 @@ def completion_logprobs(
     masks = [row.sampling_mask for row in rows if row.sampling_mask is not None]
     mask_NV = unpack_mask(to_device(torch.cat(masks), device), model.config.vocab_size) if masks else None
     ids_BL, labels_BL = pad_rows([row.labelled for row in rows])
-    _, logp_N, entropy_N, _, measured_NM = label_logprobs(model, ids_BL, labels_BL, temperature=temperature, mask_NV=mask_NV)
+    _, logp_N, entropy_N, measured_NM = label_logprobs(
+        model, ids_BL, labels_BL, statistic=entropy, temperature=temperature, mask_NV=mask_NV
+    )
     mask_BT = to_device(_completion_mask(rows), device)
     empty_BT = logp_N.new_zeros(mask_BT.shape)
     # Labels come row by row, which is the order in which masked_scatter fills the mask.

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch._dynamo.backends.common import aot_autograd
 
 from osler.ops import cross_entropy
-from osler.ops.cross_entropy import cross_entropy_reference, linear_cross_entropy, linear_logprobs
+from osler.ops.cross_entropy import cross_entropy_reference, entropy, is_likeliest, linear_cross_entropy, linear_logprobs
 from osler.ops.labels import IGNORED
 
 pytestmark = pytest.mark.usefixtures("no_compiled_code")
@@ -53,19 +53,21 @@ def test_logprobs_entropy_and_gradient_equal_log_softmax(masked: bool) -> None:
     mask = torch.rand(40, 20, generator=torch.Generator().manual_seed(1)) < 0.5
     mask[torch.arange(40), y] = True
     mask_NV = mask if masked else None
-    logp, entropy, is_top = linear_logprobs(x, w, y, vocab_size=20, temperature=0.7, mask_NV=mask_NV, chunk_tokens=11)
+    how = {"vocab_size": 20, "temperature": 0.7, "mask_NV": mask_NV, "chunk_tokens": 11}
+    logp, entropies = linear_logprobs(x, w, y, entropy, **how)
+    same, is_top = linear_logprobs(x, w, y, is_likeliest, **how)
     logits = (x @ w[:20].T) / 0.7
     if masked:
         logits = logits.masked_fill(~mask, float("-inf"))
     full = logits.log_softmax(-1)
     expected = full.gather(1, y[:, None]).squeeze(1)
     torch.testing.assert_close(logp, expected)
-    torch.testing.assert_close(entropy, torch.distributions.Categorical(logits=logits).entropy())
-    assert torch.equal(is_top, full.argmax(-1) == y)
+    torch.testing.assert_close(entropies, torch.distributions.Categorical(logits=logits).entropy())
+    assert torch.equal(is_top, full.argmax(-1) == y) and torch.equal(logp, same)
     weights = torch.linspace(-1, 1, 40, dtype=torch.float64)
     ours = torch.autograd.grad((logp * weights).sum(), (x, w))
     torch.testing.assert_close(ours, torch.autograd.grad((expected * weights).sum(), (x, w)))
-    assert not entropy.requires_grad
+    assert not entropies.requires_grad
 
 
 def test_no_tensor_of_tokens_times_vocabulary_is_made(largest_tensor) -> None:
@@ -73,7 +75,7 @@ def test_no_tensor_of_tokens_times_vocabulary_is_made(largest_tensor) -> None:
     x, w, y = make(tokens, 8, words, words)
     with largest_tensor:
         linear_cross_entropy(x, w, y, chunk_tokens=chunk).backward()
-        linear_logprobs(x, w, y, chunk_tokens=chunk)[0].sum().backward()
+        linear_logprobs(x, w, y, entropy, chunk_tokens=chunk)[0].sum().backward()
     assert largest_tensor.elements <= chunk * words < tokens * words
 
 
@@ -140,7 +142,8 @@ def test_both_compile_as_one_graph(chunk: int | None, tile_words: int, monkeypat
 
     def both(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         loss = linear_cross_entropy(x, w, y, vocab_size=60, chunk_tokens=chunk)
-        return loss + linear_logprobs(x, w, y.clamp_min(0), vocab_size=60, chunk_tokens=chunk)[0].square().sum()
+        logp, entropies = linear_logprobs(x, w, y.clamp_min(0), entropy, vocab_size=60, chunk_tokens=chunk)
+        return loss + (logp.square() * entropies).sum()
 
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")  # the graph is the question, not the C++ compiler
     torch.testing.assert_close(with_gradients(compiled(x, w, y), x, w), with_gradients(both(x, w, y), x, w))
