@@ -1,14 +1,16 @@
 """Kubernetes' manifests as plain mappings: a Job, a JobSet, a TrainJob of Kubeflow's Trainer, and a server of the trained model.
 
 The exit code decides about a restart. A pod is started again without being counted if it was evicted (the condition
-DisruptionTarget), if it saved because it was asked to stop, or if it lost the other machines. An error that the user must mend
-ends the Job. Anything else counts as a failure (``max_failures``).
+DisruptionTarget), or if it saved because it was asked to stop. An error that the user must mend ends the Job. Anything else
+counts as a failure (``max_failures``). Where several machines train together, one that lost the others is started again alone, to
+meet the one that takes the place of an evicted machine; once it has been ``MOST_LOSSES`` times, all of them start again, which
+counts as a failure.
 Sources: the API of Kubernetes 1.37, JobSet v1alpha2, Trainer v1alpha1.
 """
 
 from typing import Any
 
-from osler.deploy.workload import RECIPE_FOLDER, SHUTDOWN_VARIABLE, VOLUME, Meeting, Workload
+from osler.deploy.workload import MOST_LOSSES, RECIPE_FOLDER, SHUTDOWN_VARIABLE, VOLUME, Meeting, Workload
 from osler.runtime.errors import UserError
 from osler.runtime.stop import EXIT_STOPPED
 from osler.runtime.world import EXIT_LOST
@@ -26,7 +28,7 @@ def job(workload: Workload) -> list[Manifest]:
     """Return the manifests for one machine: a Job."""
     if workload.deployment.machines > 1:
         raise UserError("--target k8s-job is one machine; several train together in a jobset or a trainjob.")
-    spec = _job_spec(workload, pod_template(workload), workload.deployment.max_failures)
+    spec = {"backoffLimit": workload.deployment.max_failures, **_job_spec(pod_template(workload))}
     return [*_shared(workload), _manifest(workload, "batch/v1", "Job", spec=spec)]
 
 
@@ -76,8 +78,7 @@ def server(workload: Workload) -> list[Manifest]:
     chosen = {INSTANCE: name}
     spec = {"replicas": 1, "strategy": {"type": "Recreate"}, "selector": {"matchLabels": chosen}, "template": template}
     service = {"selector": chosen, "ports": [{"name": "http", "port": SERVER_PORT, "targetPort": "http", "protocol": "TCP"}]}
-    return [
-        _claim(workload),
+    return [  # the volume is that of the run: a claim may not change, and here nobody knows how many machines it was made for
         _manifest(workload, "apps/v1", "Deployment", name, spec=spec),
         _manifest(workload, "v1", "Service", name, spec=service),
     ]
@@ -164,25 +165,30 @@ def pod_template(workload: Workload, meeting: Meeting | None = None) -> Manifest
     return {"metadata": {"labels": {INSTANCE: workload.name}}, "spec": spec}
 
 
-def _job_spec(workload: Workload, template: Manifest, max_failures: int) -> Manifest:
-    """Return the spec of a Job, which says what happens when its pod ends."""
-
-    def ended_with(*codes: int) -> Manifest:
-        return {"onExitCodes": {"containerName": CONTAINER, "operator": "In", "values": list(codes)}}
-
-    rules = [
+def _job_spec(template: Manifest, *rules: Manifest) -> Manifest:
+    """Return the spec of a Job, which says what happens when its pod ends; ``rules`` are tried last."""
+    common = [
         {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-        {"action": "FailJob", **ended_with(UserError.exit_code)},
-        {"action": "Ignore", **ended_with(EXIT_LOST, EXIT_STOPPED)},
+        {"action": "FailJob", **_ended("In", UserError.exit_code)},
+        {"action": "Ignore", **_ended("In", EXIT_STOPPED)},
     ]
-    return {"backoffLimit": max_failures, "podFailurePolicy": {"rules": rules}, "template": template}
+    return {"podFailurePolicy": {"rules": [*common, *rules]}, "template": template}
+
+
+def _ended(operator: str, code: int) -> Manifest:
+    return {"onExitCodes": {"containerName": CONTAINER, "operator": operator, "values": [code]}}
 
 
 def _members(workload: Workload, meeting: Meeting | None) -> Manifest:
-    """Return the Job within a JobSet: a pod for each machine, numbered. The JobSet counts its failures."""
+    """Return the Job within a JobSet: a pod for each machine, numbered. The JobSet counts its failures.
+
+    A machine that crashes fails the Job at once; only one that lost the others is started again within it.
+    """
     machines = workload.deployment.machines
     numbered = {"completionMode": "Indexed", "completions": machines, "parallelism": machines}
-    return numbered | _job_spec(workload, pod_template(workload, meeting), 0)
+    limits = {"backoffLimitPerIndex": MOST_LOSSES, "maxFailedIndexes": 0}
+    crashed = {"action": "FailIndex", **_ended("NotIn", EXIT_LOST)}
+    return numbered | limits | _job_spec(pod_template(workload, meeting), crashed)
 
 
 def _jobset_spec(workload: Workload, members: Manifest) -> Manifest:

@@ -6,7 +6,7 @@ Each machine writes the recipe beside the run and calls the same command as in K
 import shlex
 from typing import Any
 
-from osler.deploy.workload import SHUTDOWN_VARIABLE, VOLUME, Meeting, Workload
+from osler.deploy.workload import MOST_LOSSES, SHUTDOWN_VARIABLE, VOLUME, Meeting, Workload
 from osler.runtime.stop import EXIT_STOPPED
 from osler.runtime.world import EXIT_LOST
 
@@ -27,6 +27,28 @@ def script(workload: Workload, meeting: Meeting) -> list[str]:
     command = " ".join(f'"{word}"' if "$" in word else shlex.quote(word) for word in words)
     written = [f"cat > {recipe_file(workload)} <<'{END}'", *workload.recipe_text.splitlines(), END]
     return ["mkdir -p runs", *written, f"export {SHUTDOWN_VARIABLE}={workload.deployment.grace_seconds}", command]
+
+
+def repeated(workload: Workload, meeting: Meeting) -> list[str]:
+    """Return the lines of ``script``, but that the command is started again where it lost the other machines.
+
+    That is for targets that cannot decide by the exit code, or set no limit. The shell passes on the signal that asks a run to
+    stop, and waits until it has saved.
+    """
+    *preparation, command = script(workload, meeting)
+    return [
+        *preparation,
+        """trap 'kill -TERM "$pid"' TERM""",
+        f"for loss in $(seq 0 {MOST_LOSSES}); do",
+        f"  {command} &",
+        "  pid=$!",
+        '  wait "$pid"; code=$?',
+        '  while kill -0 "$pid" 2> /dev/null; do wait "$pid"; code=$?; done',
+        f'  if [ "$code" != {EXIT_LOST} ]; then break; fi',
+        "  sleep 30",
+        "done",
+        'exit "$code"',
+    ]
 
 
 def slurm(workload: Workload) -> str:
@@ -54,9 +76,14 @@ def slurm(workload: Workload) -> str:
             'export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"',  # srun does not take it over from sbatch
             f"srun --kill-on-bad-exit=0 bash -c {shlex.quote(f'exec {command}')}",
             "code=$?",
-            "# The time was up and the run has saved: it goes on when its turn comes again. A cancelled job is not RUNNING.",
-            'state="$(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID")"',
-            f'if [ "$code" = {EXIT_STOPPED} ] && [ "$state" = RUNNING ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
+            "# The time was up and the run has saved, or a machine lost the others: it goes on when its turn comes again.",
+            'case "$code" in',
+            f"  {EXIT_STOPPED}) goes_on=1;;",
+            f'  {EXIT_LOST}) goes_on=$(( ${{SLURM_RESTART_COUNT:-0}} < {MOST_LOSSES} ));;',
+            "  *) goes_on=0;;",
+            "esac",
+            'state="$(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID")"  # a cancelled job is not RUNNING',
+            'if [ "$goes_on" = 1 ] && [ "$state" = RUNNING ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
             'exit "$code"',
             "",
         ]
@@ -82,11 +109,11 @@ def skypilot(workload: Workload) -> dict[str, Any]:
             "disk_size": deployment.disk_gb,
             "image_id": f"docker:{deployment.image}",
             "use_spot": True,
-            "job_recovery": {"recover_on_exit_codes": [EXIT_LOST, EXIT_STOPPED]},  # besides machines that are taken away
+            "job_recovery": {"recover_on_exit_codes": [EXIT_STOPPED]},  # besides machines that are taken away
         },
         "file_mounts": {VOLUME: {"name": deployment.volume, "mode": "MOUNT_CACHED"}},
         **({"secrets": dict.fromkeys(deployment.tokens)} if deployment.tokens else {}),
-        "run": "\n".join([f"cd {VOLUME}", *script(workload, SKYPILOT_MEETING), ""]),
+        "run": "\n".join([f"cd {VOLUME}", *repeated(workload, SKYPILOT_MEETING), ""]),
     }
 
 
@@ -102,7 +129,7 @@ def dstack(workload: Workload) -> dict[str, Any]:
         "volumes": [f"{deployment.volume}:{VOLUME}"],
         "working_dir": VOLUME,
         **({"env": list(deployment.tokens)} if deployment.tokens else {}),
-        "commands": ["\n".join(script(workload, DSTACK_MEETING))],
+        "commands": ["\n".join(repeated(workload, DSTACK_MEETING))],
         "resources": {
             **gpus,
             "cpu": f"{deployment.cpus}..",

@@ -14,7 +14,7 @@ def decided(job: dict[str, Any], code: int, *, disrupted: bool = False) -> str:
     for rule in job["podFailurePolicy"]["rules"]:
         if disrupted and rule.get("onPodConditions") == [{"type": "DisruptionTarget", "status": "True"}]:
             return rule["action"]
-        if code in rule.get("onExitCodes", {}).get("values", ()):
+        if (codes := rule.get("onExitCodes")) and (code in codes["values"]) == (codes["operator"] == "In"):
             return rule["action"]
     return "Count"
 

@@ -1,6 +1,7 @@
 """Manifests: what they are, that Kubernetes knows every key of them, and what is refused before a machine costs money."""
 
 import json
+import os
 import subprocess
 from dataclasses import fields
 from pathlib import Path
@@ -17,6 +18,7 @@ from osler.deploy import kubernetes
 from osler.deploy.config import DeployConfig
 from osler.deploy.launch import exit_code_of
 from osler.deploy.targets import TARGETS
+from osler.deploy.workload import MOST_LOSSES
 
 GOLDEN = Path(__file__).parent / "golden"
 RECIPE = str(GOLDEN / "recipe.yaml")
@@ -132,27 +134,96 @@ def test_every_field_is_an_option_whose_help_says_its_default():
 
 
 @pytest.mark.parametrize(
-    ("codes", "disrupted", "action"),
+    ("codes", "disrupted", "alone", "together"),
     [
-        ([130], True, "Ignore"),  # evicted, and saved
-        ([137], True, "Ignore"),  # evicted, and killed before it had saved
-        ([2], True, "Ignore"),
-        ([130], False, "Ignore"),  # the pod was deleted
-        ([2], False, "FailJob"),  # a wrong recipe
-        ([-15, 2, 75], False, "FailJob"),  # torchrun told the others to end
-        ([75, 75], False, "Ignore"),  # another machine was evicted
-        ([75, -9], False, "Count"),  # the system killed one for its memory
-        ([1, 75], False, "Count"),
-        ([-6, -6], False, "Count"),  # NCCL gave up
+        ([130], True, "Ignore", "Ignore"),  # evicted, and saved
+        ([137], True, "Ignore", "Ignore"),  # evicted, and killed before it had saved
+        ([2], True, "Ignore", "Ignore"),
+        ([130], False, "Ignore", "Ignore"),  # the pod was deleted
+        ([2], False, "FailJob", "FailJob"),  # a wrong recipe
+        ([-15, 2, 75], False, "FailJob", "FailJob"),  # torchrun told the others to end
+        ([75, 75], False, "Count", "Count"),  # another machine was evicted: of several this one is started again, not endlessly
+        ([75, -9], False, "Count", "FailIndex"),  # the system killed one for its memory
+        ([1, 75], False, "Count", "FailIndex"),
+        ([-6, -6], False, "Count", "FailIndex"),  # NCCL gave up
     ],
 )
-def test_an_eviction_is_started_again_and_a_wrong_recipe_is_not(codes, disrupted, action, render):
-    for target in ("k8s-job", "jobset"):
+def test_an_eviction_is_started_again_and_a_wrong_recipe_is_not(codes, disrupted, alone, together, render):
+    for target, action in (("k8s-job", alone), ("jobset", together)):
         text = render(RECIPE, target, *OPTIONS[target])
         spec = list(yaml.safe_load_all(text))[-1]["spec"]
         if target == "jobset":
-            rule = spec["failurePolicy"]["rules"][0]
+            policy = spec["failurePolicy"]
+            assert policy["maxRestarts"] == 3, "all machines start again when one crashed, or was started again too often"
+            (rule,) = policy["rules"]
             assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
             spec = spec["replicatedJobs"][0]["template"]["spec"]
+            assert (spec["backoffLimitPerIndex"], spec["maxFailedIndexes"]) == (MOST_LOSSES, 0)
         assert spec["podFailurePolicy"]["rules"][1]["onExitCodes"]["containerName"] == kubernetes.CONTAINER
         assert decided(spec, exit_code_of(codes), disrupted=disrupted) == action
+
+
+def test_the_server_leaves_the_volume_to_the_run_whose_access_mode_it_does_not_know(render):
+    kinds = [item["kind"] for item in yaml.safe_load_all(render(RECIPE, "k8s-server"))]
+    assert kinds == ["Deployment", "Service"]
+
+
+@pytest.fixture
+def programs(tmp_path, monkeypatch):
+    """Puts a shell script first on the path, by name and text."""
+    folder = tmp_path / "programs"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+    def put(name: str, text: str) -> None:
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+
+    return put
+
+
+@pytest.mark.parametrize("target", ["dstack", "skypilot"])
+@pytest.mark.parametrize(("codes", "runs"), [([75, 75, 130], 3), ([2], 1), ([137], 1), ([0], 1), ([75], 1 + MOST_LOSSES)])
+def test_a_shell_starts_a_run_again_that_lost_the_others_but_not_endlessly(target, codes, runs, render, programs, tmp_path):
+    for place, code in enumerate(codes):
+        (tmp_path / f"code{place}").write_text(str(code))
+    last = len(codes) - 1
+    ends = f"exit $(cat code$((n - 1)) 2> /dev/null || cat code{last})"
+    programs("osler", f"echo run >> runs.log; n=$(grep -c run runs.log); {ends}")
+    programs("sleep", "")
+    task = yaml.safe_load(render(RECIPE, target))
+    (text,) = task["commands"] if target == "dstack" else [task["run"].replace("cd /osler", "")]
+    done = subprocess.run(["sh", "-c", text], cwd=tmp_path, check=False)
+    assert done.returncode == codes[-1] and (tmp_path / "runs.log").read_text().count("run") == runs
+
+
+def test_a_shell_passes_on_the_signal_and_waits_until_the_run_has_saved(render, programs, tmp_path):
+    programs("osler", "trap 'sleep 0.2; echo saved; exit 130' TERM; echo begun; while :; do sleep 0.05; done")
+    (text,) = yaml.safe_load(render(RECIPE, "dstack"))["commands"]
+    process = subprocess.Popen(["sh", "-c", text], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "begun\n"
+    process.terminate()
+    assert process.stdout.read() == "saved\n" and process.wait() == 130
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts", "state", "again"),
+    [
+        (130, 99, "RUNNING", True),  # its time was up
+        (130, 0, "CANCELLED", False),
+        (75, 0, "RUNNING", True),  # a machine lost the others
+        (75, MOST_LOSSES, "RUNNING", False),
+        (75, 0, "CANCELLED", False),
+        (2, 0, "RUNNING", False),
+        (1, 0, "RUNNING", False),
+    ],
+)
+def test_slurm_queues_a_run_again_that_can_go_on(code, restarts, state, again, render, programs, tmp_path, monkeypatch):
+    programs("srun", f"exit {code}")
+    programs("squeue", f"echo {state}")
+    programs("scontrol", 'echo "$@" >> calls.log')
+    for name, value in (("JOB_ID", "7"), ("JOB_NODELIST", "a,b"), ("CPUS_PER_TASK", "1"), ("RESTART_COUNT", str(restarts))):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    done = subprocess.run(["bash", "-c", render(RECIPE, "slurm", *OPTIONS["slurm"])], cwd=tmp_path, check=False)
+    assert done.returncode == code
+    assert ("requeue 7" in (tmp_path / "calls.log").read_text()) == again
