@@ -1,21 +1,26 @@
 """Plan against actual on this machine: what `osler plan` and `osler plan --probe` say of a run, and what the run then takes.
 
-    python benchmarks/plan_vs_actual.py --text FILE [--seconds 120] [--only NAME ...] [--out FILE]
+    python benchmarks/plan_vs_actual.py --text FILE [--seconds 120] [--only NAME ...] [--work FOLDER] [--out FILE]
 
 Each run is a recipe that trains here, shortened by its length alone to about ``--seconds`` of training after a probe has said how
 long a step takes. Then it is made in a process of its own, and its records are compared with its plans: seconds of training, of
 evaluations, and of the whole from the start of the data's preparation, and the peak memory of the process. The runs of the
 quickstart start from one another; ``--text`` is what `text-10min` reads. A run is ``in_time`` within 15 % and ``in_memory``
 within 10 % of the plan with a probe, and ``safe`` if it stays below the upper end of the memory of both plans, because that end
-decides whether a plan says "fits". Nothing else may run beside it. Prints one JSON object.
+decides whether a plan says "fits". Nothing else may run beside it.
+
+Each row is kept in ``--work`` with its run, and the same command goes on with those that are missing; a run that was interrupted
+is made anew, because its times would be those of two starts. With 120 seconds a row takes about five minutes on two cores and all
+of them an hour, by estimate; what a run will take is said before it begins. Prints one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import shutil
 import sys
-import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +37,8 @@ from osler.plan.planner import model_at, plan_of
 from osler.plan.probe import CACHE, measure
 from osler.rl.config import GrpoConfig
 from osler.runtime import child
-from osler.runtime.files import RunFolder, write_json
+from osler.runtime import format as fmt
+from osler.runtime.files import RunFolder, read_json, write_json
 from osler.train.config import TrainConfig
 
 # Name: the recipe, its stage if it is a pipeline, overrides, and the run that it starts from.
@@ -63,6 +69,8 @@ def shorter(config: TrainConfig | GrpoConfig, plan: Plan, seconds: float) -> Tra
 def make(config: TrainConfig | GrpoConfig, folder: Path, name: str) -> RunFolder:
     """Make a run as `osler pretrain` and the like do, with an empty cache of compiled code."""
     recipe, run = folder / f"{name}.yaml", RunFolder(folder / name)
+    for left in (run.root, folder / f"{name}-compiled"):
+        shutil.rmtree(left, ignore_errors=True)
     recipe.write_text(dump_yaml(encode(config)), encoding="utf-8")
     # A session of its own, as the probe's process has: Linux shares the processor between sessions.
     environment = {CACHE: str(folder / f"{name}-compiled")}
@@ -91,6 +99,7 @@ def one_run(name: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]
     config = shorter(config, plan_of(config, where, model=model, measured=measured), args.seconds)
     assumed = plan_of(config, where, model=model)
     probed = plan_of(config, where, model=model, measured=measured)
+    print(f"{name}: a run of about {fmt.duration(probed.seconds.value)}", file=sys.stderr)
     run = make(config, folder, name)
     result: dict[str, Any] = {"recipe": recipe, "overrides": overrides, "steps": assumed.steps.value}
     for word, plan in (("assumed", assumed), ("probed", probed)):
@@ -104,16 +113,37 @@ def one_run(name: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]
     return result
 
 
+def with_starts(names: Sequence[str]) -> set[str]:
+    """Return the runs with those that they start from."""
+    found = set(names)
+    while missing := {RUNS[name][3] for name in found} - found - {""}:
+        found |= missing
+    return found
+
+
+def row_of(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Return the row of a run: the kept one, or a new one."""
+    file, asked = args.work / f"{name}.json", {"seconds": args.seconds, "text": args.text.name}
+    if file.is_file() and (kept := read_json(file)).items() >= asked.items() and (args.work / name).is_dir():
+        print(f"{name}: kept in {file}", file=sys.stderr)
+        return kept
+    print(f"{name}: a probe of about a minute", file=sys.stderr)
+    row = asked | one_run(name, args.work, args)
+    write_json(file, row)
+    return row
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="a file or folder that `osler pretrain` reads")
     parser.add_argument("--seconds", type=float, default=120.0, help="of training in each run (default: 120)")
     parser.add_argument("--only", nargs="+", default=list(RUNS), choices=list(RUNS), metavar="NAME", help=", ".join(RUNS))
+    parser.add_argument("--work", type=Path, default=Path("runs/plan-vs-actual"), help="where runs and rows are kept")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    with tempfile.TemporaryDirectory(prefix="plan-vs-actual-") as folder:
-        runs = {name: one_run(name, Path(folder), args) for name in args.only}
+    args.work.mkdir(parents=True, exist_ok=True)
+    runs = {name: row_of(name, args) for name in RUNS if name in with_starts(args.only)}
     counts = {word: sum(run[word] for run in runs.values()) for word in ("in_time", "in_memory", "safe")}
     publish({"benchmark": "plan_vs_actual", "seconds": args.seconds, "of": len(runs), **counts, "runs": runs}, args.out)
 
