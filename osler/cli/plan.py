@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from osler.runtime.errors import UserError
 from osler.train.config import TrainConfig
 
 TABLE_DEVICE, TABLE_HOURS = "h100", 48.0
+OF_TABLE = {"cost": {"gpu", "gpus", "price"}, "tokens": {"gpus", "hours"}, "devices": set[str]()}  # options that each table takes
 
 
 class Asked(NamedTuple):
@@ -42,8 +44,14 @@ class Asked(NamedTuple):
     def checked(self) -> Asked:
         """Return the same; raises UserError for options that cannot be, or not together."""
         for name in ("gpus", "hours", "budget", "price"):
-            if (number := getattr(self, name)) is not None and number <= 0:
-                raise UserError(f"--{name} {number:g} must be above 0.")
+            if (number := getattr(self, name)) is not None and not 0 < number < math.inf:
+                raise UserError(f"--{name} {number:g} must be a number above 0.")
+        if self.table is not None:
+            given = {name for name in ("gpu", "gpus", "hours", "budget", "price", "probe") if getattr(self, name)}
+            if unused := sorted(f"--{name}" for name in given - OF_TABLE[self.table]):
+                raise UserError(f"--table {self.table} does not depend on {' and '.join(unused)}: leave that out.")
+        elif self.as_table != "md":
+            raise UserError(f"--as {self.as_table} is the form of a table: give --table, or leave it out.")
         if self.hours is not None and self.budget is not None:
             raise UserError("--hours and --budget are two ways to limit a run: give one of them.")
         if self.probe and (self.gpu is not None or (self.gpus or 1) > 1):
@@ -61,7 +69,10 @@ class Asked(NamedTuple):
     def where(self, default: str | None = None) -> Where:
         """Return the devices that the plan is for: those asked for, else ``default``, else this machine."""
         name = self.gpu or default
-        return Where(here() if name is None else find_device(name), self.gpus or 1, self.price)
+        device = here() if name is None else find_device(name)
+        if device.kind == "cpu" and (self.gpus or 1) > 1:
+            raise UserError(f"--gpus {self.gpus} counts GPUs, and {device.title} are none: name a GPU with --gpu.")
+        return Where(device, self.gpus or 1, self.price)
 
 
 class PlannedRun(NamedTuple):
@@ -76,6 +87,8 @@ def plan(recipe: str | None, overrides: Sequence[str], **options: Any) -> str:
     """Run the command ``plan``; return what to print. ``options`` are those of ``Asked``."""
     asked = Asked(**options).checked()
     if asked.table is not None:
+        if recipe is not None or overrides:
+            raise UserError("--table is of all model families with the data of osler-2day: leave the recipe and its changes out.")
         rows = _rows(asked.table, asked.where(TABLE_DEVICE), asked.hours)
         return as_csv(rows) if asked.as_table == "csv" else markdown(rows)
     if recipe is None:
@@ -93,7 +106,8 @@ def plan(recipe: str | None, overrides: Sequence[str], **options: Any) -> str:
             except UserError as error:
                 if len(runs) == 1:
                     raise
-                one = replace(one, not_planned=(f"this stage was not probed, so its plan is made of assumptions: {error}",))
+                why = f"a probe of this stage, so that its numbers are assumptions: {error}"
+                one = replace(one, not_planned=(*one.not_planned, why))
         notes = [time_note(one, exact(hours * HOUR), f"{hours:g} hours")] if hours else []
         notes += [time_note(one, seconds_for(budget, where), money(budget))] if budget else []
         texts.append(words_of(replace(one, notes=(*notes, *one.notes))) + beside)

@@ -36,7 +36,7 @@ class Device:
     tflops: PositiveFloat  # dense TFLOP/s in bf16
     fp8_tflops: PositiveFloat | None = None  # the same in FP8; null: it has none
     fp32_tflops: PositiveFloat | None = None  # TFLOP/s of matrix products in fp32; null: a tenth of bf16
-    memory_gib: PositiveFloat  # memory of a card; for a machine, what a process may take
+    memory_gib: PositiveFloat  # memory that a program finds on a card; for a machine, what a process may take
     bandwidth_gb: PositiveFloat  # GB/s of that memory
     bf16: bool = True  # whether it computes in bf16; false: recipes with precision=auto use fp32 there
     usd: tuple[float, float] | None = None  # lowest and highest price of an hour; null: unknown

@@ -71,6 +71,18 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def difference(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what ``merge`` has to lay over ``below`` to make ``above``, which has its keys and perhaps more."""
+    changed: dict[str, Any] = {}
+    for key, value in above.items():
+        old = below.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping) and old.get("type") == value.get("type"):
+            changed |= {key: inner} if (inner := difference(old, value)) else {}
+        elif key not in below or old != value:
+            changed[key] = value
+    return changed
+
+
 def override(
     recipe: Mapping[str, Any], overrides: Sequence[str], sections: Mapping[str, Callable[[Any], Any]] | None = None
 ) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from osler.data.config import CurriculumStage
+from osler.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,18 @@ def lay_out(curriculum: Sequence[CurriculumStage], *, seq_len: int, batch_tokens
         spans.append(Span(number, stage.seq_len, rows, step, token, step + steps))
         step, token = step + steps, token + steps * spans[-1].batch_tokens
     raise AssertionError("the last stage returns")
+
+
+def check_shares(timeline: Timeline, world_size: int) -> None:
+    """Raise UserError when the ranks cannot share the rows of a batch equally."""
+    for span in timeline.spans:
+        rows = span.rows_per_batch
+        if rows < 1 or rows % world_size:
+            batch = f"Stage {span.number} of the curriculum: a batch" if len(timeline.spans) > 1 else "A batch"
+            raise UserError(
+                f"{batch} of {rows} rows (of {span.seq_len} tokens) cannot be shared equally by {world_size} ranks; make the "
+                f"number of rows a multiple of {world_size}."
+            )
 
 
 def rows_per_micro_batch(rows: int, seq_len: int, micro_batch_tokens: int | None) -> int:

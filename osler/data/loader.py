@@ -17,10 +17,9 @@ from functools import partial
 import numpy as np
 import torch
 
-from osler.data.curriculum import Timeline
+from osler.data.curriculum import Timeline, check_shares
 from osler.data.packing import MixedPacking, Packing
 from osler.data.shard_set import NotPreparedYet, ShardSet
-from osler.runtime.errors import UserError
 from osler.runtime.faults import fault
 
 BATCHES_AHEAD = 2  # per worker
@@ -172,18 +171,6 @@ class WorkAhead:
         """End the threads."""
         if self._executor is not None:
             self._executor.shutdown(wait=True, cancel_futures=True)
-
-
-def check_shares(timeline: Timeline, world_size: int) -> None:
-    """Raise UserError when the ranks cannot share the rows of a batch equally."""
-    for span in timeline.spans:
-        rows = span.rows_per_batch
-        if rows < 1 or rows % world_size:
-            batch = f"Stage {span.number} of the curriculum: a batch" if len(timeline.spans) > 1 else "A batch"
-            raise UserError(
-                f"{batch} of {rows} rows (of {span.seq_len} tokens) cannot be shared equally by {world_size} ranks; make the "
-                f"number of rows a multiple of {world_size}."
-            )
 
 
 def make_batch(packing: Packing, indices: Sequence[int]) -> Batch:

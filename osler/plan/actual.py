@@ -2,7 +2,7 @@
 
 The plan of a run is made of its config, its model, and the machine in ``versions.json``. When a process of the run ends, the plan
 is kept as ``plan.json``, so that a later version of Osler with other assumptions does not change it. What the run took is in its
-metrics and events. Of a run that is not finished, the planned training is that of the tokens that it has seen.
+metrics and events. The planned training is that of the steps that the run has made, which a clock may decide.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from osler.config.devices import device_of_gpu, this_machine
 from osler.config.schema import decode
 from osler.model.config import ModelConfig
 from osler.plan.estimate import Estimate, total
-from osler.plan.plan import Plan, Where
+from osler.plan.plan import PACED, Plan, Where
 from osler.plan.planner import plan_of
 from osler.plan.speed import Arithmetic
-from osler.records.jsonl import END, OUT_OF_MEMORY, START, Event, MetricsLine, read_events, read_metrics
+from osler.records.jsonl import END, START, Event, MetricsLine, read_events, read_metrics, recorded_limits
 from osler.records.values import as_number
 from osler.rl.config import GrpoConfig
 from osler.runs.folder import read_config
@@ -31,7 +31,6 @@ from osler.train.config import TrainConfig
 logger = logging.getLogger(__name__)
 
 PLAN = "plan.json"  # in the run folder
-BESIDE = ("start", "evaluations", "exams", "checkpoints")  # parts of a plan's time that are no training
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}  # of a dtype; the config knows better where it says pure-bf16 or fp8
 
 
@@ -69,7 +68,7 @@ def of_probe(assumed: Plan, measured: Plan) -> list[Part]:
     parts = [
         Part(name, estimate, measured.time[name].value, fmt.duration)
         for name, estimate in assumed.time.items()
-        if name in measured.time and measured.time[name] != estimate
+        if measured.time[name] != estimate
     ]
     parts.append(Part("time", assumed.seconds, measured.seconds.value, fmt.duration))
     if measured.memory_bytes != assumed.memory_bytes:
@@ -87,11 +86,16 @@ def plan_in(run: RunFolder) -> dict[str, Any]:
 
 
 def keep_plan(run: RunFolder) -> None:
-    """Write the plan of a run into its folder once it has begun; where none can be made, say so."""
-    if not run.metrics.is_file() or (run.root / PLAN).exists():
+    """Write the plan of a run into its folder once it has begun; where none can be made, say so.
+
+    A plan that is there stays, unless memory ran out since and the run has smaller passes.
+    """
+    if not run.metrics.is_file():
         return
     try:
-        write_json(run.root / PLAN, as_json(planned(run)))
+        kept, plan = run.root / PLAN, as_json(planned(run))
+        if not kept.is_file() or read_json(kept).get("rows") != plan["rows"]:
+            write_json(kept, plan)
     except (UserError, OSError) as error:
         logger.info(f"The run has no plan to be compared with: {error}")
 
@@ -100,18 +104,12 @@ def planned(run: RunFolder) -> Plan:
     """Return the plan of a run that has begun, for the machine, the processes and the micro-batch that it has."""
     stored, machine = read_config(run), read_json(run.root / "versions.json")["machine"]
     events = read_events(run.events)
-    config: TrainConfig | GrpoConfig
-    if stored.get("kind") == "grpo":
-        config = decode(GrpoConfig, stored, source=str(run.config))
-        precision: str = config.precision
-    else:
-        config = decode(TrainConfig, stored, source=str(run.config))
-        precision = config.precision
-    limits = [int(event.details["micro_batch_tokens"]) for event in events if event.name == OUT_OF_MEMORY]
+    cls: type[TrainConfig | GrpoConfig] = GrpoConfig if stored.get("kind") == "grpo" else TrainConfig
+    config = decode(cls, stored, source=str(run.config))
+    limits = recorded_limits(events, config.micro_batch_tokens)
     if limits:
-        config = replace(config, micro_batch_tokens=limits[-1])
-    if precision == "auto":
-        precision = PRECISIONS[machine["dtype"]]
+        config = replace(config, micro_batch_tokens=min(tokens for _, tokens in limits))
+    precision = PRECISIONS[machine["dtype"]] if config.precision == "auto" else config.precision
     processes = next((event.details.get("processes", 1) for event in events if event.kind == START), 1)
     arithmetic = Arithmetic(precision, bool(machine["compiled"]), config.recompute)
     model = decode(ModelConfig, read_json(run.model), source=str(run.model))
@@ -121,13 +119,14 @@ def planned(run: RunFolder) -> Plan:
 
 def as_json(plan: Plan) -> dict[str, Any]:
     """Return what a comparison needs of a plan."""
-    training = total(estimate for name, estimate in plan.time.items() if name not in BESIDE)
+    beside = {name: estimate for name, estimate in plan.time.items() if name not in PACED}
     return {
         "device": plan.where.device.title,
         "processes": plan.where.gpus,
         "tokens": plan.tokens.value,
         "steps": plan.steps.value,
-        "seconds": {name: asdict(plan.time[name]) for name in BESIDE if name in plan.time} | {"training": asdict(training)},
+        "rows": plan.rows,
+        "seconds": {name: asdict(part) for name, part in (beside | {"training": plan.pace.seconds(plan.tokens.value)}).items()},
         "memory_bytes": asdict(plan.memory_bytes),
     }
 
@@ -148,7 +147,7 @@ def compare(run: RunFolder) -> list[Part]:
     training = training_seconds(lines)
     evaluating = sum(line.values.get("eval/seconds", 0.0) for line in lines)
     whole = working_seconds(events, lines)
-    done = min(1.0, lines[-1].step / plan["steps"])
+    done = lines[-1].step / plan["steps"]
     parts = [Part("training", planned["training"].times(done), training, fmt.duration)]
     if evaluating:
         of_evaluations = [planned[name].times(done) for name in ("evaluations", "exams") if name in planned]

@@ -9,9 +9,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from osler.config.recipe import available_recipes, dump_yaml, load_recipe
-from osler.config.schema import decode
+from osler.config.recipe import available_recipes, difference, dump_yaml, load_recipe, merge, override
+from osler.config.schema import decode, encode
 from osler.model.config import ModelConfig
 from osler.parallel.config import DdpConfig, NoParallelConfig
 from osler.plan.estimate import Estimate, exact
@@ -59,29 +60,42 @@ def offers(recipe: str, overrides: Sequence[str], where: Where, usd: float, fit:
     """Return what the money buys of each family that surely fits into memory, with the micro-batch and mode that do."""
     seconds = seconds_for(usd, where)
     found = []
-    for family, model in families().items():
-        plan = fitting(decode_with(recipe, overrides, family), where, family)
+    for family in families():
+        config = decode_with(recipe, overrides, family)
+        plan = fitting(config, where, family)
         if plan is None:
             continue
         tokens = plan.tokens_within(seconds)
-        size = counted_parameters(model)
+        size = counted_parameters(config.model)
         expected = None
         if fit is not None:  # fewer tokens, more bits per byte
             at = [fit.at(size, count) for count in tokens.numbers]
             expected = Estimate(at[2].low, at[1].value, at[0].high, at[1].source)
-        found.append(Offer(family, model, plan, tokens, expected, 1.0 if fit is None else fit.beyond(size, tokens.value)))
+        found.append(Offer(family, config.model, plan, tokens, expected, 1.0 if fit is None else fit.beyond(size, tokens.value)))
     if not found:
         raise UserError(f"No model family surely fits into {where.device.title} with the rows of {recipe}.")
     return found
 
 
+def laid_out(recipe: str, overrides: Sequence[str], family: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a recipe laid under a family, and the same with what is changed besides.
+
+    The first is what ``base: [recipe, family]`` reads. Changed are fields of the recipe's model that the family leaves at their
+    defaults, the size of the tokenizer, and what the overrides say.
+    """
+    below, of_family = load_recipe(recipe), load_recipe(family)
+    if (kind := below.get("kind")) != "pretrain":
+        raise UserError(f"--budget chooses a model to pretrain, and `{recipe}` is a recipe of kind {kind}.")
+    base, model = merge(below, of_family), encode(families()[family])
+    own = {key: model[key] for key in base["model"] if key not in of_family["model"]}
+    tokenizer = {"vocab_size": model["vocab_size"]}
+    return base, override(merge(base, {"model": own, "tokenizer": tokenizer}), overrides)
+
+
 def decode_with(recipe: str, overrides: Sequence[str], family: str) -> TrainConfig:
     """Return the config of a recipe with the model of a family, without a clock."""
-    given = {**load_recipe(recipe, overrides), "model": load_recipe(family)["model"], "max_minutes": None}
-    if given.get("kind") != "pretrain":
-        raise UserError(f"--budget chooses a model to pretrain, and `{recipe}` is a recipe of kind {given.get('kind')}.")
-    tokenizer = {**given.get("tokenizer", {}), "vocab_size": given["model"]["vocab_size"]}
-    return decode(TrainConfig, {**given, "tokenizer": tokenizer, "total_tokens": 10**11}, source=f"{recipe} with {family}")
+    given = laid_out(recipe, overrides, family)[1] | {"max_minutes": None, "total_tokens": 10**11}
+    return decode(TrainConfig, given, source=f"{recipe} with {family}")
 
 
 def fitting(config: TrainConfig, where: Where, family: str) -> Plan | None:
@@ -120,11 +134,11 @@ def words_of_budget(recipe: str | None, overrides: Sequence[str], where: Where, 
         interval = f"{fmt.count(one.tokens.low)} to {fmt.count(one.tokens.high)}"
         ratio = f"{one.tokens.value / one.model.num_parameters:.1f}"
         rows.append([one.family, f"{one.model.num_parameters:,}", fmt.count(one.tokens.value), interval, ratio, *told])
-    lines += [fmt.table(rows), "", *_verdict(found, fit, recipe)]
+    lines += [fmt.table(rows), "", *_verdict(found, fit, recipe, overrides)]
     return "\n".join(lines)
 
 
-def _verdict(found: Sequence[Offer], fit: Fit | None, recipe: str) -> list[str]:
+def _verdict(found: Sequence[Offer], fit: Fit | None, recipe: str, overrides: Sequence[str]) -> list[str]:
     if fit is None:
         return wrapped(
             "Nothing is chosen: there is no scaling fit yet. benchmarks/scaling_fit.py makes one from small runs; until then the "
@@ -144,11 +158,13 @@ def _verdict(found: Sequence[Offer], fit: Fit | None, recipe: str) -> list[str]:
         return lines + wrapped(
             "The fit tells nothing here, because its interval is too wide or its runs are too far away, so nothing is chosen.", ""
         )
-    text = {
-        "base": [recipe, best.family], "total_tokens": round(best.tokens.value), "max_minutes": None,
+    base, given = laid_out(recipe, overrides, best.family)
+    chosen = {
+        **given, "total_tokens": round(best.tokens.value), "max_minutes": None,
         "micro_batch_tokens": best.plan.rows * best.plan.seq_len, "recompute": best.plan.recompute,
         **({"parallel": {"type": "ddp"}} if best.plan.where.gpus > 1 else {}),
     }  # fmt: skip
+    text = {"base": [recipe, best.family], **difference(base, chosen)}
     close = [one.family for one in found[1:] if one.bits_per_byte and one.bits_per_byte.low <= best.bits_per_byte.high]
     beside = f" Within its interval lie {', '.join(close)} too." if close else ""
     lines += wrapped(f"Best by the fit: {best.family} on {fmt.count(best.tokens.value)} tokens.{beside}", "")

@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from osler.data.config import AnySource, ClinicData, HubData, PreparedData
+from osler.data.config import AnySource, ClinicData, FilesData, HubData, PreparedData
 from osler.model.config import ModelConfig
 from osler.plan.estimate import Estimate, exact, total
 from osler.plan.memory import state_bytes
@@ -39,13 +39,22 @@ def shard_bytes(config: TrainConfig, model: ModelConfig, tokens: Estimate) -> Es
     if isinstance(config.data, PreparedData):
         return exact(0.0, "the shards lie where they are")
     wide = 4 if model.vocab_size > WIDE_VOCABULARY else 2
-    found = [tokens_of(source).through(lambda count: count * (wide + 1)) for source in config.sources.values()]
-    everything = total(found)
+    everything = total(tokens_of(source).times(wide + has_masks(source)) for source in config.sources.values())
     if config.text is not None and config.text.disk_budget_gb is not None:
         return everything.at_most(config.text.disk_budget_gb * 1e9)
     if config.text is not None and config.text.streaming:
         everything = replace(everything, source=f"{everything.source}; all of it is prepared, also what the run does not reach")
     return everything
+
+
+def has_masks(source: AnySource) -> bool:
+    """Return whether the shards of a source have a loss mask, a byte for each token: questions with answers do, text does not."""
+    if isinstance(source, HubData):
+        from osler.data.named import SOURCES, conversations, exam, questions, synth
+
+        documents = getattr(SOURCES.get(source.name), "documents", None)
+        return getattr(documents, "func", documents) in (conversations, exam, questions, synth)
+    return not isinstance(source, FilesData)
 
 
 def tokens_of(source: AnySource) -> Estimate:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 COMPUTED = "computed from the config"
@@ -24,8 +24,7 @@ class Estimate:
 
     def through(self, function: Callable[[float], float], source: str = "") -> Estimate:
         """Return the estimate of a function of the number; the function may rise or fall with the number."""
-        low, value, high = map(function, self.numbers)
-        return Estimate(min(low, high), value, max(low, high), source or self.source)
+        return spanning([*map(function, self.numbers)], source or self.source)
 
     def times(self, factor: float) -> Estimate:
         """Return the estimate of a multiple."""
@@ -42,6 +41,11 @@ class Estimate:
 def exact(number: float, source: str = COMPUTED) -> Estimate:
     """Return a number that is known."""
     return Estimate(number, number, number, source)
+
+
+def spanning(cases: Sequence[float], source: str = COMPUTED) -> Estimate:
+    """Return the estimate of a number in three cases, of which the second is the expected one."""
+    return Estimate(min(cases), cases[1], max(cases), source)
 
 
 def combined(function: Callable[..., float], *estimates: Estimate, source: str = "") -> Estimate:

@@ -13,7 +13,7 @@ from osler.model.config import ModelConfig
 from osler.parallel.config import FsdpConfig
 from osler.plan.disk import checkpoint_bytes
 from osler.plan.estimate import Estimate, combined, exact, total
-from osler.plan.memory import MODES, Pass, measured_memory, memory_of, most_rows, state_bytes
+from osler.plan.memory import LOGIT_COPIES, MODES, Pass, logit_bytes, measured_memory, memory_of, most_rows, state_bytes
 from osler.plan.notes import notes_of
 from osler.plan.plan import Measured, Plan, Where
 from osler.plan.speed import Arithmetic, Pace, Stretch, flops_per_second
@@ -34,7 +34,6 @@ DECODING = {
     "cpu": Estimate(1.5, 3.0, 8.0, "assumed: 1.5 to 8 times its FLOPs at the rate of matrix products"),
 }  # fmt: skip
 CALLS_OF_LAYER = Estimate(5e-5, 2e-4, 5e-4)
-LOG_HEAD_COPIES = 4  # tensors of the size of a chunk's fp32 logits that log-probabilities take at once
 EXAM_QUESTIONS = 1000  # assumed of an exam without a limit
 
 
@@ -91,6 +90,12 @@ def plan_grpo(
     size = checkpoint_bytes(model, config.optim.type, "fp32")
     size += state_bytes(model, config.optim.type, "fp32")[0] if algorithm.beta > 0 else 0
     kept = min(config.checkpoint.keep_last, config.steps // config.checkpoint.every_steps or 1)
+    time = {
+        "start": measured.start_seconds or STARTS[where.device.kind],
+        "sampling": sampling.times(config.steps),
+        "learning": learning.times(config.steps),
+        **({"exams": (measured.evaluation_seconds or exam).times(exams)} if questions else {}),
+    }
     plan = Plan(
         name=name,
         kind=config.kind,
@@ -100,17 +105,15 @@ def plan_grpo(
         steps=exact(config.steps),
         flops=drawn.times(config.steps * algorithm.completions_per_step * flops),
         pace=pace,
-        time={
-            "start": measured.start_seconds or STARTS[where.device.kind],
-            "sampling": sampling.times(config.steps),
-            "learning": learning.times(config.steps),
-            **({"exams": (measured.evaluation_seconds or exam).times(exams)} if questions else {}),
-        },
+        time=time,
+        seconds=total(time.values()),
         memory=measured_memory({**memory_of(one, config.recompute), **beside}, measured.memory_bytes),
         rows=one.rows,
         seq_len=seq_len,
         recompute=config.recompute,
-        most_rows={mode: most_rows(one, mode, where.device.memory_bytes, beside) for mode in MODES},
+        most_rows={
+            mode: most_rows(one, mode, where.device.memory_bytes, beside=beside, measured=measured.memory_bytes) for mode in MODES
+        },
         disk={"checkpoints": Estimate(kept * size, (kept + 1) * size, (kept + 3) * size, "computed: as in training")},
         not_planned=("vLLM's servers and their GPUs",) if config.rollout.type == "server" else (),
     )
@@ -153,10 +156,9 @@ def sampler_memory(config: GrpoConfig, model: ModelConfig, one: Pass, where: Whe
     rows = min(config.rollout_rows, -(-config.algorithm.completions_per_step // where.gpus))
     cache = model.kv_cache_bytes(rows, one.seq_len, one.width)
     weights = state_bytes(model, config.optim.type, "fp32")[0]
-    logits = min(1 << 28, 4 * model.padded_vocab_size * one.tokens)
     return {
         "sampler": exact(model.num_parameters * one.width, "computed: the weights in the layout of decoding"),
         "cache": Estimate(0.5 * cache, cache, cache, "computed: keys and values of all rows that are drawn together"),
         **({"reference": exact(weights)} if config.algorithm.beta > 0 else {}),
-        "log-probabilities": Estimate(2 * logits, LOG_HEAD_COPIES * logits, 6 * logits, "assumed: 2 to 6 chunks of logits"),
+        "log-probabilities": LOGIT_COPIES.times(logit_bytes(model, one.tokens)),
     }

@@ -13,17 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from osler.model.config import ModelConfig, SparseAttentionConfig
 from osler.plan.estimate import Estimate, exact, total
-from osler.plan.speed import Arithmetic
+from osler.plan.speed import Arithmetic, Mode
 
-Mode = Literal["off", "selective", "full"]
 MODES: tuple[Mode, ...] = ("off", "selective", "full")
 MOST_ROWS = 4096
 INDEX_BYTES = 4  # the size of a chosen key's number
-UNTILED, TILED = (2048, 1 << 28), (4096, 400 << 20)  # the most tokens and bytes of a chunk of logits (ops/cross_entropy.py)
+# The most tokens and bytes of a chunk of logits, as ops/cross_entropy.py has them: uncompiled, and compiled on a CPU for a
+# vocabulary of at most ``TILE_WORDS`` and for a larger one; and the logits that an evaluation on a CPU computes at a time.
+UNTILED, WHOLE, TILED = (2048, 1 << 28), (1024, 400 << 20), (4096, 400 << 20)
+TILE_WORDS, CACHED_LOGITS = 12_800, 1 << 19
 COMPILED_AGAIN = {"selective": 0.5, "full": 2.0}  # layers that are whole at a time (by hand, two layers x 256 on a CPU)
 ATTENTION_PIECE = 128  # queries that are computed at a time on a CPU (ops/attention.py)
 EVALUATED_TOKENS = 16_384  # tokens of a forward pass in an evaluation (eval/likelihood.py)
@@ -34,8 +35,9 @@ CPU_COMPILED = Estimate(0.42e9, 0.46e9, 0.55e9, "measured: Python, torch with it
 CPU_LAYER = Estimate(0.005e9, 0.01e9, 0.02e9, CPU_COMPILED.source)
 GPU_GAPS = Estimate(0.02, 0.08, 0.20, "assumed: 2 to 20 % of what a step takes, as gaps between tensors and workspace")
 CPU_GAPS = Estimate(0.10, 0.32, 0.55, "measured: 10 to 55 % of what a step allocates, as gaps that the C library keeps")
-LOGIT_COPIES = 6  # tensors of the size of a chunk's fp32 logits that log-probabilities take at once
+LOGIT_COPIES = Estimate(4, 5, 6, "computed: 4 to 6 tensors of a chunk's fp32 logits, of this chunk and the last")
 KEPT_LOGITS = Estimate(0.8, 2.2, 3.8, "measured: freed logits of an evaluation that the C library keeps, 0.8 to 3.8 times all")
+KEPT_FROM_WORDS = 1 << 14  # in a vocabulary above this; measured: none kept with 16,384 words, 2.2 times all with 32,768
 LOOSE = {
     "activations": Estimate(0.9, 1.0, 1.15, "computed from the operators of a layer, give or take 15 %"),
     "loss head": Estimate(0.8, 1.0, 1.2, "computed: a chunk of logits, the head and its gradient, give or take 20 %"),
@@ -164,9 +166,8 @@ def head_bytes(one: Pass) -> tuple[float, float]:
     """Return the bytes of a chunk of logits, and those of the head's gradient and of its copy in the dtype of the features."""
     rows = one.model.padded_vocab_size
     rank = (one.model.embed_rank or one.model.hidden_size) if one.model.tie_embeddings else one.model.hidden_size
-    most_tokens, most_bytes = TILED if one.on_cpu and one.compiled else UNTILED
-    width = one.width if one.compiled else 4  # chunks of eager code are cut for fp32
-    chunk = min(one.tokens, max(64, min(most_tokens, most_bytes // (width * rows) // 64 * 64)))
+    most_tokens, most_bytes = (TILED if rows > TILE_WORDS else WHOLE) if one.on_cpu and one.compiled else UNTILED
+    chunk = min(one.tokens, max(64, min(most_tokens, most_bytes // (one.width * rows) // 64 * 64)))
     wide = 0 if one.on_cpu else 8  # a CPU widens few logits at a time
     return chunk * rows * (one.width + wide), rows * rank * (8 + one.width % 4) + 2 * one.tokens * rank * one.width
 
@@ -176,16 +177,24 @@ def evaluation_bytes(one: Pass) -> float:
     model, width = one.model, 4 if one.on_cpu else one.width
     tokens = max(EVALUATED_TOKENS, one.seq_len)
     feed_forward = 3 * model.hidden_size + 4 * model.intermediate_size
-    scores = 3 * model.num_heads * min(one.seq_len, ATTENTION_PIECE) if one.on_cpu else 0
+    scores = 3 * model.num_heads * keys_of(one.seq_len, one.on_cpu)
     attention = 3 * model.hidden_size + 3 * (model.query_size + 2 * model.kv_size) + scores
-    chunk = min(tokens, max(64, min(UNTILED[0], UNTILED[1] // (4 * model.padded_vocab_size))))
-    return max(tokens * max(feed_forward, attention) * width, LOGIT_COPIES * 4.0 * chunk * model.padded_vocab_size)
+    logits = LOGIT_COPIES.value * logit_bytes(model, tokens, cached=one.on_cpu)
+    return max(tokens * max(feed_forward, attention) * width, logits)
 
 
 def kept_logits(one: Pass) -> Estimate:
-    """Return what the C library keeps of the logits of an evaluation, whose freed chunks it does not use again."""
-    tokens = max(EVALUATED_TOKENS, one.seq_len)
-    return KEPT_LOGITS.times(4.0 * tokens * one.model.padded_vocab_size if one.evaluates and one.on_cpu else 0.0)
+    """Return what the C library keeps of the logits of an evaluation, whose freed chunks it uses again only if they are small."""
+    words = one.model.padded_vocab_size
+    keeps = one.evaluates and one.on_cpu and words > KEPT_FROM_WORDS
+    return KEPT_LOGITS.times(4.0 * max(EVALUATED_TOKENS, one.seq_len) * words if keeps else 0.0)
+
+
+def logit_bytes(model: ModelConfig, tokens: int, *, cached: bool = False) -> float:
+    """Return the bytes of a chunk of fp32 logits of log-probabilities; ``cached`` are the small chunks without a gradient."""
+    words = model.padded_vocab_size
+    chunk = CACHED_LOGITS // words if cached else min(UNTILED[0], UNTILED[1] // (4 * words) // 64 * 64)
+    return 4.0 * words * min(tokens, max(64, chunk))
 
 
 def memory_of(one: Pass, mode: Mode) -> dict[str, Estimate]:
@@ -207,7 +216,9 @@ def memory_of(one: Pass, mode: Mode) -> dict[str, Estimate]:
     }
     ending = {"gradients": gradients, "weight copies": copies / layers, "activations": kept / layers + recomputed}
     step = max(turning, ending, key=lambda parts: sum(parts.values()))
-    beyond = max(0.0, evaluation_bytes(one) - sum(step.values())) if one.evaluates else 0.0
+    # On a CPU the blocks of an evaluation are larger than what steps have freed, so they come on top.
+    there = 0.0 if one.on_cpu else sum(step.values())
+    beyond = max(0.0, evaluation_bytes(one) - there) if one.evaluates else 0.0
     churned = sum(turning.values()) + sum(activation_bytes(one, "off")) - kept - max(0.0, recomputed - logits)
     copied = weights + moments if one.copies else 0.0
     parts = {
@@ -215,7 +226,7 @@ def memory_of(one: Pass, mode: Mode) -> dict[str, Estimate]:
         "weights": exact(weights + gathered),
         "optimizer": exact(moments),
         **{name: LOOSE[name].times(number) if name in LOOSE else exact(number) for name, number in step.items()},
-        "evaluation": Estimate(0.8 * beyond, beyond, 1.3 * beyond, "computed: what an evaluation takes beyond a step"),
+        "evaluation": Estimate(0.75 * beyond, 0.95 * beyond, 1.6 * beyond, "computed: what an evaluation takes beyond a step"),
         "evaluation's gaps": kept_logits(one),
         "saving": exact(copied, "computed: the copy that a checkpoint is written from"),
         "teacher": exact(0.0 if one.teacher is None else one.teacher.num_parameters * one.width),
@@ -231,11 +242,25 @@ def process_bytes(one: Pass) -> Estimate:
     return total([CPU_COMPILED, CPU_LAYER.times(one.model.num_layers)]) if one.compiled else CPU_EAGER
 
 
-def most_rows(one: Pass, mode: Mode, limit: float, beside: Mapping[str, Estimate] | None = None) -> int:
-    """Return the most rows of a pass that surely fit into ``limit`` bytes with ``beside``, at most ``MOST_ROWS``; 0: not one."""
+def most_rows(
+    one: Pass, mode: Mode, limit: float, *, beside: Mapping[str, Estimate] | None = None, measured: Estimate | None = None
+) -> int:
+    """Return the most rows of a pass that surely fit into ``limit`` bytes with ``beside``, at most ``MOST_ROWS``; 0: not one.
+
+    Where a probe has ``measured`` the memory of ``one``, only what another pass takes more or less is computed.
+    """
+
+    def computed(rows: int, mode: Mode) -> float:
+        return total([*memory_of(replace(one, rows=rows), mode).values(), *(beside or {}).values()]).high
+
+    known = computed(one.rows, one.arithmetic.recompute)
 
     def fits(rows: int) -> bool:
-        return total([*memory_of(replace(one, rows=rows), mode).values(), *(beside or {}).values()]).high <= limit
+        need = computed(rows, mode)
+        if measured is not None:  # what is more grows as the measured pass does, but never less than computed
+            beyond = need - known
+            need = measured.high + max(beyond, beyond * measured.high / known)
+        return need <= limit
 
     low, high = 0, 1
     while high <= MOST_ROWS and fits(high):

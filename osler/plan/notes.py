@@ -124,5 +124,7 @@ def time_note(plan: Plan, seconds: Estimate, what: str) -> str:
         return text
     at_peak = seconds.high * where.device.flops * where.gpus / (plan.flops.value / plan.tokens.value)
     limit = f" Even at 100 % of the peak it would be {fmt.count(at_peak)}." if at_peak < plan.tokens.value else ""
-    change = "" if plan.kind == "grpo" else f" (total_tokens={round(fit.value, -6):.0f})"
+    if fit.value < plan.pace.stretches[0].step_tokens:
+        return f"{text} Not even one step does."
+    change = "" if plan.kind == "grpo" else f" (total_tokens={float(f'{fit.value:.2g}'):.0f})"
     return f"{text} About {fmt.count(fit.value)} do, {fmt.count(fit.low)} to {fmt.count(fit.high)}{change}.{limit}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from osler.config.devices import GIB, Device
+from osler.config.devices import Device
 from osler.plan.estimate import Estimate, combined, exact, total
 from osler.plan.speed import Pace
 
@@ -46,7 +46,6 @@ class Measured:
     memory_bytes: Estimate | None = None  # peak of the process, as ``perf/memory_peak_bytes`` counts it
     start_seconds: Estimate | None = None  # time before the first step, and what that step takes beyond the others
     evaluation_seconds: Estimate | None = None  # time of one evaluation
-    save_seconds: Estimate | None = None  # how long one checkpoint holds the run up
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,7 @@ class Plan:
     flops: Estimate
     pace: Pace
     time: Mapping[str, Estimate]  # seconds, by part
+    seconds: Estimate  # of all parts; a clock (max_minutes) makes one part shorter where another is longer
     memory: Mapping[str, Estimate]  # bytes of one process, by part
     rows: int  # rows of a forward pass
     seq_len: int
@@ -75,10 +75,6 @@ class Plan:
     def tokens_per_second(self) -> Estimate:
         """Tokens that are learned in a second of training."""
         return exact(self.tokens.value).over(self.pace.seconds(self.tokens.value), self.pace.stretches[0].seconds.source)
-
-    @property
-    def seconds(self) -> Estimate:
-        return total(self.time.values())
 
     @property
     def memory_bytes(self) -> Estimate:
@@ -99,7 +95,7 @@ class Plan:
     @property
     def fits(self) -> str:
         """Whether the memory suffices: yes, no, or unsure where it lies within the interval of the estimate."""
-        limit = self.where.device.memory_gib * GIB
+        limit = self.where.device.memory_bytes
         memory = self.memory_bytes
         return "yes" if memory.high <= limit else "no" if memory.low > limit else "unsure"
 

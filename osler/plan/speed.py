@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from osler.config.devices import Device
 from osler.plan.estimate import Estimate, combined, total
+
+Mode = Literal["off", "selective", "full"]  # how much of the activations is computed again
 
 MFU = Estimate(
     0.16, 0.40, 0.50,
@@ -37,7 +40,7 @@ class Arithmetic:
 
     precision: str  # bf16, fp32, pure-bf16 or fp8
     compiled: bool
-    recompute: str
+    recompute: Mode
 
     @property
     def width(self) -> int:
@@ -46,8 +49,12 @@ class Arithmetic:
 
 
 def flops_per_second(device: Device, arithmetic: Arithmetic, gpus: int, hidden_size: int) -> Estimate:
-    """Return the training FLOP/s of all GPUs together; the FLOPs of recomputation do not count."""
+    """Return the training FLOP/s of all GPUs together; the FLOPs of recomputation do not count.
+
+    Several processes on a CPU share its cores, so they have the speed of one.
+    """
     on_cpu = device.kind == "cpu"
+    gpus = 1 if on_cpu else gpus
     peak = gpus * (device.fp32_flops if arithmetic.precision == "fp32" else device.flops)
     share = (
         (CPU_SHARE.times(min(0.75, 0.25 + hidden_size / 1024)) if arithmetic.compiled else EAGER_CPU_SHARE)

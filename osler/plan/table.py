@@ -13,7 +13,7 @@ from operator import mul
 
 from osler.config.devices import devices, find_device
 from osler.plan.budget import DATA_RECIPE, decode_with, families, fitting
-from osler.plan.estimate import Estimate, combined, exact, total
+from osler.plan.estimate import Estimate, combined, exact
 from osler.plan.plan import HOUR, Where
 from osler.plan.words import money
 from osler.runtime import format as fmt
@@ -31,7 +31,7 @@ def cost_table(where: Where) -> list[Row]:
         plan = fitting(decode_with(DATA_RECIPE, [], name), where, name)
         cells = [NO_FIT] * len(BILLIONS)
         if plan is not None:
-            beside = total(part for part in plan.time.values()).value / plan.time["training"].value
+            beside = plan.seconds.value / plan.time["training"].value
             cells = []
             for billions in BILLIONS:
                 hours = plan.pace.seconds(billions * 1e9).times(beside / HOUR)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from operator import mul
 
 from osler.config.devices import Device
-from osler.data.curriculum import rows_per_micro_batch
+from osler.data.curriculum import check_shares, rows_per_micro_batch
 from osler.model.config import ModelConfig
 from osler.parallel.config import COMPILE_MIN_STEPS, DeepSpeedConfig, FsdpConfig
 from osler.plan.disk import checkpoint_bytes, disk_of
-from osler.plan.estimate import Estimate, combined, exact
+from osler.plan.estimate import Estimate, combined, exact, spanning
 from osler.plan.memory import MODES, Pass, measured_memory, memory_of, most_rows
 from osler.plan.notes import notes_of
 from osler.plan.plan import Measured, Plan, Where
@@ -46,20 +49,29 @@ def plan_training(
     arithmetic: Arithmetic | None = None,
     measured: Measured | None = None,
 ) -> Plan:
-    """Return the plan of a supervised run. ``model`` is the model of ``init_from``, ``teacher`` that of ``teacher.path``."""
+    """Return the plan of a supervised run. ``model`` is the model of ``init_from``, ``teacher`` that of ``teacher.path``.
+
+    Raises UserError for a batch that the processes cannot share.
+    """
     model, measured = model or config.model, measured or Measured()
     arithmetic = arithmetic or arithmetic_of(config, where.device)
+    check_shares(config.timeline, where.gpus)
     pace = pace_of(config, model, teacher, arithmetic, where, measured)
     start = measured.start_seconds or STARTS[where.device.kind]
-    tokens = exact(float(config.total_tokens))
-    if config.max_minutes is not None:
-        clock = PLANNED_SHARE * 60 * config.max_minutes
-        left = start.through(lambda seconds: max(0.0, clock - seconds))
-        one_step = pace.stretches[0].step_tokens  # a run makes one step, however late it begins
-        tokens = pace.tokens(left).through(lambda count: min(max(count, one_step), config.total_tokens))
-    training = pace.seconds(tokens.value)
-    if config.max_minutes is not None and tokens.low < config.total_tokens:
-        training = Estimate(min(training.low, left.low), min(training.value, left.value), left.high, "the clock (max_minutes)")
+    pauses = pauses_of(config, pace, measured)
+    size = checkpoint_bytes(model, config.optim.type, config.precision)
+    last = exact(size).over(DISK_SPEED, "assumed: all but the last are written while training goes on, at 0.1 to 2 GB/s")
+    counts: list[float] = []
+    cases: list[dict[str, float]] = []
+    for place in range(3):  # the fast case, the middle and the slow one
+        count = tokens_of_case(config, pace, start, pauses, place)
+        paused = {name: pause.times(count) * pause.seconds.numbers[place] for name, pause in pauses.items()}
+        training = pace.seconds(count).numbers[place]
+        cases.append({"start": start.numbers[place], "training": training, **paused, "checkpoints": last.numbers[place]})
+        counts.append(float(count))
+    tokens = spanning(counts)
+    sources = {"start": start.source, "checkpoints": last.source} | {name: pause.seconds.source for name, pause in pauses.items()}
+    sources["training"] = pace.stretches[0].seconds.source if tokens.low == config.total_tokens else "the clock (max_minutes)"
     one = widest_pass(config, model, arithmetic, where, teacher)
     plan = Plan(
         name=name,
@@ -70,12 +82,13 @@ def plan_training(
         steps=tokens.through(lambda count: config.timeline.steps_for(int(count))),
         flops=tokens.through(pace.flops),
         pace=pace,
-        time={"start": start, "training": training, **beside_training(config, model, pace, tokens, measured)},
+        time={name: spanning([case[name] for case in cases], sources[name]) for name in cases[0]},
+        seconds=spanning([sum(case.values()) for case in cases]),
         memory=measured_memory(memory_of(one, config.recompute), measured.memory_bytes),
         rows=one.rows,
         seq_len=one.seq_len,
         recompute=config.recompute,
-        most_rows={mode: most_rows(one, mode, where.device.memory_bytes) for mode in MODES},
+        most_rows={mode: most_rows(one, mode, where.device.memory_bytes, measured=measured.memory_bytes) for mode in MODES},
         disk=disk_of(config, model, tokens),
         not_planned=not_planned(config, teacher),
     )
@@ -99,27 +112,49 @@ def pace_of(
     return Pace(stretches)
 
 
-def beside_training(
-    config: TrainConfig, model: ModelConfig, pace: Pace, tokens: Estimate, measured: Measured
-) -> dict[str, Estimate]:
-    """Return the time of evaluations, exams and checkpoints."""
-    count = tokens.value
-    per_token = pace.seconds(count).times(1 / count)
-    times = {}
-    if evaluations := count // config.evaluation_tokens or 1:
-        sets = max(1, len(config.validation) or len(config.sources))
-        read = sets * config.evaluated_tokens(sets)
-        seconds = combined(lambda share, token: read * share * token, READING, per_token)
-        times["evaluations"] = (measured.evaluation_seconds or seconds).times(evaluations)
+@dataclass(frozen=True)
+class Pause:
+    """What interrupts training: how many tokens are learned until it comes again, and how long it takes."""
+
+    every_tokens: int
+    seconds: Estimate
+
+    def times(self, tokens: int) -> int:
+        """Return how often it comes in a run of so many tokens; the last time is at the end of the run."""
+        return -(-tokens // self.every_tokens)
+
+
+def pauses_of(config: TrainConfig, pace: Pace, measured: Measured) -> dict[str, Pause]:
+    """Return the evaluations and exams of a run."""
+    widest = pace.stretches[-1]
+    sets = max(1, len(config.validation) or len(config.sources))
+    reading = READING.times(sets * config.evaluated_tokens(sets) / widest.step_tokens)
+    seconds = measured.evaluation_seconds or combined(mul, reading, widest.seconds)
+    pauses = {"evaluations": Pause(config.evaluation_tokens, seconds)}
     if config.exam.every_tokens:
         exam = config.exam
         questions = sum(task.limit or 1000 for task in exam.tasks) if exam.tasks else exam.items * len(exam.splits)
-        times["exams"] = QUESTION_SECONDS.times(questions * (count // exam.every_tokens or 1))
-    size = checkpoint_bytes(model, config.optim.type, config.precision)
-    last = exact(size).over(DISK_SPEED, "assumed: all but the last are written while training goes on, at 0.1 to 2 GB/s")
-    saves = count // config.checkpoint.every_tokens or 1
-    times["checkpoints"] = last if measured.save_seconds is None else measured.save_seconds.times(saves)
-    return times
+        pauses["exams"] = Pause(exam.every_tokens, QUESTION_SECONDS.times(questions))
+    return pauses
+
+
+def tokens_of_case(config: TrainConfig, pace: Pace, start: Estimate, pauses: Mapping[str, Pause], place: int) -> int:
+    """Return the tokens that a run learns until its clock ends it, in the fast case (place 0), the middle or the slow one.
+
+    The clock runs from the start, and on through pauses. It ends the run after a step, and what comes at the end of a run comes
+    after the clock.
+    """
+    if config.max_minutes is None:
+        return config.total_tokens
+    clock = PLANNED_SHARE * 60 * config.max_minutes
+
+    def passed(tokens: int) -> float:
+        paused = sum((pause.times(tokens) - 1) * pause.seconds.numbers[place] for pause in pauses.values())
+        return start.numbers[place] + pace.seconds(tokens).numbers[place] + paused
+
+    one_step = pace.stretches[0].step_tokens  # a run makes one step, however late it begins
+    within = bisect_right(range(1, config.total_tokens), clock, key=passed)
+    return min(max(within + 1, one_step), config.total_tokens)
 
 
 def widest_pass(
@@ -128,7 +163,7 @@ def widest_pass(
     """Return the forward pass of one process that takes the most memory."""
     passes = []
     for span in config.timeline.spans:
-        share = -(-span.rows_per_batch // where.gpus)
+        share = span.rows_per_batch // where.gpus
         rows = rows_per_micro_batch(share, span.seq_len, config.micro_batch_tokens)
         passes.append((span.seq_len * rows, span.seq_len, rows, rows < share))
     _, seq_len, rows, accumulates = max(passes)

@@ -44,7 +44,7 @@ class Request:
     from_step: int | None = None
     eval_only: bool = False
     branch: str | None = None  # run folder or checkpoint of another run
-    at_end: Callable[[RunFolder], None] = lambda folder: None  # called with the run's folder when its process ends
+    at_end: Callable[[RunFolder], None] = lambda folder: None  # called with the run's folder when its process ends well
 
     @property
     def back_to(self) -> int | None:

@@ -46,8 +46,8 @@ def taken(
 ) -> Iterator[None]:
     """Create the folder if it does not exist, and lock it inside the context; all ranks call this, and rank 0 locks.
 
-    Rank 0 calls ``at_end`` with a folder that holds a run by then. A start that fails leaves no empty folder behind. Raises
-    UserError when another process is at work on the folder.
+    Rank 0 calls ``at_end`` with the folder, unless an error ended the work in it. A start that fails leaves no empty folder
+    behind. Raises UserError when another process is at work on the folder.
     """
     RunFolder.create(folder.root)
     with locked(folder.root) if world.is_first else nullcontext():
@@ -57,9 +57,8 @@ def taken(
             with suppress(OSError):  # a folder that holds something is worth keeping
                 folder.root.rmdir()
             raise
-        finally:
-            if world.is_first and folder.config.exists():
-                at_end(folder)
+        if world.is_first:
+            at_end(folder)
 
 
 def claim(folder: RunFolder, config: Any) -> None:

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable
 from typing import TypeVar
 
-from osler.records.jsonl import OUT_OF_MEMORY, EventLog, read_events
+from osler.records.jsonl import OUT_OF_MEMORY, EventLog, read_events, recorded_limits
 from osler.runs.process import Learner, Run
 from osler.runtime.device import is_out_of_memory
 from osler.runtime.errors import UserError
@@ -44,7 +44,7 @@ class MicroBatchLimit:
         self.limits: list[tuple[tuple[int, int], int]] = []  # the step and its update from which a limit holds, and its tokens
         self.made = Counter[Hashable]()  # steps that were made with each limit and shape
         if run is not None:
-            self.limits = self.world.broadcast_from_first(lambda: recorded_limits(run, tokens))
+            self.limits = self.world.broadcast_from_first(lambda: recorded_limits(read_events(run.folder.events), tokens))
 
     def tokens(self, update: int = 1) -> int | None:
         """Return the limit in an update (1, 2 ...) of the step that is made."""
@@ -118,16 +118,6 @@ class MicroBatchLimit:
             )
             error.exit_code = EXIT_LOST
             raise error
-
-
-def recorded_limits(run: Run, configured: int | None) -> list[tuple[tuple[int, int], int]]:
-    """Return the limits that earlier processes of a run found for this configured one: step and update, and the tokens."""
-    found = [event for event in read_events(run.folder.events) if event.name == OUT_OF_MEMORY]
-    return [
-        ((event.step, event.details.get("update", 1)), event.details["micro_batch_tokens"])  # older events name no update
-        for event in found
-        if event.details.get("configured") == configured
-    ]
 
 
 def words_of(error: BaseException) -> str:

@@ -19,8 +19,8 @@ from osler.data.config import (
     FilesData,
     PreparedData,
 )
-from osler.data.curriculum import rows_per_micro_batch
-from osler.data.loader import Loader, check_shares
+from osler.data.curriculum import check_shares, rows_per_micro_batch
+from osler.data.loader import Loader
 from osler.data.order import WINDOW_SHARDS
 from osler.data.packing import torn_lengths
 from osler.data.prepared import Prepared, tokenizer_of_shards

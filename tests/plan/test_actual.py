@@ -23,6 +23,7 @@ from osler.plan.probe import PASSES, evaluation_share, shortened, shortened_grpo
 from osler.records.jsonl import END, OUT_OF_MEMORY, START, Event, MetricsLine, read_events
 from osler.report.page import build_report
 from osler.rl.config import GrpoConfig
+from osler.runs.folder import read_config, taken
 from osler.runtime.errors import UserError
 from osler.runtime.files import RunFolder, read_json
 from osler.train.config import TrainConfig
@@ -56,9 +57,12 @@ def test_a_kept_plan_stays_and_one_is_made_where_none_is(runs, tmp_path) -> None
     run = RunFolder(tmp_path)
     for name in ("config.yaml", "metrics.jsonl", "model.json", "versions.json"):
         (tmp_path / name).write_bytes((runs.pretrain / name).read_bytes())
-    event = {"step": 3, "kind": "incident", "name": OUT_OF_MEMORY, "message": "less", "micro_batch_tokens": 64}
-    run.events.write_text(json.dumps(event) + "\n", encoding="utf-8")
-    assert planned(run).rows == 1, "the plan is of the micro-batch that the run has"
+    configured = read_config(run)["micro_batch_tokens"]
+    event = {"step": 3, "kind": "incident", "name": OUT_OF_MEMORY, "message": "less"}
+    limits = [(128, configured), (64, 999_936)]  # the second was found with another micro-batch, which is no longer there
+    found = [{**event, "micro_batch_tokens": tokens, "configured": of} for tokens, of in limits]
+    run.events.write_text("".join(json.dumps(event) + "\n" for event in found), encoding="utf-8")
+    assert planned(run).rows * planned(run).seq_len == 128, "the plan is of the micro-batch that the run has"
     assert compare(run) and not (tmp_path / PLAN).exists()
     keep_plan(run)
     kept = read_json(tmp_path / PLAN)
@@ -66,6 +70,21 @@ def test_a_kept_plan_stays_and_one_is_made_where_none_is(runs, tmp_path) -> None
     (tmp_path / PLAN).write_text(json.dumps(kept), encoding="utf-8")
     keep_plan(run)
     assert compare(run)[0].planned == Estimate(1.0, 2.0, 3.0, "another version of Osler")
+    (tmp_path / PLAN).write_text(json.dumps({**kept, "steps": kept["steps"] / 2}), encoding="utf-8")
+    assert compare(run)[0].planned.value == 4.0, "a clock let the run make twice the steps of its plan"
+    run.events.write_text(json.dumps({**found[0], "micro_batch_tokens": 64}) + "\n", encoding="utf-8")
+    keep_plan(run)
+    assert compare(run)[0].planned.value != 4.0, "the plan is of the passes that the run has"
+
+
+def test_an_error_ends_a_run_and_not_the_plan_that_it_would_keep(tmp_path) -> None:
+    kept = []
+    with taken(RunFolder(tmp_path / "good"), at_end=kept.append):
+        pass
+    with pytest.raises(ZeroDivisionError), taken(RunFolder(tmp_path / "bad"), at_end=kept.append):
+        (tmp_path / "bad" / "config.yaml").touch()
+        raise ZeroDivisionError
+    assert [folder.root.name for folder in kept] == ["good"]
 
 
 def test_the_time_of_a_run_is_that_of_its_processes_and_one_that_was_killed_ends_with_its_last_line() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,7 +14,7 @@ from osler.cli.show import decode_recipe
 from osler.config.devices import devices, find_device, peak_flops_of
 from osler.config.recipe import available_recipes, load_recipe
 from osler.config.schema import decode
-from osler.plan.estimate import Estimate, exact
+from osler.plan.estimate import Estimate, exact, total
 from osler.plan.plan import HOUR, Measured, Plan, Where
 from osler.plan.planner import plan_of
 from osler.runtime.errors import UserError
@@ -65,6 +66,95 @@ def test_a_clock_ends_the_run_and_decides_the_tokens() -> None:
     assert one.tokens_within(exact(HOUR)).value == pytest.approx(one.tokens.value, rel=0.1)
 
 
+def test_what_lies_within_the_clock_and_what_comes_after_it() -> None:
+    """The clock ends at 0.97 × 600 = 582 s: 60 to start, 100 steps of 2, an evaluation of 30, 100 steps, another, 31 steps."""
+    batch = 32_768
+    config = decode(TrainConfig, {**load_recipe("debug"), "max_minutes": 10, "eval_every_tokens": 100 * batch})
+    known = Measured(step_seconds={1: exact(2.0)}, start_seconds=exact(60.0), evaluation_seconds=exact(30.0))
+    one = plan_of(config, H100, measured=known)
+    assert one.tokens.value == pytest.approx(231 * batch, rel=1e-4)
+    assert one.time["training"].value == pytest.approx(462, rel=1e-4)
+    assert one.time["evaluations"].value == 3 * 30, "the last one comes after the clock"
+    assert one.seconds.value == pytest.approx(582 + 30 + one.time["checkpoints"].value, rel=1e-4)
+
+    late = plan_of(config, H100, measured=replace(known, start_seconds=Estimate(30, 60, 300, "measured")))
+    assert late.tokens.low == pytest.approx(126 * batch, rel=1e-4), "582 - 300 - 30 = 252 s of training"
+    assert late.tokens.high == pytest.approx(246 * batch, rel=1e-4)
+    for place in (0, 2):  # a late start makes the run shorter, not its time longer
+        assert late.seconds.numbers[place] == pytest.approx(612 + late.time["checkpoints"].numbers[place], rel=0.001)
+
+
+def test_a_run_that_ends_before_its_clock_takes_the_time_of_its_parts() -> None:
+    config = decode(TrainConfig, {**load_recipe("debug"), "compile": "always"})
+    one, timed = (plan_of(each, H100) for each in (config, replace(config, max_minutes=1e6)))
+    assert timed.tokens == one.tokens == exact(10e6) and timed.time == one.time
+    assert one.seconds.numbers == pytest.approx(total(one.time.values()).numbers)
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused_in_the_words_of_training() -> None:
+    from osler.train.setup import check_processes
+
+    config = decode(TrainConfig, {**load_recipe("debug"), "parallel": {"type": "ddp"}})
+    told = []
+    for refuse in (lambda: plan_of(config, Where(find_device("h100"), gpus=7)), lambda: check_processes(config, 7)):
+        with pytest.raises(UserError, match="cannot be shared equally by 7 ranks") as error:
+            refuse()
+        told.append(str(error.value))
+    assert told[0] == told[1]
+
+
+@pytest.mark.parametrize(
+    ("data", "bytes_of_token"),
+    [
+        ({"type": "files", "path": "FILE"}, 2),
+        ({"type": "turns", "path": "FILE"}, 3),  # with a loss mask
+        ({"type": "hub", "name": "pubmed", "path": "FILE"}, 2),
+        ({"type": "hub", "name": "synth", "path": "FILE"}, 3),
+    ],
+)
+def test_only_questions_with_answers_have_a_loss_mask_on_the_disk(data, bytes_of_token, tmp_path) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_bytes(b"x" * 4500)
+    config = decode(TrainConfig, {**load_recipe("debug"), "data": {**data, "path": str(file)}})
+    assert config.model.vocab_size < 2**16 and plan_of(config, H100).disk["data"].value == 1000 * bytes_of_token
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "told"),
+    [
+        ("debug", {"gpu": "cpu", "gpus": 4}, "--gpus 4 counts GPUs, and .* are none"),
+        ("debug", {"gpu": "h100", "as_table": "csv"}, "--as csv is the form of a table"),
+        ("debug", {"table": "cost"}, "leave the recipe and its changes out"),
+        (None, {"table": "tokens", "gpu": "h100", "price": 2.0}, "--table tokens does not depend on --gpu and --price"),
+    ],
+)
+def test_options_that_would_change_nothing_are_refused(recipe, options, told) -> None:
+    with pytest.raises(UserError, match=told):
+        plan(recipe, [], **options)
+
+
+def test_processes_on_a_cpu_share_its_cores() -> None:
+    config = decode(TrainConfig, {**load_recipe("debug"), "parallel": {"type": "ddp"}, "compile": "always"})
+    one, two = (plan_of(config, Where(find_device("cpu"), gpus=count)) for count in (1, 2))
+    assert one.tokens_per_second == two.tokens_per_second
+
+
+@pytest.mark.parametrize(
+    ("hours", "told"), [(1e-6, "Not even one step does."), (0.05, "(total_tokens="), (1.0, "(total_tokens=")]
+)
+def test_no_run_without_a_token_is_advised(hours, told) -> None:
+    text = " ".join(plan("debug", ["total_tokens=100000000000"], gpu="t4", hours=hours).split())
+    assert told in text and "total_tokens=0" not in text
+
+
+@pytest.mark.parametrize(
+    "options", [{"hours": -1.0}, {"hours": math.nan}, {"budget": 0.0}, {"budget": math.inf}, {"gpus": 0}, {"price": math.nan}]
+)
+def test_numbers_that_are_none_are_refused(options) -> None:
+    with pytest.raises(UserError, match=r"--\w+ \S+ must be a number above 0"):
+        plan("debug", [], gpu="h100", **options)
+
+
 @pytest.mark.parametrize(
     ("recipe", "overrides", "told"),
     [
@@ -113,6 +203,11 @@ def test_devices_are_found_by_name_driver_or_file(tmp_path) -> None:
         find_device(str(own))
     with pytest.raises(UserError, match="cannot be read"):
         find_device(str(tmp_path / "none.yaml"))
+
+
+@pytest.mark.parametrize(("name", "gib_of_the_name"), [("h100", 80), ("a100", 80), ("h200", 141), ("gh200", 96), ("rtx4090", 24)])
+def test_a_card_has_the_memory_that_a_program_finds(name, gib_of_the_name) -> None:
+    assert 0.97 * gib_of_the_name < find_device(name).memory_gib < 0.995 * gib_of_the_name
 
 
 def test_every_device_of_the_table_plans_and_prices_have_a_day() -> None:
