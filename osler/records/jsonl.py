@@ -221,7 +221,7 @@ def read_events(path: str | Path) -> list[Event]:
 
 
 def recorded_limits(events: Sequence[Event], configured: int | None) -> list[tuple[tuple[int, int], int]]:
-    """Return the limits of a pass that a run found with this configured one: step and update from which it holds, and its tokens."""
+    """Return the limits of a pass that a run found with this configured one: step and update from which, and its tokens."""
     found = [event for event in events if event.name == OUT_OF_MEMORY and event.details.get("configured") == configured]
     return [
         ((event.step, event.details.get("update", 1)), event.details["micro_batch_tokens"])  # older events name no update
