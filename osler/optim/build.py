@@ -39,6 +39,14 @@ def grouped(
     return groups
 
 
+def with_own_rate(groups: list[dict[str, Any]], parameter: Any, lr: float) -> list[dict[str, Any]]:
+    """Return the groups with a parameter taken out of its group, as a group of its own with another peak learning rate."""
+    others = [group | {"params": [each for each in group["params"] if each is not parameter]} for group in groups]
+    (of_it,) = [group for group in groups if any(each is parameter for each in group["params"])]
+    own = of_it | {"name": "input embedding", "params": [parameter], "lr": lr, "base_lr": lr}
+    return [*(group for group in others if group["params"]), own]
+
+
 def build_adamw(model: nn.Module, config: AdamWConfig, seed: int, _: dist.ProcessGroup | None) -> torch.optim.Optimizer:
     """Build fused AdamW, or the AdamW that rounds stochastically if weights are in bf16. Ranks share no work of either."""
     embedding_lr = config.lr if config.embedding_lr is None else config.embedding_lr
@@ -56,6 +64,8 @@ def build_muon(model: nn.Module, config: MuonConfig, _: int, process_group: dist
     adamw = {"lr": config.adamw_lr, "weight_decay": 0.0, "betas": (config.beta1, config.beta2), "eps": config.eps}
     matrices = {name: getattr(config, name) for name in ("lr", "weight_decay", "momentum", "newton_schulz_steps")}
     groups = grouped(model, matrices, adamw, adamw)
+    if config.input_embedding_lr is not None:
+        groups = with_own_rate(groups, model.get_submodule("embed_tokens").weight, config.input_embedding_lr)
     return Muon(groups, dtype=getattr(model, "compute_dtype", torch.float32), process_group=process_group)
 
 

@@ -94,6 +94,28 @@ def test_a_recipe_without_a_type_means_adamw_and_a_type_replaces_it() -> None:
     assert decode(GrpoConfig, {**grpo, "optim": {"type": "muon", "lr": 0.5}}).optim == MuonConfig(lr=0.5)
 
 
+@pytest.mark.parametrize(("tied", "groups"), [
+    (False, {"matrices": 0.02, "embeddings": 0.0025, "vectors": 0.0025, "input embedding": 0.05}),
+    (True, {"matrices": 0.02, "vectors": 0.0025, "input embedding": 0.05}),
+])  # fmt: skip
+def test_the_input_embedding_may_have_a_rate_of_its_own(tied: bool, groups: dict[str, float]) -> None:
+    model = Transformer(ModelConfig(norm_weight=True, tie_embeddings=tied, head_init="normal"))
+    config = MuonConfig(input_embedding_lr=0.05)
+    optimizer = build_optimizer(model, config)
+    found = {str(group["name"]): group for group in optimizer.param_groups}
+    assert {name: group["base_lr"] for name, group in found.items()} == groups
+    assert [*map(id, found["input embedding"]["params"])] == [id(model.embed_tokens.weight)]
+    assert sum(len(group["params"]) for group in found.values()) == len(list(model.parameters()))
+    set_hyperparameters(optimizer, config, 0.5, 0, 1000)
+    assert found["input embedding"]["lr"] == 0.025
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    model.init_weights(0)
+    before = model.embed_tokens.weight.detach().clone()
+    optimizer.step()
+    torch.testing.assert_close(model.embed_tokens.weight, before - 0.025)  # AdamW's first step has the size of the rate
+
+
 def test_groups_first_match_wins() -> None:
     for name in ("layers.3.input_layernorm", "layers.3.self_attn.q_norm", "norm"):
         assert group_of(f"{name}.weight") == "vectors"
