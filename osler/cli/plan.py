@@ -108,7 +108,7 @@ def plan(recipe: str | None, overrides: Sequence[str], **options: Any) -> str:
                     raise
                 why = f"a probe of this stage, so that its numbers are assumptions: {error}"
                 one = replace(one, not_planned=(*one.not_planned, why))
-        notes = [time_note(one, exact(hours * HOUR), f"{hours:g} hours")] if hours else []
+        notes = [time_note(one, exact(hours * HOUR), f"{hours:g} hour{'' if hours == 1 else 's'}")] if hours else []
         notes += [time_note(one, seconds_for(budget, where), money(budget))] if budget else []
         texts.append(words_of(replace(one, notes=(*notes, *one.notes))) + beside)
     if budget is not None and load_recipe(recipe, overrides).get("kind") == "pretrain":

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from osler.config.recipe import load_yaml
 from osler.config.schema import PositiveFloat, config, decode, nearest
 from osler.runtime.errors import UserError
+from osler.runtime.format import plural
 from osler.runtime.machine import gpu_names, memory_limit_bytes, processor, usable_cores
 
 DEVICES = Path(__file__).with_name("devices.yaml")
@@ -121,7 +122,7 @@ def this_machine() -> Device:
     gflops = AMX_GFLOPS_OF_CORE if bf16 else fp32
     memory = memory_limit_bytes()
     return Device(
-        title=f"{cores} cores of {name}",
+        title=f"{plural(cores, 'core')} of {name}",
         kind="cpu",
         tflops=cores * gflops / 1000,
         fp32_tflops=cores * fp32 / 1000,

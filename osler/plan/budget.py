@@ -65,7 +65,10 @@ def offers(recipe: str, overrides: Sequence[str], where: Where, usd: float, fit:
         plan = fitting(config, where, family)
         if plan is None:
             continue
-        tokens = plan.tokens_within(seconds)
+        tokens, one_step = plan.tokens_within(seconds), plan.pace.stretches[0].step_tokens
+        if tokens.value < one_step:
+            continue
+        tokens = replace(tokens, low=max(tokens.low, float(one_step)))
         size = counted_parameters(config.model)
         expected = None
         if fit is not None:  # fewer tokens, more bits per byte
@@ -73,7 +76,9 @@ def offers(recipe: str, overrides: Sequence[str], where: Where, usd: float, fit:
             expected = Estimate(at[2].low, at[1].value, at[0].high, at[1].source)
         found.append(Offer(family, config.model, plan, tokens, expected, 1.0 if fit is None else fit.beyond(size, tokens.value)))
     if not found:
-        raise UserError(f"No model family surely fits into {where.device.title} with the rows of {recipe}.")
+        raise UserError(
+            f"No model family surely fits into {where.device.title} with the rows of {recipe} and makes a step for {money(usd)}."
+        )
     return found
 
 

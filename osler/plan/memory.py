@@ -11,6 +11,7 @@ must fit.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -36,8 +37,8 @@ CPU_LAYER = Estimate(0.005e9, 0.01e9, 0.02e9, CPU_COMPILED.source)
 GPU_GAPS = Estimate(0.02, 0.08, 0.20, "assumed: 2 to 20 % of what a step takes, as gaps between tensors and workspace")
 CPU_GAPS = Estimate(0.10, 0.32, 0.55, "measured: 10 to 55 % of what a step allocates, as gaps that the C library keeps")
 LOGIT_COPIES = Estimate(4, 5, 6, "computed: 4 to 6 tensors of a chunk's fp32 logits, of this chunk and the last")
-KEPT_LOGITS = Estimate(0.8, 2.2, 3.8, "measured: freed logits of an evaluation that the C library keeps, 0.8 to 3.8 times all")
-KEPT_FROM_WORDS = 1 << 14  # in a vocabulary above this; measured: none kept with 16,384 words, 2.2 times all with 32,768
+KEPT_LOGITS = Estimate(0.0, 0.9, 2.4, "measured: freed logits of an evaluation that the C library keeps, 0 to 1.7 times all")
+KEPT_FROM_WORDS = 24_576  # in a vocabulary above this; measured: none with 24,576 words, 0 to 0.6 times all with 32,768
 LOOSE = {
     "activations": Estimate(0.9, 1.0, 1.15, "computed from the operators of a layer, give or take 15 %"),
     "loss head": Estimate(0.8, 1.0, 1.2, "computed: a chunk of logits, the head and its gradient, give or take 20 %"),
@@ -262,13 +263,7 @@ def most_rows(
             need = measured.high + max(beyond, beyond * measured.high / known)
         return need <= limit
 
-    low, high = 0, 1
-    while high <= MOST_ROWS and fits(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    return bisect_left(range(1, MOST_ROWS + 1), True, key=lambda rows: not fits(rows))
 
 
 def measured_memory(parts: Mapping[str, Estimate], measured: Estimate | None) -> dict[str, Estimate]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from operator import mul
 
 from osler.config.devices import Device
-from osler.data.curriculum import check_shares, rows_per_micro_batch
+from osler.data.curriculum import rows_per_micro_batch
 from osler.model.config import ModelConfig
 from osler.parallel.config import COMPILE_MIN_STEPS, DeepSpeedConfig, FsdpConfig
 from osler.plan.disk import checkpoint_bytes, disk_of
@@ -51,11 +51,11 @@ def plan_training(
 ) -> Plan:
     """Return the plan of a supervised run. ``model`` is the model of ``init_from``, ``teacher`` that of ``teacher.path``.
 
-    Raises UserError for a batch that the processes cannot share.
+    Raises UserError for processes that cannot train together.
     """
     model, measured = model or config.model, measured or Measured()
     arithmetic = arithmetic or arithmetic_of(config, where.device)
-    check_shares(config.timeline, where.gpus)
+    config.check_processes(where.gpus)
     pace = pace_of(config, model, teacher, arithmetic, where, measured)
     start = measured.start_seconds or STARTS[where.device.kind]
     pauses = pauses_of(config, pace, measured)

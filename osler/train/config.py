@@ -23,7 +23,7 @@ from osler.data.config import (
     sources_of,
     wrong_weights,
 )
-from osler.data.curriculum import Timeline, lay_out, rows_per_micro_batch
+from osler.data.curriculum import Timeline, check_shares, lay_out, rows_per_micro_batch
 from osler.model.config import ContextConfig, ModelConfig, SparseAttentionConfig
 from osler.optim.schedule import LinearConfig, ScheduleConfig, warmup_of
 from osler.parallel.config import COMPILE_MIN_STEPS, NoParallelConfig, ParallelConfig
@@ -274,6 +274,17 @@ class TrainConfig(RunConfig):
                 f"seq_len {self.seq_len} is longer than the {model.max_seq_len} tokens (max_seq_len) that the model to start "
                 f"from reads: context.max_seq_len={self.seq_len} extends it in a new run with init_from."
             )
+
+    def check_processes(self, processes: int) -> None:
+        """Raise UserError if this number of processes cannot share the batches, or cuts up parameters that are needed whole."""
+        strategy = self.parallel.type
+        optimizer = "pure-bf16" if self.precision == "pure-bf16" else self.optim.type
+        if processes > 1 and (strategy, optimizer) in (("fsdp", "pure-bf16"), ("deepspeed", "pure-bf16"), ("deepspeed", "muon")):
+            name = "precision=pure-bf16" if optimizer == "pure-bf16" else f"optim.type={optimizer}"
+            raise UserError(
+                f"{name} does not work with parallel.type={strategy}, which cuts parameters up: use parallel.type=ddp."
+            )
+        check_shares(self.timeline, processes)
 
     def _with_attention(self, start: ModelConfig) -> ModelConfig:
         """Return the model of a run that begins with the weights of ``start``, with sparse attention if it is given here."""

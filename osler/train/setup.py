@@ -19,7 +19,7 @@ from osler.data.config import (
     FilesData,
     PreparedData,
 )
-from osler.data.curriculum import check_shares, rows_per_micro_batch
+from osler.data.curriculum import rows_per_micro_batch
 from osler.data.loader import Loader
 from osler.data.order import WINDOW_SHARDS
 from osler.data.packing import torn_lengths
@@ -208,13 +208,7 @@ def make_model(
 def check_processes(config: TrainConfig, processes: int) -> None:
     """Raise UserError for a config that this number of processes cannot train together."""
     check_strategy(config.parallel, processes)
-    strategy = config.parallel.type
-    optimizer = "pure-bf16" if config.precision == "pure-bf16" else config.optim.type
-    # These optimizers need whole parameters.
-    if processes > 1 and (strategy, optimizer) in (("fsdp", "pure-bf16"), ("deepspeed", "pure-bf16"), ("deepspeed", "muon")):
-        name = "precision=pure-bf16" if optimizer == "pure-bf16" else f"optim.type={optimizer}"
-        raise UserError(f"{name} does not work with parallel.type={strategy}, which cuts parameters up: use parallel.type=ddp.")
-    check_shares(config.timeline, processes)
+    config.check_processes(processes)
 
 
 def pass_tokens(config: TrainConfig, processes: int) -> list[int]:

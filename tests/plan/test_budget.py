@@ -134,6 +134,8 @@ def test_parameters_of_the_fit_are_those_that_flops_are_counted_of() -> None:
 def test_money_needs_a_price() -> None:
     with pytest.raises(UserError, match="price of L4 is not known: give --price"):
         plan(None, [], gpu="l4", budget=20.0)
+    with pytest.raises(UserError, match=r"makes a step for \$0.01"):
+        plan(None, [], gpu="h100", budget=0.01)
     with pytest.raises(UserError, match="give one of them"):
         plan("debug", [], budget=20.0, hours=2.0)
 

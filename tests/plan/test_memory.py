@@ -13,7 +13,7 @@ from osler.config.schema import decode
 from osler.model.config import ModelConfig, SparseAttentionConfig
 from osler.plan import memory
 from osler.plan.estimate import exact, total
-from osler.plan.memory import MODES, Pass, mask_bytes, memory_of, most_rows, parameters_of, state_bytes
+from osler.plan.memory import MODES, MOST_ROWS, Pass, mask_bytes, memory_of, most_rows, parameters_of, state_bytes
 from osler.plan.speed import Arithmetic
 
 MEASURED = Path(__file__).parents[2] / "benchmarks" / "results" / "bench_recompute.json"
@@ -73,6 +73,7 @@ def test_more_recomputation_takes_less_and_allows_more_rows() -> None:
     rows = [most_rows(one, mode, limit) for mode in MODES]
     assert sizes == sorted(sizes, reverse=True) and rows == sorted(rows) and rows[0] > 0
     for mode, most in zip(MODES, rows, strict=True):
+        assert most_rows(one, mode, 1e15) == MOST_ROWS
         fits, one_more = (total(memory_of(replace(one, rows=count), mode).values()).high for count in (most, most + 1))
         assert fits <= limit < one_more
 
@@ -97,10 +98,10 @@ def test_an_evaluation_on_a_cpu_comes_on_top_of_a_step() -> None:
 
 
 def test_the_logits_of_a_large_vocabulary_stay_behind() -> None:
-    """In a fresh process an evaluation took 7.5 GB more with 50,304 words than with 8,192."""
+    """In a fresh process an evaluation took 5.6 GB more with 50,304 words than with 24,576."""
     one = Pass(model_of("text-10min"), 16, 256, COMPILED, on_cpu=True, evaluates=True)
     kept = memory_of(replace(one, model=replace(one.model, vocab_size=50_304)), "off")["evaluation's gaps"]
-    assert kept.value == pytest.approx(7.5e9, rel=0.1) and "evaluation's gaps" not in memory_of(one, "off")
+    assert kept.value < 5.6e9 < kept.high and "evaluation's gaps" not in memory_of(one, "off")
 
 
 def test_chunks_of_logits_are_those_of_the_loss() -> None:

@@ -91,13 +91,20 @@ def test_a_run_that_ends_before_its_clock_takes_the_time_of_its_parts() -> None:
     assert one.seconds.numbers == pytest.approx(total(one.time.values()).numbers)
 
 
-def test_a_batch_that_the_processes_cannot_share_is_refused_in_the_words_of_training() -> None:
+@pytest.mark.parametrize(
+    ("changes", "gpus", "why"),
+    [
+        ({"parallel": {"type": "ddp"}}, 7, "cannot be shared equally by 7 ranks"),
+        ({"parallel": {"type": "fsdp"}, "precision": "pure-bf16"}, 2, "pure-bf16 does not work with parallel.type=fsdp"),
+    ],
+)
+def test_processes_that_cannot_train_together_are_refused_in_the_words_of_training(changes, gpus, why) -> None:
     from osler.train.setup import check_processes
 
-    config = decode(TrainConfig, {**load_recipe("debug"), "parallel": {"type": "ddp"}})
+    config = decode(TrainConfig, {**load_recipe("debug"), **changes})
     told = []
-    for refuse in (lambda: plan_of(config, Where(find_device("h100"), gpus=7)), lambda: check_processes(config, 7)):
-        with pytest.raises(UserError, match="cannot be shared equally by 7 ranks") as error:
+    for refuse in (lambda: plan_of(config, Where(find_device("h100"), gpus=gpus)), lambda: check_processes(config, gpus)):
+        with pytest.raises(UserError, match=why) as error:
             refuse()
         told.append(str(error.value))
     assert told[0] == told[1]
