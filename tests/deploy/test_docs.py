@@ -100,9 +100,10 @@ def test_the_arithmetic_of_what_cannot_be_is_that_of_the_recipes():
 
 
 def test_the_page_tells_the_exit_codes_that_the_manifests_act_on(capsys):
-    assert main(["deploy", "render", "debug", "--target", "k8s-job"]) == 0
-    job = list(yaml.safe_load_all(capsys.readouterr().out))[-1]
-    codes = {code for rule in job["spec"]["podFailurePolicy"]["rules"] for code in rule.get("onExitCodes", {}).get("values", ())}
+    assert main(["deploy", "render", "debug", "parallel.type=ddp", "--target", "jobset", "--machines", "2"]) == 0
+    (job,) = list(yaml.safe_load_all(capsys.readouterr().out))[-1]["spec"]["replicatedJobs"]
+    rules = job["template"]["spec"]["podFailurePolicy"]["rules"]
+    codes = {code for rule in rules for code in rule.get("onExitCodes", {}).get("values", ())}
     assert codes == {2, 75, 130} and all(re.search(rf"^\|.*\| {code}[ :,|]", PAGE, re.MULTILINE) for code in codes), json.dumps(
         list(codes)
     )
