@@ -5,7 +5,8 @@
 Requests are texts of 8 to 152 random tokens, and stream 8 to 144 new ones at temperature 1, without an end. The contestants take
 turns, each with a fresh server: "osler" is ``osler serve`` asked by all clients at once, and "one at a time" is the same server
 asked by one client. "transformers serve" is the command of that name with the folder that ``osler export --to hf`` writes of the
-model; it answers one request at a time, and several with ``--continuous-batching``. All but "osler" get a quarter of requests.
+model; it answers one request at a time, and several with ``--continuous-batching``. Who answers one at a time gets a quarter of
+the requests.
 The clients are one process on the same cores, with a socket for each request. A request is lost when its stream does not end
 with all tokens. Times are those of a client: to its first token, and between its tokens on average; memory is that of the server
 after all requests. Numbers are medians over rounds, ratios are taken round by round.
@@ -147,7 +148,7 @@ def measure(
     """Measure one contestant with a fresh server."""
     server, port = started(command, options.threads, log)
     try:
-        own = bodies if contestant == "osler" else bodies[: max(len(bodies) // 4, 2)]
+        own = bodies[: max(len(bodies) // 4, 2)] if contestant in ("one at a time", "transformers serve") else bodies
         clients = 1 if contestant == "one at a time" else options.clients
         asyncio.run(load(port, own[:2], 1))  # it warms up
         result = asyncio.run(load(port, own, clients))
