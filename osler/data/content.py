@@ -14,7 +14,7 @@ from osler.data.shards import FORMAT_VERSION, SPLITS, TOKENIZER, VALIDATION_PREF
 from osler.data.tokenise import PartEnd, Task
 from osler.data.workers import process_count, tokenise
 from osler.data.writing import read_journal
-from osler.files.parts import MIN_PARTS, PART_BYTES, Parts
+from osler.files.parts import PART_BYTES, Parts
 from osler.runtime.errors import UserError
 from osler.tokenizer.bpe import Tokenizer
 
@@ -39,7 +39,6 @@ def manifest_of(
     corpora: Mapping[str, Corpus], validation: Mapping[str, Corpus], weights: Sequence[float], tokenizer: Tokenizer
 ) -> dict[str, Any]:
     """Return the manifest of what is to be prepared."""
-    cut = {"min_parts": MIN_PARTS}
     return {
         "format_version": FORMAT_VERSION,
         "complete": False,
@@ -47,14 +46,16 @@ def manifest_of(
         "eos_id": tokenizer.eos_id,
         "vocab_size": tokenizer.vocab_size,
         "sources": {
-            name: {"weight": weight, "content": _content(corpus), "splits": {}, "about": dict(corpus.about), **cut}
-            for (name, corpus), weight in zip(corpora.items(), weights, strict=True)
+            name: {"weight": weight, **_entry(corpus)} for (name, corpus), weight in zip(corpora.items(), weights, strict=True)
         },
-        "validation": {
-            name: {"content": _content(corpus), "splits": {}, "about": dict(corpus.about), **cut}
-            for name, corpus in validation.items()
-        },
+        "validation": {name: _entry(corpus) for name, corpus in validation.items()},
     }
+
+
+def _entry(corpus: Corpus) -> dict[str, Any]:
+    """Return what the manifest says of a corpus that is to be prepared."""
+    min_parts = corpus.parts.min_parts if isinstance(corpus.parts, Parts) else 1
+    return {"content": _content(corpus), "splits": {}, "about": dict(corpus.about), "min_parts": min_parts}
 
 
 def _content(corpus: Corpus) -> dict[str, Any]:
@@ -99,7 +100,7 @@ def _as_cut(corpus: Corpus, entry: Mapping[str, Any]) -> Corpus:
         corpus = replace(corpus, validation=_as_cut(corpus.validation, entry))
     if not isinstance(corpus.parts, Parts):
         return corpus
-    return replace(corpus, parts=Parts(corpus.files, min(corpus.parts.min_parts, entry.get("min_parts", 1))))
+    return replace(corpus, parts=Parts(corpus.files, entry.get("min_parts", 1)))
 
 
 def difference_of(

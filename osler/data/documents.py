@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import BufferedReader
 from itertools import repeat
 from typing import Any
@@ -113,6 +113,11 @@ class Corpus:
     def kept(self, number: int) -> Iterator[Document]:
         """Yield the documents of part `number` that are not left out, copies included."""
         return (document for document, _, look in self.judged(self.parts[number]) if not look.reason)
+
+
+def undealt(corpus: Corpus) -> Corpus:
+    """Return the corpus with a part for each range of its files."""
+    return replace(corpus, parts=Parts(corpus.parts.files, min_parts=1)) if isinstance(corpus.parts, Parts) else corpus
 
 
 @dataclass(frozen=True)

@@ -260,7 +260,7 @@ def open_hub(data: HubData, key: str) -> Corpus:
     commit, files = named_files(data, key)
     source = SOURCES[data.name]
     subset, split = data.subset or source.subsets[0], data.split or source.splits[0]
-    # A file of the hub would be fetched again for each part of it, so none is dealt out.
+    # A file of the hub would be fetched again for each part, so none is dealt out, nor a local copy, which gives the same shards.
     parts: Parts | list[Part] = [Part(file) for file in files] if source.reads_whole_files else Parts(files, min_parts=1)
     options = {"name": data.name, "subset": subset, "split": split, "reasoning": data.reasoning, "commit": commit}
     if data.fold != "all":

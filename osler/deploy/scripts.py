@@ -38,14 +38,15 @@ def repeated(workload: Workload, meeting: Meeting) -> list[str]:
     *preparation, command = script(workload, meeting)
     return [
         *preparation,
-        """trap 'kill -TERM "$pid"' TERM""",
+        """trap 'stopped=1; kill -TERM "$pid" 2> /dev/null' TERM INT""",
         f"for loss in $(seq 0 {MOST_LOSSES}); do",
         f"  {command} &",
         "  pid=$!",
         '  wait "$pid"; code=$?',
         '  while kill -0 "$pid" 2> /dev/null; do wait "$pid"; code=$?; done',
         f'  if [ "$code" != {EXIT_LOST} ]; then break; fi',
-        "  sleep 30",
+        '  sleep 30 & pid=$!; wait "$pid"',
+        '  if [ "$stopped" = 1 ]; then break; fi',
         "done",
         'exit "$code"',
     ]

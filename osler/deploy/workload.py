@@ -15,7 +15,8 @@ from osler.runtime.errors import UserError
 VOLUME = "/osler"  # where containers find the volume; relative paths of a recipe begin here
 RECIPE_FOLDER = "/etc/osler"  # where containers find the recipe
 SHUTDOWN_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # seconds that torchrun's processes have after a signal
-MOST_LOSSES = 20  # how often a machine that lost the others is started again before that counts as a failure
+# How often a machine that lost the others is started again before that counts as a failure; Slurm counts all starts.
+MOST_LOSSES = 20
 PORT = 29500  # where the machines of a run meet
 TRAINING = ("pretrain", "sft", "grpo")
 MAX_NAME_CHARS = 40  # JobSet makes a pod's name longer, and that may have 63

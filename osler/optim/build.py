@@ -64,8 +64,9 @@ def build_muon(model: nn.Module, config: MuonConfig, _: int, process_group: dist
     adamw = {"lr": config.adamw_lr, "weight_decay": 0.0, "betas": (config.beta1, config.beta2), "eps": config.eps}
     matrices = {name: getattr(config, name) for name in ("lr", "weight_decay", "momentum", "newton_schulz_steps")}
     groups = grouped(model, matrices, adamw, adamw)
-    if config.input_embedding_lr is not None:
-        groups = with_own_rate(groups, model.get_submodule("embed_tokens").weight, config.input_embedding_lr)
+    embedding: Any = model.get_submodule("embed_tokens").weight
+    if config.input_embedding_lr is not None and embedding.requires_grad:
+        groups = with_own_rate(groups, embedding, config.input_embedding_lr)
     return Muon(groups, dtype=getattr(model, "compute_dtype", torch.float32), process_group=process_group)
 
 

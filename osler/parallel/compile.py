@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -52,6 +53,8 @@ def compile_loss(loss: SummedLoss, *, by_block: bool) -> None:
         return torch.compile(function, fullgraph=True, dynamic=False)
 
     torch._dynamo.config.recompile_limit = COMPILED_SHAPES
+    if loss.model.embed_tokens.weight.device.type == "cpu":
+        trust_vector_instructions()  # on this rank, too: the trial is rank 0's
     if not by_block:
         loss.forward = compiled(loss.forward)  # type: ignore[method-assign]
         return
@@ -77,14 +80,14 @@ def compiled_anew() -> Iterator[None]:
     """Inside the context compile into an empty cache, as the first run of a new model would; the cache is deleted at the end."""
     from torch._inductor.utils import fresh_cache
 
-    with fresh_cache():
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder, fresh_cache(dir=folder):
         yield
 
 
 @functools.cache
 def compile_works(device: torch.device) -> tuple[bool, str]:
     """Return whether ``torch.compile`` works here, and if not, why. Compiles a tiny function once, which takes seconds."""
-    from torch._inductor import cpp_builder, cpu_vec_isa
+    from torch._inductor import cpu_vec_isa
     from torch._inductor.exc import InvalidCxxCompiler
     from torch._inductor.runtime.cache_dir_utils import cache_dir
     from torch._inductor.utils import fresh_cache
@@ -97,7 +100,7 @@ def compile_works(device: torch.device) -> tuple[bool, str]:
     x = torch.ones(64, device=device)
     try:
         # Compiled code in the cache would hide that the compiler is gone, so ask for the compiler and start with an empty cache.
-        trust_vector_instructions(cpp_builder.get_cpp_compiler())
+        trust_vector_instructions()
         if device.type == "cpu":
             cpu_vec_isa.valid_vec_isa_list()  # torch's remaining tests take 3 seconds, or 0.4 when its cache has them
         with fresh_cache():
@@ -111,14 +114,15 @@ def compile_works(device: torch.device) -> tuple[bool, str]:
     return True, ""
 
 
-def trust_vector_instructions(compiler: str) -> None:
-    """Let torch take every vector instruction that the processor lists, if ``compiler`` knows them all.
+def trust_vector_instructions() -> None:
+    """Let torch take every vector instruction that the processor lists, if the C++ compiler knows them all.
 
-    Torch would compile a test of each kind, which takes 11 to 16 seconds in every process that compiles.
+    Torch would compile a test of each kind, which takes 11 to 16 seconds in every process that compiles. Raises torch's error
+    where there is no compiler.
     """
-    from torch._inductor import config
+    from torch._inductor import config, cpp_builder
 
-    command = [compiler, *VECTOR_FLAGS.split(), "-E", "-x", "c++", os.devnull]
+    command = [cpp_builder.get_cpp_compiler(), *VECTOR_FLAGS.split(), "-E", "-x", "c++", os.devnull]
     if config.cpp.vec_isa_ok is None and subprocess.run(command, capture_output=True, check=False).returncode == 0:
         config.cpp.vec_isa_ok = True
 

@@ -90,7 +90,8 @@ def run(
         raise UserError("Which recipe is to be changed? `osler recipes` lists them.")
     if seeds < 1:
         raise UserError(f"--seeds {seeds}: give 1 or more; an interval needs 2.")
-    for given in overrides:
+    fixed, changes = read_grid(overrides)
+    for given in (*fixed, *(field for change in changes for field in change)):
         if given.startswith("seed="):
             raise UserError(f"{given}: all changes are trained with the seeds 0, 1 and so on, and --seeds says with how many.")
     lengths = [length for length in (minutes, flops, tokens) if length is not None]
@@ -100,7 +101,7 @@ def run(
         if declared_name(metric) is None:
             meant = nearest(metric, list(METRICS), list_all=False)
             raise UserError(f"--metric {metric}: no metric has this name{meant} (`osler metrics` lists all)")
-    configs = configs_of(recipe, *read_grid(overrides), partial(within, minutes=minutes, flops=flops, tokens=tokens))
+    configs = configs_of(recipe, fixed, changes, partial(within, minutes=minutes, flops=flops, tokens=tokens))
     base = configs[RECIPE]
     metrics = metrics or ("eval/bits_per_byte" if base.kind == "pretrain" else "eval/loss",)
     root = Path(run_dir or Path("runs") / f"{run_name(recipe, base.kind)}-ablation")

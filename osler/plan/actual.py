@@ -88,13 +88,13 @@ def plan_in(run: RunFolder) -> dict[str, Any]:
 def keep_plan(run: RunFolder) -> None:
     """Write the plan of a run into its folder once it has begun; where none can be made, say so.
 
-    A plan that is there stays, unless memory ran out since and the run has smaller passes.
+    A plan that is there stays, unless memory ran out since and the run has smaller passes. Older versions stored no rows.
     """
     if not run.metrics.is_file():
         return
     try:
         kept, plan = run.root / PLAN, as_json(planned(run))
-        if not kept.is_file() or read_json(kept).get("rows") != plan["rows"]:
+        if not kept.is_file() or read_json(kept).get("rows", plan["rows"]) != plan["rows"]:
             write_json(kept, plan)
     except (UserError, OSError) as error:
         logger.info(f"The run has no plan to be compared with: {error}")

@@ -126,10 +126,10 @@ class Pause:
 
 def pauses_of(config: TrainConfig, pace: Pace, measured: Measured) -> dict[str, Pause]:
     """Return the evaluations and exams of a run."""
-    widest = pace.stretches[-1]
+    last = pace.stretches[-1]  # evaluations read rows of the run's whole length, which are those of the last stage
     sets = max(1, len(config.validation) or len(config.sources))
-    reading = READING.times(sets * config.evaluated_tokens(sets) / widest.step_tokens)
-    seconds = measured.evaluation_seconds or combined(mul, reading, widest.seconds)
+    reading = READING.times(sets * config.evaluated_tokens(sets) / last.step_tokens)
+    seconds = measured.evaluation_seconds or combined(mul, reading, last.seconds)
     pauses = {"evaluations": Pause(config.evaluation_tokens, seconds)}
     if config.exam.every_tokens:
         exam = config.exam

@@ -197,6 +197,6 @@ def _named(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
 def _distinct(tokenizer: Tokenizer, token: int) -> str:
     """Return the text of a token; for half a character its bytes, as OpenAI writes them, so that no two tokens have one text."""
     text, written = tokenizer.decode([token]), tokenizer.bytes_of(token)
-    if INCOMPLETE not in text or written is None:
+    if INCOMPLETE not in text or written is None or written == text.encode():
         return text
     return "bytes:" + "".join(f"\\x{byte:02x}" for byte in written)

@@ -15,10 +15,12 @@ from osler.data.config import CleanConfig, ClinicData, FilesData, HubData, Mixtu
 from osler.data.documents import Corpus
 from osler.data.from_recipe import Sections
 from osler.data.prepared import PreparedSource
+from osler.data.readers import TextFiles
 from osler.data.sources import SAMPLE_CHARS, _sample, check_sources, open_corpora, prepare_sources, train_tokenizer
 from osler.runtime.errors import UserError
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.config import BPEConfig
+from osler.tokenizer.train import train
 from osler.train.config import TrainConfig
 
 CLINIC = ClinicData(passages=150, examples=120, cards=7, drills=3, validation_passages=10, validation_examples=20)
@@ -79,6 +81,8 @@ def test_tokenizer_sample_is_deterministic_and_smaller(tmp_path: Path) -> None:
     first, second = (train_tokenizer(data, BPEConfig(vocab_size=2000, max_bytes=8_000)) for _ in range(2))
     assert first.fingerprint == second.fingerprint
     assert first.vocab_size < train_tokenizer(data, BPEConfig(vocab_size=2000, max_bytes=MANY)).vocab_size
+    least = BPEConfig(vocab_size=2000, max_bytes=1)  # one piece: the first, as files are not dealt out here
+    assert train_tokenizer(data, least).fingerprint == train([next(iter(TextFiles(tmp_path))).text], least).fingerprint
     (tmp_path / "texts.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(UserError, match=f"nothing to learn from: no text in any of 1 documents in data .{tmp_path}"):
         train_tokenizer(data, BPEConfig(vocab_size=2000, max_bytes=MANY))

@@ -206,6 +206,16 @@ def test_a_shell_passes_on_the_signal_and_waits_until_the_run_has_saved(render, 
     assert process.stdout.read() == "saved\n" and process.wait() == 130
 
 
+def test_a_shell_that_is_stopped_between_two_runs_starts_none(render, programs, tmp_path):
+    programs("osler", "echo run; exit 75")
+    programs("sleep", "echo pause; exec /bin/sleep 20")
+    (text,) = yaml.safe_load(render(RECIPE, "dstack"))["commands"]
+    process = subprocess.Popen(["sh", "-c", text], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and [process.stdout.readline() for _ in range(2)] == ["run\n", "pause\n"]
+    process.terminate()
+    assert process.stdout.read() == "" and process.wait() == 75
+
+
 @pytest.mark.parametrize(
     ("code", "restarts", "state", "again"),
     [

@@ -114,6 +114,8 @@ def test_the_input_embedding_may_have_a_rate_of_its_own(tied: bool, groups: dict
     before = model.embed_tokens.weight.detach().clone()
     optimizer.step()
     torch.testing.assert_close(model.embed_tokens.weight, before - 0.025)  # AdamW's first step has the size of the rate
+    model.embed_tokens.weight.requires_grad_(False)  # as in the warm-up of a sparse model's index
+    assert "input embedding" not in {group["name"] for group in build_optimizer(model, config).param_groups}
 
 
 def test_groups_first_match_wins() -> None:

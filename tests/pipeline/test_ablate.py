@@ -101,6 +101,7 @@ def test_what_cannot_be_compared_is_told_before_the_first_run(ablate, tmp_path: 
     for more, word in (
         (["--metric", "eval/bits_per_bite"], "no metric has this name; did you mean `eval/bits_per_byte`?"),
         (["seed=1|2"], "--seeds says with how many"),
+        (["optim.lr=1e-2|optim.lr=1e-2 seed=3"], "--seeds says with how many"),
     ):
         code, _, told = ablate(*more)
         assert code == 2 and word in told and not (tmp_path / "runs").exists()
@@ -120,7 +121,8 @@ def test_runs_by_the_clock_compile_into_a_cache_of_their_own(ablate, monkeypatch
     """What one run leaves in a cache would give a later one more steps."""
     import torch._inductor.utils
 
-    emptied = []
-    monkeypatch.setattr(torch._inductor.utils, "fresh_cache", lambda: nullcontext(emptied.append(1)))
-    assert ablate(seeds=1)[0] == 0 and not emptied
-    assert ablate(length=("--minutes", "0.005"), name="timed", seeds=1)[0] == 0 and len(emptied) == 2
+    caches = []
+    monkeypatch.setattr(torch._inductor.utils, "fresh_cache", lambda dir: nullcontext(caches.append(dir)))
+    assert ablate(seeds=1)[0] == 0 and not caches
+    assert ablate(length=("--minutes", "0.005"), name="timed", seeds=1)[0] == 0 and len(set(caches)) == len(caches) == 2
+    assert not any(Path(cache).exists() for cache in caches)
