@@ -265,7 +265,7 @@ def summary(args: argparse.Namespace, texts: Texts, runs: Mapping[Contestant, li
         "benchmark": "learn-minutes",
         "minutes": args.minutes,
         "files": [file.name for file in args.files],
-        "other_text": args.other_text,
+        "other_text": [Path(given).name for given in args.other_text],
         "warm_cache": args.warm_cache,
         "texts_digest": texts.digest,
         "contestants": {},

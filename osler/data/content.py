@@ -20,8 +20,7 @@ from osler.tokenizer.bpe import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-# What the shards of a corpus depend on besides its files.
-OPTIONS = ("holdout_fraction", "seed", "options", "part_bytes")
+OPTIONS = ("holdout_fraction", "seed", "options", "part_bytes")  # what the shards of a corpus depend on besides its files
 
 
 @dataclass(frozen=True)
@@ -98,9 +97,7 @@ def _as_cut(corpus: Corpus, entry: Mapping[str, Any]) -> Corpus:
     """Return the corpus with its parts cut as in the folder; an older version, which did not deal files out, names no number."""
     if corpus.validation is not None:
         corpus = replace(corpus, validation=_as_cut(corpus.validation, entry))
-    if not isinstance(corpus.parts, Parts):
-        return corpus
-    return replace(corpus, parts=Parts(corpus.files, entry.get("min_parts", 1)))
+    return corpus.cut(entry.get("min_parts", 1))
 
 
 def difference_of(

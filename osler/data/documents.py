@@ -93,6 +93,10 @@ class Corpus:
         """Return the numbers of the parts in the order in which they are taken."""
         return permutation(len(self.parts), self.seed, "parts")
 
+    def cut(self, min_parts: int) -> Corpus:
+        """Return the corpus with its files cut into at least so many parts where they can be; documents in memory stay."""
+        return replace(self, parts=Parts(self.parts.files, min_parts)) if isinstance(self.parts, Parts) else self
+
     def documents(self) -> Iterator[Document]:
         """Yield all documents as they stand in the files."""
         for part in map(Part, self.parts.files) if isinstance(self.parts, Parts) else self.parts:
@@ -113,11 +117,6 @@ class Corpus:
     def kept(self, number: int) -> Iterator[Document]:
         """Yield the documents of part `number` that are not left out, copies included."""
         return (document for document, _, look in self.judged(self.parts[number]) if not look.reason)
-
-
-def undealt(corpus: Corpus) -> Corpus:
-    """Return the corpus with a part for each range of its files."""
-    return replace(corpus, parts=Parts(corpus.parts.files, min_parts=1)) if isinstance(corpus.parts, Parts) else corpus
 
 
 @dataclass(frozen=True)

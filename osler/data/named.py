@@ -47,7 +47,7 @@ class NamedSource:
 
     `fields` are the columns that `documents` reads, and `tokens` is roughly how many millions of tokens the first subset has. If
     `has_small_files`, the files are fetched together before they are read. If `reads_whole_files`, a file is never cut into
-    parts, because a document takes many of its rows.
+    parts, because a document takes many of its rows. None is dealt out among parts: it would be fetched again for each.
     """
 
     repo: str
@@ -260,7 +260,6 @@ def open_hub(data: HubData, key: str) -> Corpus:
     commit, files = named_files(data, key)
     source = SOURCES[data.name]
     subset, split = data.subset or source.subsets[0], data.split or source.splits[0]
-    # A file of the hub would be fetched again for each part, so none is dealt out, nor a local copy, which gives the same shards.
     parts: Parts | list[Part] = [Part(file) for file in files] if source.reads_whole_files else Parts(files, min_parts=1)
     options = {"name": data.name, "subset": subset, "split": split, "reasoning": data.reasoning, "commit": commit}
     if data.fold != "all":

@@ -27,7 +27,7 @@ from osler.data.config import (
     sources_of,
 )
 from osler.data.content import difference_of, other_data
-from osler.data.documents import Corpus, Document, in_memory, undealt
+from osler.data.documents import Corpus, Document, in_memory
 from osler.data.holdout import find_limits, hold_out, keys_of
 from osler.data.named import named_files, open_exam, open_hub
 from osler.data.prepare import prepare
@@ -258,7 +258,7 @@ def train_tokenizer(data: TextData, wanted: BPEConfig | SuperBPEConfig, validati
     check_sources(data, validation)
     weights = [source.weight for source in sources_of(data).values()]
     # The sample is that of whole ranges: dealt out they would be read again for each part, and a sample of some would differ.
-    corpora = {name: undealt(corpus) for name, corpus in open_corpora(data, validation).items()}
+    corpora = {name: corpus.cut(min_parts=1) for name, corpus in open_corpora(data, validation).items()}
     sets = [*open_validation(data, validation).values(), *(corpus.validation for corpus in corpora.values())]
     keys = keys_of(document for corpus in sets if corpus is not None for document in corpus.documents())
     held = hold_out(corpora, find_limits(corpora), keys)

@@ -143,6 +143,15 @@ class TextScore:
         return self.right / self.tokens
 
 
+def describe_text(name: str, cost: TextScore, seq_len: int) -> str:
+    """Return the score of a text as one line. Bits per byte and perplexity by words compare models of any tokenizers."""
+    words = f", {cost.word_perplexity:.1f} by words" if cost.words else ""
+    return (
+        f"{name}: {cost.bits_per_byte:.4f} bits per byte ({cost.bytes:,} bytes; {cost.tokens:,} tokens at {cost.loss:.4f} nats, "
+        f"perplexity {exp(cost.loss):.1f}{words}; read {seq_len} tokens at a time)"
+    )
+
+
 @torch.no_grad()
 def measure(model: Transformer, batches: Iterable[tuple[Tensor, ...]], total_bytes: int, world: World | None = None) -> TextScore:
     """Return the score of ``batches`` of (ids_BT, labels_BT) or (ids_BT, labels_BT, document_BT), whose text has ``total_bytes``.

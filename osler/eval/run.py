@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
-from math import exp, isnan
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from osler.data.readers import TextFiles
 from osler.data.shard_set import ShardSet
 from osler.eval.config import CLINIC_EXAM, EvalConfig, ExamSettings, config_of
 from osler.eval.exams import Form, Normalise, presentations, score_by_generation, score_by_likelihood
-from osler.eval.likelihood import TextScore, batches, measure, windows
+from osler.eval.likelihood import TextScore, batches, describe_text, measure, windows
 from osler.eval.score import TOO_LONG, ScoredExam, describe_cut, describe_too_long, summarise
 from osler.inference.engine import InferenceEngine
 from osler.inference.load import LoadedModel, open_model
@@ -389,12 +389,3 @@ def text_score(config: EvalConfig, ready: LoadedModel, documents: Iterator[list[
 
         rows = windows(counted(), seq_len=seq_len, start_id=ready.tokenizer.eos_id)
         return measure(ready.model, batches(rows), num_bytes)
-
-
-def describe_text(name: str, cost: TextScore, seq_len: int) -> str:
-    """Return the score of a text as one line. Bits per byte and perplexity by words compare models of any tokenizers."""
-    words = f", {cost.word_perplexity:.1f} by words" if cost.words else ""
-    return (
-        f"{name}: {cost.bits_per_byte:.4f} bits per byte ({cost.bytes:,} bytes; {cost.tokens:,} tokens at {cost.loss:.4f} nats, "
-        f"perplexity {exp(cost.loss):.1f}{words}; read {seq_len} tokens at a time)"
-    )

@@ -118,7 +118,7 @@ class Parts:
         self.files, self.min_parts = files, min_parts
         self._part_bytes = PART_BYTES  # kept here, so that other processes cut files alike
         self._every = max(1, -(-min_parts // max(1, sum(map(self._ranges, files)))))
-        self._ends = list(accumulate(self._ranges(file) * self._dealt(file) for file in files))
+        self._ends = list(accumulate(self._ranges(file) * self._shares(file) for file in files))
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -132,10 +132,10 @@ class Parts:
         number = bisect.bisect_right(self._ends, index)
         place = index - (self._ends[number - 1] if number else 0)
         file = self.files[number]
-        number, first = divmod(place, every := self._dealt(file))
+        in_file, first = divmod(place, every := self._shares(file))
         if self._ranges(file) == 1:
             return Part(file, first=first, every=every)
-        start, stop = number * self._part_bytes, (number + 1) * self._part_bytes
+        start, stop = in_file * self._part_bytes, (in_file + 1) * self._part_bytes
         return Part(file, start, None if stop >= file.size else stop, first, every)
 
     def _ranges(self, file: File) -> int:
@@ -144,7 +144,7 @@ class Parts:
         is_whole = kind in TEXT_ENDINGS or (kind != PARQUET_ENDING and compression(file.name) is not None)
         return 1 if is_whole else max(1, -(-file.size // self._part_bytes))
 
-    def _dealt(self, file: File) -> int:
+    def _shares(self, file: File) -> int:
         """Return among how many parts each range is dealt: no text, which is few documents, and nothing that is long to read."""
         is_long = self._ranges(file) == 1 and file.size > self._part_bytes
         return 1 if is_long or ending(file.name) in TEXT_ENDINGS else self._every
