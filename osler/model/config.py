@@ -97,6 +97,8 @@ class ModelConfig:
     embed_rank: PositiveInt | None = None  # factorized embedding, [vocab_size, rank] then [rank, hidden_size]; null: one matrix
     residual_init: Literal["zero", "scaled"] = "zero"  # what the output projections of a block start as (model/init.py)
     head_init: Literal["zero", "normal"] = "zero"  # what the head starts as
+    # bigrams: a new run lets embedding and head start from how often tokens of its data follow each other (model/bigrams.py)
+    embedding_init: Literal["normal", "bigrams"] = "normal"
     # how attention starts: mirrored heads look at tokens like theirs, induction adds a head that copies
     attention_init: Literal["independent", "mirrored", "induction"] = "independent"
     qk_norm_init: float = 1.0  # what weighted QK-norms start at; above 1 attention starts sharper
@@ -116,6 +118,8 @@ class ModelConfig:
              f"hidden_size of 3 x head_dim + 1 = {places}, not {self.num_layers} and {self.hidden_size}"),
             (induction and (self.tie_embeddings or self.embed_rank), "attention_init=induction needs untied, unfactorized "
              "embeddings: it reserves places in them"),
+            (self.embedding_init == "bigrams" and (self.tie_embeddings or self.embed_rank), "embedding_init=bigrams needs "
+             "untied, unfactorized embeddings: the head is another factor"),
         ):  # fmt: skip
             if is_wrong:
                 raise ValueError(message)

@@ -168,7 +168,8 @@ def add_weight_gradient(grad_weight_VR: Tensor, grad_logits_CV: Tensor, x_CR: Te
 def _compiled_gradients(chunks: Chunks, head_VR: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the same as ``_eager_gradients``, in a form for a compiler, which fuses the operations on a logit.
 
-    On a CPU it goes by tiles of the vocabulary, so that the matmuls after a tile's gradient find more of it in the cache.
+    On a CPU it goes by tiles of the vocabulary, so that only one tile's gradient is in memory beside the logits. A logit's
+    exponential is taken once: what goes through the matmuls is exp(logit - largest logit), and the division by the sum follows.
     """
     tile_words = _tile_words(head_VR)
     tiles = list(zip(range(0, head_VR.shape[0], tile_words), head_VR.split(tile_words), strict=True))
@@ -178,19 +179,25 @@ def _compiled_gradients(chunks: Chunks, head_VR: Tensor, vocab_size: int) -> tup
     for x, label, scale in chunks:
         if grad_chunks:
             x = in_turn(x, [grad_chunks[-1], *grad_tiles])
-        tile_logits, log_sum_C, label_logit_C = _tile_logits(x, tiles, label, vocab_size)
-        loss = loss + ((log_sum_C - label_logit_C) * scale).sum()
+        tile_logits, most_C, label_logit_C = _tile_logits(x, tiles, label, vocab_size)
+        exps: list[Tensor] = []
+        for (start, _), logits in zip(tiles, tile_logits, strict=True):
+            # So that these take the place of the logits tile by tile, once those of the labels have been read.
+            largest_C = in_turn(most_C, exps[-1:] or [label_logit_C]) if len(tiles) > 1 else most_C
+            exps.append((without_padding(wide(logits), vocab_size - start) - largest_C[:, None]).exp().to(x.dtype))
+        sum_C = torch.stack([wide(exp).sum(-1) for exp in exps]).sum(0)  # of what was written: summing fp32 would write that too
+        loss = loss + ((sum_C.log() + most_C - label_logit_C) * scale).sum()
+        share_C1 = (scale / sum_C)[:, None]
+        scaled_x = (x * share_C1).to(x.dtype)
         grad_x = torch.zeros_like(x, dtype=scale.dtype)
         parts: list[Tensor] = []
-        for (start, tile), logits in zip(tiles, tile_logits, strict=True):
+        for (start, tile), exp in zip(tiles, exps, strict=True):
             if parts:
-                log_sum_C = in_turn(log_sum_C, [grad_x, parts[-1]])
-            softmax = (without_padding(wide(logits), vocab_size - start) - log_sum_C[:, None]).exp()
-            one_hot = (label - start)[:, None] == torch.arange(tile.shape[0], device=label.device)
-            error = ((softmax - one_hot.to(softmax.dtype)) * scale[:, None]).to(logits.dtype)
+                sum_C = in_turn(sum_C, [grad_x, parts[-1]])
+            error = _minus_at_label(exp, label - start, (label_logit_C - most_C).exp(), sum_C)
             grad_x = grad_x + error @ tile
-            parts.append(error.T @ x)
-        grad_chunks.append(grad_x.to(x.dtype))
+            parts.append(error.T @ scaled_x)
+        grad_chunks.append((grad_x * share_C1).to(x.dtype))
         if grad_tiles:
             grad_tiles = [whole + part for whole, part in zip(grad_tiles, parts, strict=True)]
         else:
@@ -198,19 +205,26 @@ def _compiled_gradients(chunks: Chunks, head_VR: Tensor, vocab_size: int) -> tup
     return loss, torch.cat(grad_chunks), torch.cat(grad_tiles)
 
 
+def _minus_at_label(exp_CV: Tensor, label_C: Tensor, label_exp_C: Tensor, sum_C: Tensor) -> Tensor:
+    """Return the exponentials with ``sum_C`` subtracted at each label that is among these words."""
+    is_here_C = (label_C >= 0) & (label_C < exp_CV.shape[1])
+    place = torch.arange(exp_CV.shape[0], device=exp_CV.device), label_C * is_here_C
+    return exp_CV.index_put(place, torch.where(is_here_C, (label_exp_C - sum_C).to(exp_CV.dtype), exp_CV[place]))
+
+
 def _tile_logits(x_CR: Tensor, tiles: Tiles, label_C: Tensor, vocab_size: int) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Return the logits of every tile, the log-sum-exp over all tiles, and the logits of the labels."""
+    """Return the logits of every tile, the largest logit of all tiles, and the logits of the labels."""
     tile_logits: list[Tensor] = []
-    log_sums: list[Tensor] = []
+    most: list[Tensor] = []
     label_logit_C = torch.zeros_like(label_C, dtype=torch.promote_types(x_CR.dtype, torch.float32))
     for start, tile in tiles:
-        logits = (in_turn(x_CR, log_sums[-1:]) if log_sums else x_CR) @ tile.T
-        log_sums.append(without_padding(wide(logits), vocab_size - start).logsumexp(-1))
+        logits = (in_turn(x_CR, most[-1:]) if most else x_CR) @ tile.T
+        most.append(without_padding(wide(logits), vocab_size - start).amax(-1))
         is_here_C = (label_C >= start) & (label_C < start + tile.shape[0])
         here = logits.gather(1, ((label_C - start) * is_here_C)[:, None]).squeeze(1)
         label_logit_C = label_logit_C + here.masked_fill(~is_here_C, 0.0)
         tile_logits.append(logits)
-    return tile_logits, torch.stack(log_sums).logsumexp(0), label_logit_C
+    return tile_logits, torch.stack(most).amax(0), label_logit_C
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

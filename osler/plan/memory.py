@@ -169,7 +169,9 @@ def head_bytes(one: Pass) -> tuple[float, float]:
     rank = (one.model.embed_rank or one.model.hidden_size) if one.model.tie_embeddings else one.model.hidden_size
     most_tokens, most_bytes = (TILED if rows > TILE_WORDS else WHOLE) if one.on_cpu and one.compiled else UNTILED
     chunk = min(one.tokens, max(64, min(most_tokens, most_bytes // (one.width * rows) // 64 * 64)))
-    wide = 0 if one.on_cpu else 8  # a CPU widens few logits at a time
+    wide = 0.0 if one.on_cpu else 8.0  # a CPU widens few logits at a time
+    if (most_tokens, most_bytes) == TILED:
+        wide = one.width / 2  # exponentials stand beside the logits until tile by tile they have taken their place
     return chunk * rows * (one.width + wide), rows * rank * (8 + one.width % 4) + 2 * one.tokens * rank * one.width
 
 

@@ -85,6 +85,8 @@ def train(config: TrainConfig, folder: RunFolder, world: World | None = None) ->
     run.describe(machine, model.config, tokenizer)
     run.more_files = exams_in_data(config, prepared.folder, checkpoint)
     tend = tending(config, folder, preparer, loader)
+    if checkpoint is None and config.init_from is None and model.config.embedding_init == "bigrams":
+        setup.start_embeddings(model, prepared, config.seed, world, tend)
     run.fingerprints = wait_together(partial(fingerprints_of, prepared, tokenizer, checkpoint), world, "The run", tend)
 
     def held_out() -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
@@ -25,9 +26,12 @@ from osler.data.order import WINDOW_SHARDS
 from osler.data.packing import torn_lengths
 from osler.data.prepared import Prepared, tokenizer_of_shards
 from osler.data.preparer import GIGABYTE, SHARDS_SHARE
+from osler.data.shard_set import ShardSet
 from osler.data.shards import SHARD_TOKENS, token_dtype
 from osler.data.sources import at_known_commits, open_corpora, train_tokenizer
+from osler.data.stream import wait_together
 from osler.inference.load import described_model, load_start, tokenizer_of, trained_seq_len_of
+from osler.model.bigrams import Factors, bigram_factors, rank_for, start_from_bigrams
 from osler.model.config import ModelConfig
 from osler.model.init import init_indexers, is_of_indexer
 from osler.model.transformer import Transformer
@@ -40,6 +44,7 @@ from osler.runs.resume import config_in
 from osler.runtime.device import pick_device
 from osler.runtime.errors import UserError
 from osler.runtime.sharded import load_whole, whole
+from osler.runtime.world import World
 from osler.tokenizer.bpe import Tokenizer
 from osler.tokenizer.round_trip import Losses, refuse_missing_bytes
 from osler.train.config import TrainConfig
@@ -53,6 +58,7 @@ ROUND_LENGTH = 64  # a proposed row length is a multiple of this
 # passes over text nearly as good as new text, and hardly a gain after 16. Fine-tuning often repeats few examples many times.
 WORTHWHILE_EPOCHS = {"pretrain": 4, "sft": 16}
 ROUND_TRIPS = 64  # documents that are encoded and decoded before a run begins, to see what its tokenizer loses
+BIGRAM_TOKENS = 1 << 24  # counted for embeddings that start from bigrams; counting takes about 2 seconds
 WINDOWS_AT_HAND = 3  # that being read, the one before, in which its first row begins, and the one being written
 
 
@@ -203,6 +209,29 @@ def make_model(
         return model, tokenizer, fill
     fill()
     return model.to(machine.device), tokenizer, lambda: None
+
+
+def start_embeddings(
+    model: Transformer, prepared: Prepared, seed: int, world: World, tend: Callable[[float], None]
+) -> None:
+    """Let embedding and head start from the bigrams of the first shards of each source; the ranks do so together."""
+    weights = sum(source.weight for source in prepared.sources)
+
+    def first_shards() -> list[ShardSet]:
+        return [source.train.head_within(int(BIGRAM_TOKENS * source.weight / weights)) for source in prepared.sources]
+
+    heads = wait_together(first_shards, world, "The start of the embeddings", tend)
+
+    def count() -> Factors:
+        began = time.monotonic()
+        texts = [shards.shard(number).tokens for shards in heads for number in range(shards.num_shards)]
+        rows, rank = model.config.padded_vocab_size, rank_for(model.config)
+        factors = bigram_factors(texts, rows=rows, rank=rank, seed=seed)
+        tokens, seconds = sum(map(len, texts)), time.monotonic() - began
+        logger.info(f"Embedding and head start from the bigrams of {tokens:,} tokens, counted in {seconds:.1f} s.")
+        return factors
+
+    start_from_bigrams(model, world.broadcast_from_first(count))
 
 
 def check_processes(config: TrainConfig, processes: int) -> None:

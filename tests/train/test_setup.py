@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from run_folders import logged
+from run_folders import assert_same_run, logged
 
 from osler.cli.main import main
 from osler.config.recipe import available_recipes, load_recipe
@@ -19,6 +20,7 @@ from osler.parallel.config import DdpConfig, DeepSpeedConfig
 from osler.parallel.fp8 import float8_linear
 from osler.records.jsonl import read_events
 from osler.runtime.errors import UserError
+from osler.runtime.stop import EXIT_STOPPED
 from osler.train.config import TrainConfig
 from osler.train.setup import check_plan, check_processes
 
@@ -143,3 +145,22 @@ def test_text_that_is_read_again_and_again_is_told_at_the_start_and_at_the_end(t
     assert "Note: the run reads its " in said and " times. Up to about 4 times" in said
     assert "Warning: step 12: the run has read its data " in said
     assert "repeated-data" in read_events(run / "events.jsonl")[-1].details["unresolved"]
+
+
+def test_embeddings_start_from_bigrams_in_a_new_run_alone(tiny, osler, tmp_path, capsys):
+    """The first loss is far below that of guessing; resumed or continued runs keep their weights, to the bit."""
+    bigrams, told = ["model.embedding_init=bigrams", "log_every_steps=1"], "Embedding and head start from the bigrams of"
+    whole, cut, later = tmp_path / "whole", tmp_path / "cut", tmp_path / "later"
+    assert osler("pretrain", tiny.pretrain, *bigrams, "--run", whole) == 0
+    assert told in capsys.readouterr().err
+    losses = [line["train/loss"] for line in logged(whole) if "train/loss" in line]
+    assert losses[0] < 0.85 * math.log(512)
+    assert osler("pretrain", tiny.pretrain, *bigrams, "--run", cut, fault="train-step:sigterm:5") == EXIT_STOPPED
+    capsys.readouterr()
+    assert osler("pretrain", "--resume", "--run", cut) == 0
+    assert told not in capsys.readouterr().err
+    assert_same_run(cut, whole)
+    start = [f"init_from={whole}", "model={}", "tokenizer={}", "schedule={type: constant}", "optim.lr=1e-4", "log_every_steps=1"]
+    assert osler("pretrain", tiny.pretrain, *start, "--run", later) == 0
+    assert told not in capsys.readouterr().err
+    assert next(line["train/loss"] for line in logged(later) if "train/loss" in line) < losses[0]
