@@ -9,6 +9,7 @@ places hold the singular vectors; those between stay as they were drawn, so that
 Shapes: V rows of the embedding, K singular vectors, C a few more, P pairs that occur, D hidden.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -102,12 +103,13 @@ def start_from_bigrams(model: Transformer, factors: Factors) -> None:
     """Overwrite the freshly drawn embedding and head of ``model``, which must be two matrices; the ranks do so together."""
     assert model.lm_head is not None
     width, rank = model.config.hidden_size, factors.embedding_VK.shape[1]
+    longest = math.sqrt(LARGEST_SHARE * width)
     embedding_VD = whole(model.embed_tokens.weight).cpu()
     vectors_VK = factors.embedding_VK
-    scale = (SHARE * width / vectors_VK.square().sum(1).mean()).sqrt()
+    scale = (SHARE * width / vectors_VK.square().sum(1).mean().clamp(min=1e-12)).sqrt()  # of one token nothing is counted
     vectors_VK = vectors_VK * scale
     length_V1 = vectors_VK.norm(dim=1, keepdim=True)
-    vectors_VK = vectors_VK * (LARGEST_SHARE * width) ** 0.5 / length_V1.clamp(min=(LARGEST_SHARE * width) ** 0.5)
+    vectors_VK = vectors_VK * (longest / length_V1.clamp(min=longest))
     drawn = embedding_VD[:, 1 : width - rank]
     left_V1 = width - 1 - vectors_VK.square().sum(1, keepdim=True)  # of the squared length, which the final norm makes ``width``
     drawn = drawn * (left_V1 / drawn.square().sum(1, keepdim=True)).sqrt()

@@ -98,3 +98,10 @@ def test_an_induction_head_keeps_its_places(text) -> None:
 def test_one_matrix_for_both_is_refused(shape: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="embedding_init=bigrams needs untied, unfactorized embeddings"):
         ModelConfig(embedding_init="bigrams", **shape)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2])
+def test_next_to_no_text_gives_a_start_without_nan(tokens: int) -> None:
+    model = tiny_model(vocab_size=WORDS, hidden_size=64)
+    start_from_bigrams(model, bigram_factors([np.arange(tokens, dtype=np.uint16)], rows=64, rank=56, seed=0))
+    assert all(weight.isfinite().all() for weight in (model.embed_tokens.weight, model.lm_head.weight))
