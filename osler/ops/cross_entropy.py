@@ -133,26 +133,31 @@ def _eager_gradients(chunks: Chunks, head_VR: Tensor, vocab_size: int) -> tuple[
     losses, grad_chunks = [], []
     for x, label, scale in chunks:
         logits = x @ head_VR.T
-        losses.append(_into_gradient(logits, label, scale, vocab_size))
-        grad_chunks.append(logits @ head_VR)
-        add_weight_gradient(grad_head, logits, x)
+        loss, share_C = _into_gradient(logits, label, scale, vocab_size)
+        losses.append(loss)
+        grad_chunks.append((wide(logits @ head_VR) * share_C[:, None]).to(x.dtype))
+        add_weight_gradient(grad_head, logits, (x * share_C[:, None]).to(x.dtype))
         del logits  # else the logits of two chunks would be in memory
     return torch.stack(losses).sum(), torch.cat(grad_chunks), grad_head
 
 
-def _into_gradient(logits_CV: Tensor, label_C: Tensor, scale_C: Tensor, vocab_size: int) -> Tensor:
-    """Return the summed loss of one chunk and write its gradient over its logits.
+def _into_gradient(logits_CV: Tensor, label_C: Tensor, scale_C: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Return the summed loss of one chunk and a factor for each token; write the gradient but for this factor over the logits.
 
     A whole chunk would go through memory once for every operator; a block of its rows stays in the cache.
     """
     rows = max(1, BLOCK_LOGITS.get(logits_CV.device.type, logits_CV.numel()) // logits_CV.shape[1])
-    losses = []
+    losses, shares = [], []
     for block, label, scale in zip(logits_CV.split(rows), label_C.split(rows), scale_C.split(rows), strict=True):
-        log_softmax = without_padding(wide(block), vocab_size).log_softmax(-1)
-        losses.append((log_softmax.gather(1, label[:, None]).squeeze(1) * scale).sum())
-        error = log_softmax.exp_().scatter_add_(1, label[:, None], log_softmax.new_full((label.shape[0], 1), -1.0))
-        block.copy_(error.mul_(scale[:, None]))
-    return -torch.stack(losses).sum()
+        label_logit, logits = wide(block.gather(1, label[:, None])).squeeze(1), without_padding(wide(block), vocab_size)
+        most = logits.amax(-1)
+        exp = (logits - most[:, None]).exp_().to(block.dtype)
+        total = wide(exp).sum(-1)
+        losses.append(((total.log() + most - label_logit) * scale).sum())
+        shares.append(scale / total)
+        label_error = ((label_logit - most).exp() - total).to(block.dtype)
+        block.copy_(exp.scatter_(1, label[:, None], label_error[:, None]))
+    return torch.stack(losses).sum(), torch.cat(shares)
 
 
 def add_weight_gradient(grad_weight_VR: Tensor, grad_logits_CV: Tensor, x_CR: Tensor) -> None:
