@@ -58,7 +58,7 @@ ROUND_LENGTH = 64  # a proposed row length is a multiple of this
 # passes over text nearly as good as new text, and hardly a gain after 16. Fine-tuning often repeats few examples many times.
 WORTHWHILE_EPOCHS = {"pretrain": 4, "sft": 16}
 ROUND_TRIPS = 64  # documents that are encoded and decoded before a run begins, to see what its tokenizer loses
-BIGRAM_TOKENS = 1 << 24  # counted for embeddings that start from bigrams; counting takes about 2 seconds
+BIGRAM_TOKENS = 1 << 24  # counted for embeddings that start from bigrams
 WINDOWS_AT_HAND = 3  # that being read, the one before, in which its first row begins, and the one being written
 
 
