@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from io import BufferedReader
+from io import BufferedReader, UnsupportedOperation
 from itertools import repeat
 from typing import Any
 
@@ -128,7 +128,7 @@ class _Memory:
     stamp: str
 
     def open(self) -> BufferedReader:
-        raise NotImplementedError
+        raise UnsupportedOperation(f"{self.name} is in memory")
 
     def check(self) -> None:
         """Do nothing: memory does not change."""

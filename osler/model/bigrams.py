@@ -58,14 +58,14 @@ def bigram_factors(texts: Sequence[npt.NDArray[Any]], *, rows: int, rank: int, s
     # An entry counts by how often its tokens occur, as in a loss over tokens.
     root_before_V, root_share_V = (before_V + 5).sqrt(), share_V.sqrt()
     weighted_P, weighted_absent_V = value_P * root_before_V[first_P] * root_share_V[second_P], absent_V * root_before_V
-    by_second_P = second_P.argsort(stable=True)
+    matrix, by_second_P = (first_P, second_P, weighted_P), second_P.argsort(stable=True)
+    transposed = (second_P[by_second_P], first_P[by_second_P], weighted_P[by_second_P])
 
     def product(dense_VC: Tensor) -> Tensor:
-        return sparse_product(first_P, second_P, weighted_P, dense_VC) - torch.outer(weighted_absent_V, root_share_V @ dense_VC)
+        return sparse_product(*matrix, dense_VC) - torch.outer(weighted_absent_V, root_share_V @ dense_VC)
 
     def transposed_product(dense_VC: Tensor) -> Tensor:
-        sparse_VC = sparse_product(second_P[by_second_P], first_P[by_second_P], weighted_P[by_second_P], dense_VC)
-        return sparse_VC - torch.outer(root_share_V, weighted_absent_V @ dense_VC)
+        return sparse_product(*transposed, dense_VC) - torch.outer(root_share_V, weighted_absent_V @ dense_VC)
 
     drawn_VC = torch.randn(rows, min(rank + EXTRA_VECTORS, rows), generator=torch.Generator().manual_seed(seed))
     left_VK, size_K, right_VK = singular_vectors(product, transposed_product, drawn_VC, rank)

@@ -24,7 +24,7 @@ CACHED_LOGITS = {"cpu": 1 << 19}  # logits in fp32 that stay in a core's cache
 TILES = {"cpu": 4}  # parts of the vocabulary that compiled code takes one after another, each at least TILE_WORDS wide
 TILE_WORDS = 12_800
 WHOLE_CHUNK_TOKENS = 1024  # of a vocabulary of one tile: more of its logits stay in the cache between the passes over them
-TILED_CHUNK_TOKENS, TILED_CHUNK_BYTES = 4096, 400 << 20  # larger, because only one tile's gradient is in memory beside the logits
+TILED_CHUNK_TOKENS, TILED_CHUNK_BYTES = 4096, 400 << 20  # larger, because exponentials replace logits tile by tile
 
 Chunks = list[tuple[Tensor, Tensor, Tensor]]  # features [C, R], labels [C] and the scale of each label's loss [C]
 Tiles = list[tuple[int, Tensor]]  # the first word of each tile, and its rows of the head
@@ -173,8 +173,8 @@ def add_weight_gradient(grad_weight_VR: Tensor, grad_logits_CV: Tensor, x_CR: Te
 def _compiled_gradients(chunks: Chunks, head_VR: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the same as ``_eager_gradients``, in a form for a compiler, which fuses the operations on a logit.
 
-    On a CPU it goes by tiles of the vocabulary, so that only one tile's gradient is in memory beside the logits. A logit's
-    exponential is taken once: what goes through the matmuls is exp(logit - largest logit), and the division by the sum follows.
+    On a CPU it goes by tiles of the vocabulary, whose exponentials take the place of their logits one tile after the other. A
+    logit's exponential is taken once: exp(logit - largest logit) goes through the matmuls, and the division by the sum follows.
     """
     tile_words = _tile_words(head_VR)
     tiles = list(zip(range(0, head_VR.shape[0], tile_words), head_VR.split(tile_words), strict=True))

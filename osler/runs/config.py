@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Literal
 
 from osler.config.schema import NonNegativeInt, PositiveFloat, PositiveInt, Seed, config
@@ -31,7 +32,7 @@ class RecoveryConfig:
 
 
 @config
-class RunConfig:
+class RunConfig(ABC):
     """The part of a configuration that all kinds of training share."""
 
     kind: str  # pretrain, sft or grpo; the command sets it
@@ -62,6 +63,6 @@ class RunConfig:
         """Return the tokens of the longest rows that the weights have learned after this run; before it, ``trained_seq_len``."""
         return trained_seq_len
 
+    @abstractmethod
     def numbers(self, model: ModelConfig | None = None) -> dict[str, str]:
         """Return in words what follows from the config; ``model`` is the shape that the run starts from, None for a new model."""
-        raise NotImplementedError

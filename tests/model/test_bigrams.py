@@ -65,7 +65,7 @@ def test_few_singular_vectors_are_nearly_as_near_as_the_best_ones_of_the_dense_m
 
 
 def test_the_start_is_the_bigram_model_in_an_embedding_of_unit_mean_square(text) -> None:
-    """At a temperature: the mean square of an embedding must stay 1 and has other parts. Where no factor is cut, that is all."""
+    """The model is that of the factors, but for tokens whose vectors are cut: an embedding must keep room for the rest."""
     model = tiny_model(vocab_size=WORDS, hidden_size=64)
     factors = bigram_factors([text], rows=model.config.padded_vocab_size, rank=rank_for(model.config), seed=0)
     start_from_bigrams(model, factors)
