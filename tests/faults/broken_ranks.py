@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from forks import report, said, start, train
@@ -21,7 +22,7 @@ from run_folders import ENDLESS, LONG_STEP, STEPS, assert_same_run, at, flip, lo
 
 import osler.rl.run  # noqa: F401 - loaded once for every fork
 from osler.checkpoint import store
-from osler.cli.main import main
+from osler.cli.main import main, program
 from osler.runtime import stop
 
 POISON = "train-loss:nan:9-10"
@@ -84,11 +85,12 @@ def interrupted(command: Sequence[str], folder: Path, *, twice: bool) -> None:
     """Ctrl-C, as a terminal sends it to all ranks: once saves and leaves, twice leaves at once; nothing is torn."""
     endless = [*command, *ENDLESS, *(LONG_STEP if twice else []), "--run", str(folder)]
 
-    def program() -> int:
+    def command_line() -> NoReturn:
         stop.SAME_REQUEST_SECONDS = 0.0 if twice else math.inf  # no clock decides what counts as one request
-        return main(endless)
+        sys.argv = ["osler", *endless]
+        program()  # takes signals to its last moment, which `main` leaves to its caller
 
-    ended = interrupt(start(program, folder, 2), folder.with_suffix(".rank0.log"), folder, in_first_step=twice)
+    ended = interrupt(start(command_line, folder, 2), folder.with_suffix(".rank0.log"), folder, in_first_step=twice)
     told = said(folder, 0)
     assert "Traceback" not in told, told
     if twice:
