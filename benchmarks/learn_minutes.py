@@ -55,7 +55,7 @@ from osler.train.config import TrainConfig
 PEER = ROOT / "benchmarks" / "learn_nanochat.py"
 HELD_OUT = "held-out"
 HELD_OUT_SHARE = 0.05
-RESERVED_MINUTES = 0.4  # less than the minutes of a run are given to Osler as max_minutes, for its start and last evaluation
+RESERVED_MINUTES = 0.25  # less than the minutes of a run are given to Osler as max_minutes, for its start and last evaluation
 LATE = 1.01  # a run that took more than this times its minutes is called late
 
 

@@ -36,7 +36,7 @@ HOLDOUT = 0.05
 
 
 def recipe_of(width: int, tokens: int, work: Path) -> Path:
-    """Write the recipe of one run; its learning rates are those of text-10min, tuned at width 256."""
+    """Write the recipe of one run, with the learning rates of text-10min and the start of the larger families."""
     heads = width // HEAD_DIM
     recipe = work / f"{width}-{tokens}.yaml"
     recipe.write_text(dump_yaml({
@@ -45,7 +45,7 @@ def recipe_of(width: int, tokens: int, work: Path) -> Path:
         "model": {
             "num_layers": LAYERS, "hidden_size": width, "intermediate_size": 32 * round(2.75 * width / 32), "num_heads": heads,
             "num_kv_heads": heads // 2 or 1 if heads % 2 == 0 else heads, "head_dim": HEAD_DIM, "vocab_size": VOCABULARY,
-            "max_seq_len": SEQ_LEN, "attention_init": "mirrored",
+            "max_seq_len": SEQ_LEN, "attention_init": "mirrored", "embedding_init": "normal",
         },
         "data": {"type": "prepared", "path": str(work / "shards")},
         "seq_len": SEQ_LEN,
