@@ -10,6 +10,7 @@ from itertools import chain
 
 from osler.inference.engine import InferenceEngine
 from osler.ops.sampling_params import SamplingParams
+from osler.runtime.errors import UserError
 from osler.tokenizer.bpe import INCOMPLETE, Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -22,11 +23,15 @@ _CONTEXT, _MOST_CONTEXT = 12, 32
 class TextStream:
     """The text of one row, token by token. It is cut into parts by markers, and ends before the first of the ``stops``.
 
+    Raises UserError where one of these is empty. A text by itself counts as the only one, not as its characters.
     ``decoded`` counts the characters of the present part that are certain, ``shown`` those of them that ``add`` has returned.
     """
 
     def __init__(self, tokenizer: Tokenizer, markers: Set[int], stops: Sequence[str] = ()) -> None:
-        self.tokenizer, self.markers, self.stops = tokenizer, markers, stops
+        self.tokenizer, self.markers = tokenizer, markers
+        self.stops = (stops,) if isinstance(stops, str) else stops
+        if "" in self.stops:
+            raise UserError("A text to end before (stop) is empty, which every text begins with: leave it out.")
         self._is_byte_level = tokenizer.is_byte_level
         self.is_stopped = False  # whether one of ``stops`` came
         self._begin()

@@ -231,7 +231,14 @@ def test_a_model_is_asked_to_think_if_it_learned_to():
 
 
 @pytest.mark.parametrize(
-    ("stops", "expected"), [(["x🩺"], ["è", "→"]), (["→y", "🩺", "x"], ["è", "→"]), (["xyz"], ["è", "→", "x🩺"])]
+    ("stops", "expected"),
+    [
+        (["x🩺"], ["è", "→"]),
+        (["→y", "🩺", "x"], ["è", "→"]),
+        (["xyz"], ["è", "→", "x🩺"]),
+        ("x🩺", ["è", "→"]),  # one text, which is no list of its characters
+        ("🩺x", ["è", "→", "x", "🩺"]),
+    ],
 )
 def test_text_ends_before_a_stop_string_that_is_several_tokens(textbook, stops, expected):
     ids = textbook.tokenizer.encode("è→x🩺")
