@@ -136,6 +136,9 @@ class Api:
         """Return the probability of each option of a pasted question."""
         asked = await asyncio.to_thread(read_request, OptionsRequest, await self._body(request))
         served = self._served(asked.model)
+        if asked.reasoning_content and not served.ready.answers_questions:
+            message = f"{served.name} was trained on text alone and does not think before an answer: leave reasoning_content out."
+            raise ApiError(400, message, "invalid_value", "reasoning_content")
         with refused("question"):  # long texts take a while to tokenise
             question = await asyncio.to_thread(read_options, served.ready, asked.question, asked.reasoning_content)
         shares = await self.worker.call(lambda: question.probabilities(served.batch.decoder))

@@ -147,6 +147,9 @@ def test_the_page_and_the_options_of_a_question_come_from_the_server_too(server)
     assert status == 200 and [option["letter"] for option in told["options"]] == ["A", "B"]
     assert sum(option["probability"] for option in told["options"]) == pytest.approx(1)
     assert ask(server, {**asked, "reasoning_content": None}, "/v1/options")[1]["options"] != told["options"]
+    told = ask(server, {**asked, "model": "text"}, "/v1/options")[1]["error"]
+    assert told["param"] == "reasoning_content" and "text alone" in told["message"]
+    assert ask(server, {**asked, "model": "text", "reasoning_content": ""}, "/v1/options")[0] == 200
     assert ask(server, {**asked, "question": "Who?"}, "/v1/options")[1]["error"]["param"] == "question"
     assert 'osler_requests_total{model="asked",path="/v1/options",status="200"}' in get(server, "/metrics")[1]
 
