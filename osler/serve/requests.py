@@ -76,7 +76,9 @@ def read_request(kind: type[Body], data: bytes) -> Body:
     given = {name: value for name, value in body.items() if name not in REFUSED or hasattr(kind, name)}
     try:
         return decode(kind, given, source="The request")
-    except (UserError, RecursionError) as error:
+    except RecursionError as error:
+        raise ApiError(400, "The body has lists or objects nested too deeply.", "invalid_value") from error
+    except UserError as error:
         found = _FIRST_NAME.search(str(error))
         is_parameter = found is not None and (found[1] in body or found[1] in hints(cast(Any, kind)))
         raise ApiError(400, str(error), "invalid_value", found[1] if found and is_parameter else None) from error

@@ -79,6 +79,7 @@ BAD_BODIES = {
     "no utf-8": b'{"prompt": "\xff"}',
     "deep": b'{"prompt": ' + b"[" * 100_000,
     "deep value": b'{"prompt": ' + b"[" * 3000 + b"]" * 3000 + b"}",
+    "deep list": b'{"prompt": ' + b"[" * 500 + b"]" * 500 + b"}",
     "long number": b'{"seed": ' + b"9" * 5000 + b"}",
     "huge number": b'{"prompt": "A", "max_tokens": 1e400}',
     "half a character": b'{"prompt": "\\ud800"}',
@@ -93,7 +94,12 @@ BAD_BODIES = {
     "no utf-8 but utf-16": '{"prompt": "A"}'.encode("utf-16"),
     "twice": b'{"prompt": "A", "prompt": "B"}',
 }
-WORDS = {"half a character": "half a character", "twice": "'prompt' occurs twice", "negative token": "at least 0"}  # that say why
+WORDS = {
+    "deep list": "nested too deeply",
+    "half a character": "half a character",
+    "twice": "'prompt' occurs twice",
+    "negative token": "at least 0",
+}  # that say why
 
 
 @pytest.mark.parametrize("name", BAD_BODIES)
