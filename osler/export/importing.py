@@ -259,7 +259,7 @@ def model_weights(config: ModelConfig, found: Iterator[tuple[str, Tensor]]) -> t
     with torch.device("meta"):
         wanted = Transformer(config).state_dict()
     head = named.pop("lm_head.weight", None) if config.tie_embeddings else None
-    if head is not None and not torch.equal(head, named.get("embed_tokens.weight", head)):
+    if head is not None and not torch.equal(head, named.setdefault("embed_tokens.weight", head)):  # some keep the head alone
         raise UserError("tie_word_embeddings is true, and lm_head.weight is not model.embed_tokens.weight: set it to false.")
     if missing := sorted(wanted.keys() - named.keys()):
         raise UserError(f"{len(missing)} weights are missing, such as {missing[0]}: the model is not whole, or not a Qwen3.")

@@ -104,6 +104,15 @@ def test_fields_that_are_left_out_or_null_are_looked_for_elsewhere(published, tm
     assert load_model(tmp_path / "bare").tokenizer.eos_id == tokenizer["model"]["vocab"][EOS]
 
 
+def test_tied_weights_may_be_there_under_the_name_of_the_head_alone(checkpoint, tmp_path):
+    folder = tmp_path / "hf"
+    assert main(["export", str(checkpoint(**SHAPES["tied"])), "--to", "hf", "--out", str(folder)]) == 0
+    assert main(["import", str(folder), "--run", str(tmp_path / "embedding")]) == 0
+    with_weights(lambda tensors: tensors.update({"lm_head.weight": tensors.pop("model.embed_tokens.weight")}))(folder)
+    assert main(["import", str(folder), "--run", str(tmp_path / "head")]) == 0
+    assert torch.equal(*(logits_of(tmp_path / name, torch.arange(60)[None]) for name in ("embedding", "head")))
+
+
 def test_fields_that_say_what_osler_does_anyway_are_taken():
     described = {"rope_parameters": {**YARN, "truncate": True, "attention_factor": None}, "max_position_embeddings": 64}
     assert rope_of(described, "")["rope_scaling"] == {"type": "yarn", "factor": 2.0, "original_max_seq_len": 32}
