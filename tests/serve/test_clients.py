@@ -131,6 +131,21 @@ def test_a_text_ends_before_a_stop_string_that_tokens_share(client, models) -> N
     assert client.completions.create(**given).choices[0].text == text
 
 
+def test_a_stop_text_ends_the_answer_and_not_the_thinking_before_it(client) -> None:
+    given: dict[str, Any] = {
+        "model": "asked", "messages": ASK, "max_tokens": 40, "n": 2, "temperature": 1.2, "logit_bias": BIAS,
+    }  # fmt: skip
+    cut = 0
+    for seed in range(4):
+        for index, choice in enumerate(client.chat.completions.create(**given, seed=seed).choices):
+            thinking, answer = choice.message.reasoning_content or "", choice.message.content
+            for stop in {text for text in (thinking[:1], answer[1:2]) if text and text.isascii()}:
+                told = client.chat.completions.create(**given, seed=seed, stop=stop).choices[index].message
+                assert (told.reasoning_content or "", told.content) == (thinking, answer.partition(stop)[0])
+                cut += stop in answer and stop in thinking
+    assert cut, "or this would show little"
+
+
 def test_prompts_in_every_form_are_continued(client, models) -> None:
     ready = models["text"]
     tokenizer = ready.tokenizer
