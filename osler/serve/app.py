@@ -141,6 +141,9 @@ class Api:
             raise ApiError(400, message, "invalid_value", "reasoning_content")
         with refused("question"):  # long texts take a while to tokenise
             question = await asyncio.to_thread(read_options, served.ready, asked.question, asked.reasoning_content)
+        if (length := question.start) > served.longest_prompt:
+            message = f"The question has {length} tokens, and {served.name} takes at most {served.longest_prompt}: shorten it."
+            raise ApiError(400, message, "context_length_exceeded", "question")
         shares = await self.worker.call(lambda: question.probabilities(served.batch.decoder))
         self.count(request.url.path, served.name, 200)
         return {"object": "options", "model": served.name, **question.described(shares)}

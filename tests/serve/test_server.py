@@ -160,6 +160,16 @@ def test_the_page_and_the_options_of_a_question_come_from_the_server_too(server)
     assert 'osler_requests_total{model="asked",path="/v1/options",status="200"}' in get(server, "/metrics")[1]
 
 
+def test_a_question_with_options_is_no_longer_than_a_prompt_may_be(serve: Callable[..., Any]) -> None:
+    running = serve(max_prompt_tokens=20)
+    for model in ("asked", "text"):
+        asked = {"model": model, "question": "Who is ill?\nA) the dog\nB) the cat"}
+        status, told = ask(running, asked, "/v1/options")
+        assert (status, told["error"]["code"], told["error"]["param"]) == (400, "context_length_exceeded", "question")
+        assert "takes at most 20" in told["error"]["message"]
+    assert ask(running, {"model": "asked", "question": "W?\nA) d\nB) c"}, "/v1/options")[0] == 200
+
+
 def http_headers(running: Any, path: str = "/v1/models", **headers: str) -> list[tuple[str, str]]:
     connection = http.client.HTTPConnection(running.host, running.port, timeout=20)
     connection.request("GET", path, headers=headers)
