@@ -89,8 +89,8 @@ def _one_text(text: object, name: str) -> None:
         raise UserError(f"The {name} is {type(text).__name__}, not text: call the function once for each text.")
 
 
-def generate(model: LoadedModel, prompt: str = "", sampling: SamplingParams = DRAWN, *, stop: Sequence[str] = ()) -> str:
-    """Return a model's continuation of one text; it ends before the first of the texts in ``stop``."""
+def generate(model: LoadedModel, prompt: str = "", sampling: SamplingParams = DRAWN, *, stop: str | Sequence[str] = ()) -> str:
+    """Return a model's continuation of one text; it ends before ``stop``, or the first of several."""
     from osler.inference.chat import continue_text
     from osler.inference.engine import InferenceEngine
 

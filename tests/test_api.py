@@ -83,6 +83,8 @@ def test_what_does_not_exist_or_fit_is_refused(runs, tmp_path):
         *((lambda rows=rows: api.loss(model, rows), "lists of token ids") for rows in ("The", ["The"], [1, 2], [[1.0, 2.0]])),
         (lambda: api.load(runs.pretrain, which="last"), "newest or best"),
         (lambda: api.chat(str(tmp_path), "Why?"), "give api.load"),
+        (lambda: api.generate(model, "The", stop=["x", ""]), "\\(stop\\) is empty"),
+        (lambda: api.generate(model, "The", api.SamplingParams(logit_bias=((512, 1.0),))), "logit_bias has token id 512"),
         (lambda: api.generate(model, ["a", "b"]), "prompt is list, .* once for each text"),
         (lambda: api.chat(model, ["a", "b"]), "question is list"),
     ):

@@ -132,6 +132,13 @@ class TestDecode:
             "  rows: should be an integer or 'auto', given \"many\"",
         ]
 
+    def test_of_more_errors_than_anybody_reads_the_first_are_named(self):
+        """A mapping may come over the network, and a message longer than it would take as long to write."""
+        lines = message({"steps": 1, "weights": {f"w{number}": "x" for number in range(50_000)}}).splitlines()
+        assert lines[0] == "the configuration: more than 20 errors, the first of which are" and len(lines) == 21
+        assert lines[1] == '  weights.w0: should be a number, given "x"'
+        assert message({f"k{number}": 1 for number in range(19)}).startswith("the configuration: 20 errors\n")
+
     def test_no_line_is_headed_by_the_name_of_a_class(self):
         assert message({"type": "muon", "momentum": 2.0}, Muon) == (
             "the configuration: 1 error\n  momentum: must be at least 0 and below 1, given 2.0"

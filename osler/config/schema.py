@@ -29,6 +29,7 @@ NonNegativeInt = Annotated[int, Ge(0)]
 PositiveFloat = Annotated[float, Gt(0)]
 NonNegativeFloat = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
+MOST_ERRORS, MOST_LINES = 1000, 20  # of a mapping: those that are looked at, and the lines of a message, which a person reads
 Seed = Annotated[int, Ge(0), Le(2**32 - 1)]  # every generator takes it, also after a small number was added to it
 
 
@@ -153,7 +154,7 @@ def decode(cls: type[T], mapping: Mapping[str, Any], *, source: str = "") -> T:
 
     Types are strict, except that lists become tuples, text becomes a path, and integers are taken where floats are
     asked for. A nested mapping of the same ``type`` as the default value changes only the fields it names. ``source``
-    is named in the message. Raises UserError with every error of the mapping, one line each.
+    is named in the message. Raises UserError with the errors of the mapping, one line each, at most ``MOST_LINES``.
     """
     from pydantic import ValidationError
 
@@ -170,8 +171,10 @@ def decode(cls: type[T], mapping: Mapping[str, Any], *, source: str = "") -> T:
     except UserError as error:  # raised by a __post_init__; pydantic collects only ValueErrors
         raise UserError(f"{source}: {error}") from None
     except ValidationError as error:
-        lines = _error_lines(cls, error.errors(include_url=False))
+        lines = _error_lines(cls, error.errors(include_url=False)[:MOST_ERRORS])
     count = "1 error" if len(lines) == 1 else f"{len(lines)} errors"
+    if len(lines) > MOST_LINES:
+        count, lines = f"more than {MOST_LINES} errors, the first of which are", lines[:MOST_LINES]
     raise UserError("\n  ".join([f"{source}: {count}", *lines]))
 
 

@@ -148,7 +148,8 @@ def model_config(described: Mapping[str, Any], source: str) -> ModelConfig:
                 f"{source}: {name} is {given!r}, and Osler's model has {values[0]!r}. It imports models of the class Qwen3 "
                 "(Qwen3-0.6B to 32B and what is fine-tuned from them), not quantised and without sliding windows."
             )
-    if set(described.get("layer_types") or ["full_attention"]) != {"full_attention"}:
+    layers = described.get("layer_types") or []
+    if not isinstance(layers, list) or any(kind != "full_attention" for kind in layers):
         raise UserError(f"{source}: layer_types has more than full_attention, which Osler's model does not compute.")
     missing = [name for name in SIZES.values() if described.get(name) is None]
     if missing:
@@ -163,11 +164,11 @@ def rope_of(described: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Return ``rope_theta`` and ``rope_scaling`` of a model, which transformers 5 and older releases write differently."""
     newer, older = (section_of(described, name, source) for name in ("rope_parameters", "rope_scaling"))
     scaling = {name: value for name, value in (older or newer).items() if value is not None}
-    thetas = {place["rope_theta"] for place in (described, newer, older) if place.get("rope_theta") is not None}
+    thetas = [place["rope_theta"] for place in (described, newer, older) if place.get("rope_theta") is not None]
     kind = scaling.pop("rope_type", scaling.pop("type", "default"))
     if not thetas:
         raise UserError(f"{source} names no rope_theta, neither by itself nor in rope_parameters.")
-    if len(thetas) > 1:
+    if any(theta != thetas[0] for theta in thetas):
         raise UserError(f"{source} has rope_theta {' and '.join(map(str, thetas))}, and only one of them can be meant.")
     if kind not in ("default", "yarn"):
         raise UserError(f"{source}: RoPE of the type {kind!r} is none of Osler's, which are 'default' and 'yarn'.")
@@ -176,7 +177,7 @@ def rope_of(described: Mapping[str, Any], source: str) -> dict[str, Any]:
     strange = [f"{name}={value}" for name, value in scaling.items() if name not in known and (name, value) not in same]
     if strange:
         raise UserError(f"{source}: Osler's RoPE of the type {kind!r} has no {', '.join(strange)}, so it would differ.")
-    found: dict[str, Any] = {"rope_theta": thetas.pop(), "rope_scaling": None}
+    found: dict[str, Any] = {"rope_theta": thetas[0], "rope_scaling": None}
     if kind == "yarn":
         scaling.setdefault("original_max_position_embeddings", described["max_position_embeddings"])
         found["rope_scaling"] = {"type": "yarn", **{ours: scaling[theirs] for ours, theirs in YARN.items() if theirs in scaling}}
@@ -197,17 +198,17 @@ def fitting_tokenizer(source: Path, described: Mapping[str, Any], config: ModelC
             f"{path} has {loaded.vocab_size:,} tokens and the model only {config.vocab_size:,} (vocab_size), so they do not "
             "belong together: take both from the same place."
         )
-    content, remarks = json.loads(path.read_bytes()), []
+    content, remarks = json.loads(loaded.to_bytes()), []  # has every field, and the ids that the library gives
     present = {token["content"]: token for token in content["added_tokens"]}
     ends = read_object(source / "generation_config.json") if (source / "generation_config.json").is_file() else {}
-    end_ids = ends.get("eos_token_id", described.get("eos_token_id"))
+    end_ids = next((ids for place in (ends, described) if (ids := place.get("eos_token_id")) is not None), None)
     end_ids = end_ids if isinstance(end_ids, list) else [end_ids]
     if EOS not in present and EOS not in content["model"]["vocab"]:
         added = (token for token in content["added_tokens"] if token["content"] not in SPECIALS)
         own = next((token for token in added if token["id"] in end_ids), None)
         if own is None:
             raise UserError(
-                f"{path} has no {EOS}, and no added token of it is the model's eos_token_id ({end_ids[0]}), so nothing would end "
+                f"{path} has no {EOS}, and no added token of it is the model's eos_token_id ({end_ids}), so nothing would end "
                 "an answer: give eos_token_id in config.json."
             )
         remarks.append(f"{own['content']}, which ends its texts, is called {EOS} from here on.")
@@ -258,7 +259,7 @@ def model_weights(config: ModelConfig, found: Iterator[tuple[str, Tensor]]) -> t
     with torch.device("meta"):
         wanted = Transformer(config).state_dict()
     head = named.pop("lm_head.weight", None) if config.tie_embeddings else None
-    if head is not None and not torch.equal(head, named.get("embed_tokens.weight", head)):
+    if head is not None and not torch.equal(head, named.setdefault("embed_tokens.weight", head)):  # some keep the head alone
         raise UserError("tie_word_embeddings is true, and lm_head.weight is not model.embed_tokens.weight: set it to false.")
     if missing := sorted(wanted.keys() - named.keys()):
         raise UserError(f"{len(missing)} weights are missing, such as {missing[0]}: the model is not whole, or not a Qwen3.")

@@ -89,6 +89,8 @@ def check_request(config: ModelConfig, request: Request, name: str = "The prompt
     """Raise UserError for what the model cannot continue, naming the prompt and the numbers."""
     prompt, new_tokens = request.prompt, request.sampling.max_new_tokens
     check_prompt(config, prompt, name)
+    if (largest := max((token for token, _ in request.sampling.logit_bias), default=0)) >= config.vocab_size:
+        raise UserError(f"logit_bias has token id {largest}, and the model's vocabulary has ids 0 to {config.vocab_size - 1}.")
     room = config.max_seq_len - len(prompt)
     if new_tokens > room:
         asked = f" and {new_tokens} new ones were asked for" if room > 0 else ""

@@ -10,22 +10,29 @@ from itertools import chain
 
 from osler.inference.engine import InferenceEngine
 from osler.ops.sampling_params import SamplingParams
+from osler.runtime.errors import UserError
 from osler.tokenizer.bpe import INCOMPLETE, Tokenizer
 
 logger = logging.getLogger(__name__)
 
 _END = -1  # stands after the last token
-_CONTEXT, _MOST_CONTEXT = 8, 32  # tokens that are decoded again with the next one: a character has at most four
+# Tokens that are decoded again with the next one. A character has at most four; 12 are whole ones where all are equally long.
+_CONTEXT, _MOST_CONTEXT = 12, 32
 
 
 class TextStream:
     """The text of one row, token by token. It is cut into parts by markers, and ends before the first of the ``stops``.
 
+    Raises UserError where one of these is empty. A text by itself counts as the only one, not as its characters.
     ``decoded`` counts the characters of the present part that are certain, ``shown`` those of them that ``add`` has returned.
     """
 
     def __init__(self, tokenizer: Tokenizer, markers: Set[int], stops: Sequence[str] = ()) -> None:
-        self.tokenizer, self.markers, self.stops = tokenizer, markers, stops
+        self.tokenizer, self.markers = tokenizer, markers
+        self.stops = (stops,) if isinstance(stops, str) else stops
+        if "" in self.stops:
+            raise UserError("A text to end before (stop) is empty, which every text begins with: leave it out.")
+        self._is_byte_level = tokenizer.is_byte_level
         self.is_stopped = False  # whether one of ``stops`` came
         self._begin()
 
@@ -46,14 +53,15 @@ class TextStream:
         self._ids += [] if is_marker else [token]
         text = self.tokenizer.decode(self._ids)
         is_whole = is_marker or not text.endswith(INCOMPLETE)
-        known = text if is_whole else text.removesuffix(INCOMPLETE)
+        known = text if is_whole else self._certain(text)
         new = known[self._length :]
         self._waiting += new
         self.decoded += len(new)
-        self._length = len(known)
+        self._length = max(self._length, len(known))
         if is_whole and len(self._ids) > _MOST_CONTEXT:
-            self._ids = self._ids[-_CONTEXT:]
-            self._length = len(self.tokenizer.decode(self._ids))
+            rest = self.tokenizer.decode(self._ids[-_CONTEXT:])
+            if self._is_byte_level or INCOMPLETE not in rest:
+                self._ids, self._length = self._ids[-_CONTEXT:], len(rest)
         found = [self._waiting.index(stop) for stop in self.stops if stop in self._waiting]
         self.is_stopped = bool(found)
         held_back = 0 if is_marker else _possible_stop(self._waiting, self.stops)
@@ -61,6 +69,14 @@ class TextStream:
         said, self._waiting = self._waiting[:certain], self._waiting[certain:]
         self.shown += len(said)
         return said
+
+    def _certain(self, text: str) -> str:
+        """Return a text without the half character at its end.
+
+        Where bytes only stand in for characters that have no token (byte fallback), half a character makes all bytes that follow
+        one another unreadable, the whole characters among them too.
+        """
+        return text.removesuffix(INCOMPLETE) if self._is_byte_level else text.rstrip(INCOMPLETE)
 
     def next_part(self) -> None:
         """Begin the part after a marker."""

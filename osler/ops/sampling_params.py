@@ -27,6 +27,9 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
+        for token, value in self.logit_bias:
+            if token < 0 or not value < math.inf:
+                raise ValueError(f"logit_bias adds {value} to token {token}: give ids from 0 and numbers (-inf: never draw it)")
 
     def truncates(self, vocab_size: int) -> bool:
         """Return whether tokens are drawn from a part of the vocabulary."""

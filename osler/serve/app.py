@@ -136,8 +136,14 @@ class Api:
         """Return the probability of each option of a pasted question."""
         asked = await asyncio.to_thread(read_request, OptionsRequest, await self._body(request))
         served = self._served(asked.model)
+        if asked.reasoning_content and not served.ready.answers_questions:
+            message = f"{served.name} was trained on text alone and does not think before an answer: leave reasoning_content out."
+            raise ApiError(400, message, "invalid_value", "reasoning_content")
         with refused("question"):  # long texts take a while to tokenise
             question = await asyncio.to_thread(read_options, served.ready, asked.question, asked.reasoning_content)
+        if (length := question.start) > served.longest_prompt:
+            message = f"The question has {length} tokens, and {served.name} takes at most {served.longest_prompt}: shorten it."
+            raise ApiError(400, message, "context_length_exceeded", "question")
         shares = await self.worker.call(lambda: question.probabilities(served.batch.decoder))
         self.count(request.url.path, served.name, 200)
         return {"object": "options", "model": served.name, **question.described(shares)}

@@ -92,7 +92,7 @@ class CommonRequest:
     logit_bias: dict[str, Annotated[float, Ge(-100), Le(100)] | None] | None = None  # by token id: what is added to its logit
     seed: Annotated[int, Ge(-(2**63)), Le(2**63 - 1)] | None = None  # the same seed draws the same; null: another each time
     n: Annotated[int, Ge(1), Le(128)] | None = None  # completions of a prompt; null: 1
-    stop: str | tuple[str, ...] | None = None  # end before the first of these texts
+    stop: str | tuple[str, ...] | None = None  # end before the first of these texts; thinking may hold them
     stream: bool | None = None  # send the text while it is drawn
     stream_options: StreamOptions | None = None
     user: str | None = None  # has no effect

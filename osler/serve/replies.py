@@ -41,14 +41,16 @@ class Piece:
 class Choice:
     """One completion while it is drawn: turns tokens into pieces of text, and knows how it ended.
 
-    An answer ends at the next special token of any kind, as in an exam (``parse_completion``).
+    An answer ends at the next special token of any kind, as in an exam (``parse_completion``), or before a stop text. Thinking
+    may hold that text, because otherwise there would be no answer.
     """
 
     def __init__(self, asked: Asked, limit: int) -> None:
         self._tokenizer, self._limit, self._tells_tokens = asked.served.ready.tokenizer, limit, asked.logprobs is not None
         self._is_chat = isinstance(asked.given, ChatRequest)
         markers = self._tokenizer.special_ids if self._is_chat else {self._tokenizer.eos_id}
-        self._text = TextStream(self._tokenizer, {*markers, _END}, asked.given.stops)
+        self._stops = asked.given.stops
+        self._text = TextStream(self._tokenizer, {*markers, _END}, () if asked.reasons else self._stops)
         self._answer_id = self._tokenizer.special_id(ANSWER) if self._is_chat else None
         self._part = REASONING if asked.reasons else CONTENT
         self._waiting: deque[TokenLogprob] = deque()
@@ -77,7 +79,8 @@ class Choice:
             self._keep(pieces, said, is_whole=(is_marker or is_last) and not self._text.is_stopped)
             if is_marker:
                 self._text.next_part()
-                self._part = CONTENT if token == self._answer_id else self._part
+                if token == self._answer_id:
+                    self._part, self._text.stops = CONTENT, self._stops
         return pieces
 
     def _keep(self, pieces: list[Piece], said: str, *, is_whole: bool) -> None:

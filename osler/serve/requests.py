@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar, cast
 
-from osler.config.schema import decode, hints
+from osler.config.schema import decode, hints, shown
 from osler.files.rows import unique_fields
 from osler.inference.rows import Request, check_prompt
 from osler.ops.sampling_params import SamplingParams
@@ -23,6 +23,7 @@ from osler.tokenizer.chat import Turn, encode_examples, encode_prompt
 
 COMPLETION_TOKENS = 16  # for a request to /v1/completions without max_tokens, as in OpenAI's API
 _FIRST_NAME = re.compile(r"\n  (\w+)")  # the first word in the list of errors that ``decode`` raises, which is a parameter
+_TOKEN_ID = re.compile("0|[1-9][0-9]{0,9}")  # one way to write a number, so that no two keys are one token
 
 Body = TypeVar("Body")
 
@@ -75,7 +76,9 @@ def read_request(kind: type[Body], data: bytes) -> Body:
     given = {name: value for name, value in body.items() if name not in REFUSED or hasattr(kind, name)}
     try:
         return decode(kind, given, source="The request")
-    except (UserError, RecursionError) as error:
+    except RecursionError as error:
+        raise ApiError(400, "The body has lists or objects nested too deeply.", "invalid_value") from error
+    except UserError as error:
         found = _FIRST_NAME.search(str(error))
         is_parameter = found is not None and (found[1] in body or found[1] in hints(cast(Any, kind)))
         raise ApiError(400, str(error), "invalid_value", found[1] if found and is_parameter else None) from error
@@ -161,8 +164,8 @@ def _rows(prompts: Sequence[Sequence[int]], request: CommonRequest, served: Serv
 def _sampling(request: CommonRequest, served: Served, limit: int, top: int | None) -> SamplingParams:
     vocab_size = served.ready.tokenizer.vocab_size
     bias = {token: value for token, value in (request.logit_bias or {}).items() if value is not None}
-    if wrong := [token for token in bias if not (token.isdecimal() and token.isascii() and int(token) < vocab_size)]:
-        message = f"logit_bias: {wrong[0]!r} is no token id; {served.name} has ids 0 to {vocab_size - 1}."
+    if wrong := [token for token in bias if not (_TOKEN_ID.fullmatch(token) and int(token) < vocab_size)]:
+        message = f"logit_bias: {shown(wrong[0])} is no token id; {served.name} has ids 0 to {vocab_size - 1}."
         raise ApiError(400, message, "invalid_value", "logit_bias")
     with refused("temperature"):
         return SamplingParams(

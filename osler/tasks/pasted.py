@@ -13,7 +13,7 @@ from osler.runtime.errors import UserError
 from osler.tasks.item import LETTERS, wording
 
 _KEY = re.compile(r"^[ \t]*(?:the |correct |right )*answer\b.*", re.IGNORECASE | re.MULTILINE | re.DOTALL)
-_LINE = re.compile(r"^[ \t]*(?:[(\[]([A-Z])[)\]][.:]?|([A-Z])[.):])[ \t]+(?=\S)", re.IGNORECASE | re.MULTILINE)
+_LINE = re.compile(r"^[ \t]*(?:[(\[]([A-Za-z])[)\]][.:]?|([A-Za-z])[.):])[ \t]+(?=\S)", re.MULTILINE)  # not the sign of Kelvin
 _BRACKET = re.compile(r"\(([A-Z])\)")
 _BARE = re.compile(r"(?<!\S)([A-Z])[.)]\s")
 _FORMS = (_LINE, _BRACKET, _BARE)

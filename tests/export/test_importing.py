@@ -91,6 +91,28 @@ def test_tokens_that_do_not_fit_get_rows_and_another_end_of_text_its_name(publis
     torch.testing.assert_close(rows[first : first + 3], rows[:first].mean(0).expand(3, -1))
 
 
+def test_fields_that_are_left_out_or_null_are_looked_for_elsewhere(published, tmp_path):
+    folder = published(specials=("<s>", "</s>"))
+    (folder / "generation_config.json").write_text('{"eos_token_id": null}')  # config.json has it
+    assert main(["import", str(folder), "--run", str(tmp_path / "run")]) == 0
+    assert load_model(tmp_path / "run").tokenizer.eos_id == 1
+    tokenizer = json.loads(Tokenizer.train([TEXT], 330, ()).to_bytes())
+    tokenizer["model"]["vocab"][EOS] = len(tokenizer["model"]["vocab"])
+    del tokenizer["added_tokens"]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert main(["import", str(folder), "--run", str(tmp_path / "bare")]) == 0
+    assert load_model(tmp_path / "bare").tokenizer.eos_id == tokenizer["model"]["vocab"][EOS]
+
+
+def test_tied_weights_may_be_there_under_the_name_of_the_head_alone(checkpoint, tmp_path):
+    folder = tmp_path / "hf"
+    assert main(["export", str(checkpoint(**SHAPES["tied"])), "--to", "hf", "--out", str(folder)]) == 0
+    assert main(["import", str(folder), "--run", str(tmp_path / "embedding")]) == 0
+    with_weights(lambda tensors: tensors.update({"lm_head.weight": tensors.pop("model.embed_tokens.weight")}))(folder)
+    assert main(["import", str(folder), "--run", str(tmp_path / "head")]) == 0
+    assert torch.equal(*(logits_of(tmp_path / name, torch.arange(60)[None]) for name in ("embedding", "head")))
+
+
 def test_fields_that_say_what_osler_does_anyway_are_taken():
     described = {"rope_parameters": {**YARN, "truncate": True, "attention_factor": None}, "max_position_embeddings": 64}
     assert rope_of(described, "")["rope_scaling"] == {"type": "yarn", "factor": 2.0, "original_max_seq_len": 32}
@@ -161,6 +183,11 @@ def without_an_end(folder: Path) -> None:
     (folder / "tokenizer.json").write_bytes(Tokenizer.train([TEXT], 300, SPECIALS[1:]).to_bytes())
 
 
+def without_any_end(folder: Path) -> None:
+    without_an_end(folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": []}')
+
+
 YARN = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 32}
 Q = "model.layers.1.self_attn.q_proj.weight"
 
@@ -184,6 +211,9 @@ def test_a_folder_and_a_run_that_are_taken_for_one_another_are_told(checkpoint, 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        (with_config(layer_types=5), "layer_types has more than full_attention"),
+        (with_config(layer_types=[["full_attention"]]), "layer_types has more than full_attention"),
+        (with_config(rope_theta=[1e4]), "and only one of them can be meant"),
         (with_config(model_type="llama"), "model_type is 'llama', and Osler's model has 'qwen3'"),
         (with_config(attention_bias=True), "attention_bias is True"),
         (with_config(use_sliding_window=True), "use_sliding_window is True"),
@@ -214,6 +244,7 @@ def test_a_folder_and_a_run_that_are_taken_for_one_another_are_told(checkpoint, 
         (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer.json"),
         (with_config(vocab_size=500), "tokens and the model only 500 (vocab_size)"),
         (without_an_end, "has no <|endoftext|>, and no added token of it is the model's eos_token_id"),
+        (without_any_end, "no added token of it is the model's eos_token_id ([])"),
     ],
 )  # fmt: skip
 def test_what_the_model_cannot_compute_is_refused_by_name(change, said, checkpoint, tmp_path, capsys):

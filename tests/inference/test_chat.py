@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, normalizers
 
 from osler.checkpoint import store
 from osler.cli import main as cli
@@ -229,7 +231,14 @@ def test_a_model_is_asked_to_think_if_it_learned_to():
 
 
 @pytest.mark.parametrize(
-    ("stops", "expected"), [(["x🩺"], ["è", "→"]), (["→y", "🩺", "x"], ["è", "→"]), (["xyz"], ["è", "→", "x🩺"])]
+    ("stops", "expected"),
+    [
+        (["x🩺"], ["è", "→"]),
+        (["→y", "🩺", "x"], ["è", "→"]),
+        (["xyz"], ["è", "→", "x🩺"]),
+        ("x🩺", ["è", "→"]),  # one text, which is no list of its characters
+        ("🩺x", ["è", "→", "x", "🩺"]),
+    ],
 )
 def test_text_ends_before_a_stop_string_that_is_several_tokens(textbook, stops, expected):
     ids = textbook.tokenizer.encode("è→x🩺")
@@ -250,6 +259,19 @@ def test_text_of_a_long_row_is_that_of_its_tokens_together(textbook):
         assert text.shown == text.decoded == len(tokenizer.decode(ids))
     text = TextStream(tokenizer, {-1}, ["🩺 sl"])
     assert "".join(text.add(token) for token in whole) == "A fever of 39 °C → 🩺" and text.is_stopped
+
+
+def test_characters_that_bytes_stand_in_for_come_whole():
+    names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abefhikorstvw."]
+    backend = Backend(models.BPE(vocab={name: number for number, name in enumerate(names)}, merges=[], byte_fallback=True))
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = Tokenizer(backend)
+    for told in ("a fever 🩺😀 is o.k. → é", "体温三十九度，多喝水，" * 9, "🩺" * 30 + " rest " + "a🩺→é" * 20):
+        text = TextStream(tokenizer, {-1})
+        assert "".join(text.add(token) for token in [*tokenizer.encode(told), -1]) == told
+    half = TextStream(tokenizer, {-1})
+    assert "".join(half.add(token) for token in [*tokenizer.encode("🩺é")[:-1], -1]).startswith("🩺\N{REPLACEMENT CHARACTER}")
 
 
 @pytest.mark.parametrize("reasoning", [True, False])

@@ -78,6 +78,12 @@ def test_the_coldest_temperature_takes_the_likeliest() -> None:
     assert torch.equal(token, logits.argmax(-1)) and torch.equal(logp, torch.zeros(8))
 
 
+@pytest.mark.parametrize("bias", [(-1, 1.0), (3, math.nan), (3, math.inf)])
+def test_a_bias_of_no_token_or_without_a_size_is_refused(bias: tuple[int, float]) -> None:
+    with pytest.raises(ValueError, match="logit_bias adds"):
+        SamplingParams(logit_bias=((2, -math.inf), bias))
+
+
 def test_bias_and_penalties_are_added_to_the_logits_of_each_row_by_the_formula_of_openai() -> None:
     logits_BV = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
     count_BV = torch.randint(0, 3, (3, 40), generator=torch.Generator().manual_seed(1)).float()

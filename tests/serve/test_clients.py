@@ -131,6 +131,21 @@ def test_a_text_ends_before_a_stop_string_that_tokens_share(client, models) -> N
     assert client.completions.create(**given).choices[0].text == text
 
 
+def test_a_stop_text_ends_the_answer_and_not_the_thinking_before_it(client) -> None:
+    given: dict[str, Any] = {
+        "model": "asked", "messages": ASK, "max_tokens": 40, "n": 2, "temperature": 1.2, "logit_bias": BIAS,
+    }  # fmt: skip
+    cut = 0
+    for seed in range(4):
+        for index, choice in enumerate(client.chat.completions.create(**given, seed=seed).choices):
+            thinking, answer = choice.message.reasoning_content or "", choice.message.content
+            for stop in {text for text in (thinking[:1], answer[1:2]) if text and text.isascii()}:
+                told = client.chat.completions.create(**given, seed=seed, stop=stop).choices[index].message
+                assert (told.reasoning_content or "", told.content) == (thinking, answer.partition(stop)[0])
+                cut += stop in answer and stop in thinking
+    assert cut, "or this would show little"
+
+
 def test_prompts_in_every_form_are_continued(client, models) -> None:
     ready = models["text"]
     tokenizer = ready.tokenizer
@@ -238,7 +253,9 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"stop": ""}, "stop", "1 to 256 characters"),
     ({"stop": ["x"] * 17}, "stop", "up to 16"),
     ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "two names of one limit"),
-    ({"logit_bias": {"99999": 1}}, "logit_bias", "'99999' is no token id"),
+    ({"logit_bias": {"99999": 1}}, "logit_bias", '"99999" is no token id'),
+    ({"logit_bias": {"1" * 5000: 1}}, "logit_bias", '"1{76}... is no token id'),
+    ({"logit_bias": {"5": 1, "05": 2}}, "logit_bias", '"05" is no token id'),
     ({"logit_bias": {"4": 101}}, "logit_bias", "at most 100"),
     ({"max_tokens": 5000}, "max_tokens", "at most 2.. tokens can follow this prompt: the model reads 256 in all"),
     ({"max_tokens": 250}, "max_tokens", "at most 2.. tokens can follow this prompt: the model reads 256 in all"),

@@ -79,6 +79,7 @@ BAD_BODIES = {
     "no utf-8": b'{"prompt": "\xff"}',
     "deep": b'{"prompt": ' + b"[" * 100_000,
     "deep value": b'{"prompt": ' + b"[" * 3000 + b"]" * 3000 + b"}",
+    "deep list": b'{"prompt": ' + b"[" * 500 + b"]" * 500 + b"}",
     "long number": b'{"seed": ' + b"9" * 5000 + b"}",
     "huge number": b'{"prompt": "A", "max_tokens": 1e400}',
     "half a character": b'{"prompt": "\\ud800"}',
@@ -93,7 +94,12 @@ BAD_BODIES = {
     "no utf-8 but utf-16": '{"prompt": "A"}'.encode("utf-16"),
     "twice": b'{"prompt": "A", "prompt": "B"}',
 }
-WORDS = {"half a character": "half a character", "twice": "'prompt' occurs twice", "negative token": "at least 0"}  # that say why
+WORDS = {
+    "deep list": "nested too deeply",
+    "half a character": "half a character",
+    "twice": "'prompt' occurs twice",
+    "negative token": "at least 0",
+}  # that say why
 
 
 @pytest.mark.parametrize("name", BAD_BODIES)
@@ -147,8 +153,21 @@ def test_the_page_and_the_options_of_a_question_come_from_the_server_too(server)
     assert status == 200 and [option["letter"] for option in told["options"]] == ["A", "B"]
     assert sum(option["probability"] for option in told["options"]) == pytest.approx(1)
     assert ask(server, {**asked, "reasoning_content": None}, "/v1/options")[1]["options"] != told["options"]
+    told = ask(server, {**asked, "model": "text"}, "/v1/options")[1]["error"]
+    assert told["param"] == "reasoning_content" and "text alone" in told["message"]
+    assert ask(server, {**asked, "model": "text", "reasoning_content": ""}, "/v1/options")[0] == 200
     assert ask(server, {**asked, "question": "Who?"}, "/v1/options")[1]["error"]["param"] == "question"
     assert 'osler_requests_total{model="asked",path="/v1/options",status="200"}' in get(server, "/metrics")[1]
+
+
+def test_a_question_with_options_is_no_longer_than_a_prompt_may_be(serve: Callable[..., Any]) -> None:
+    running = serve(max_prompt_tokens=20)
+    for model in ("asked", "text"):
+        asked = {"model": model, "question": "Who is ill?\nA) the dog\nB) the cat"}
+        status, told = ask(running, asked, "/v1/options")
+        assert (status, told["error"]["code"], told["error"]["param"]) == (400, "context_length_exceeded", "question")
+        assert "takes at most 20" in told["error"]["message"]
+    assert ask(running, {"model": "asked", "question": "W?\nA) d\nB) c"}, "/v1/options")[0] == 200
 
 
 def http_headers(running: Any, path: str = "/v1/models", **headers: str) -> list[tuple[str, str]]:

@@ -37,6 +37,11 @@ def test_letters_of_the_question_are_no_options():
     assert (question, options) == ("Vitamin (A) or vitamin (B)?", ("the first", "the second", "both", "none"))
 
 
+def test_letters_that_only_look_like_those_of_options_are_text():
+    assert read_pasted("At 310\n\u212a. what is best?\nA) ice\nB) tea") == ("At 310\n\u212a. what is best?", ("ice", "tea"))
+    assert read_pasted("Which?\nA) ice\nB) tea\n\u0130. milk")[1] == ("ice", "tea \u0130. milk")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
