@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from osler.data.config import FIRST_WINDOW_TOKENS
 from osler.data.documents import Corpus
-from osler.data.shards import FORMAT_VERSION, SPLITS, TOKENIZER, VALIDATION_PREFIX, read_data_manifest
+from osler.data.shards import FORMAT_VERSION, SPLITS, TOKENIZER, VALIDATION_PREFIX, order_of, read_data_manifest
 from osler.data.tokenise import PartEnd, Task
 from osler.data.workers import process_count, tokenise
 from osler.data.writing import read_journal
@@ -45,16 +46,18 @@ def manifest_of(
         "eos_id": tokenizer.eos_id,
         "vocab_size": tokenizer.vocab_size,
         "sources": {
-            name: {"weight": weight, **_entry(corpus)} for (name, corpus), weight in zip(corpora.items(), weights, strict=True)
+            name: {"weight": weight, **_entry(corpus, weight / sum(weights))}
+            for (name, corpus), weight in zip(corpora.items(), weights, strict=True)
         },
         "validation": {name: _entry(corpus) for name, corpus in validation.items()},
     }
 
 
-def _entry(corpus: Corpus) -> dict[str, Any]:
-    """Return what the manifest says of a corpus that is to be prepared."""
+def _entry(corpus: Corpus, share: float = 1.0) -> dict[str, Any]:
+    """Return what the manifest says of a corpus that is to be prepared and has this share of the weights."""
     min_parts = corpus.parts.min_parts if isinstance(corpus.parts, Parts) else 1
-    return {"content": _content(corpus), "splits": {}, "about": dict(corpus.about), "min_parts": min_parts}
+    order = {"min_parts": min_parts, "first_window_tokens": int(share * FIRST_WINDOW_TOKENS)}
+    return {"content": _content(corpus), "splits": {}, "about": dict(corpus.about), **order}
 
 
 def _content(corpus: Corpus) -> dict[str, Any]:
@@ -94,10 +97,10 @@ def targets_of(
 
 
 def _as_cut(corpus: Corpus, entry: Mapping[str, Any]) -> Corpus:
-    """Return the corpus with its parts cut as in the folder; an older version, which did not deal files out, names no number."""
+    """Return the corpus with its parts cut as in the folder."""
     if corpus.validation is not None:
         corpus = replace(corpus, validation=_as_cut(corpus.validation, entry))
-    return corpus.cut(entry.get("min_parts", 1))
+    return corpus.cut(order_of(entry)["min_parts"])
 
 
 def difference_of(

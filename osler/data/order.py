@@ -1,9 +1,10 @@
 """The order of a source's tokens, computed from (seed, the shards' fingerprints, epoch) and nothing else.
 
 An epoch is a sequence of windows of shards, and the documents of a window are permuted. The first epoch takes the shards as they
-were written, in windows that grow from one shard to `WINDOW_SHARDS`. So a run may begin while later shards are still being
-written, and it sees the same order as a run over finished data. A window that is not written yet raises NotPreparedYet. Later
-epochs permute all shards and then group them into windows.
+were written, in windows that grow to `WINDOW_SHARDS`. So a run may begin while later shards are still being written, and it sees
+the same order as a run over finished data. The first window has `first_window_tokens` of the shards, because a model that begins
+with a few long documents, such as books, learns far less. A window that is not written yet raises NotPreparedYet. Later epochs
+permute all shards and then group them into windows.
 
 Any window can be computed at once, on any rank, after any number of restarts, so a resume needs nothing but a position.
 """
@@ -108,8 +109,8 @@ class Order:
     def _epoch(self, epoch: int, count: int, is_complete: bool) -> Epoch:
         shards = self.shards
         if epoch == 0:
-            borders = [0]
-            while (end := borders[-1] + min(max(borders[-1], 1), WINDOW_SHARDS)) <= count:
+            borders, first = [0], int(np.searchsorted(shards.ends_of_tokens[:count], shards.first_window_tokens)) + 1
+            while (end := borders[-1] + min(max(borders[-1], first), WINDOW_SHARDS)) <= count:
                 borders.append(end)
             if is_complete and borders[-1] < count:
                 borders.append(count)

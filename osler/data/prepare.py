@@ -33,7 +33,7 @@ from osler.data.documents import EMPTY, Corpus
 from osler.data.exams import look_through
 from osler.data.holdout import HELD_OUT, HeldOut, Keys, check_rest, find_limits, hold_out, nothing_to_learn
 from osler.data.prepared import Prepared, open_folder, tell
-from osler.data.shards import DATA_MANIFEST, INDEX, SPLITS, TOKENIZER, VALIDATION_PREFIX, read_data_manifest
+from osler.data.shards import DATA_MANIFEST, INDEX, SPLITS, TOKENIZER, VALIDATION_PREFIX, order_of, read_data_manifest
 from osler.data.tokenise import PartEnd, Task
 from osler.data.workers import process_count, tokenise
 from osler.data.writing import SEEN_FILE, Choice, CorpusWriter, journal_of, read_journal, read_keys
@@ -114,8 +114,7 @@ def _begun(out: Path, wanted: dict[str, Any], differs: Callable[[], tuple[str, s
         for kind in ("sources", "validation"):
             for (name, old), entry in zip(list(found[kind].items()), wanted[kind].values(), strict=True):
                 now = {key: entry[key] for key in ("weight", "content") if key in entry}
-                cut = {"min_parts": old.get("min_parts", 1)}
-                found[kind][name] = old | now if found["complete"] else entry | cut
+                found[kind][name] = old | now if found["complete"] else entry | order_of(old)
         if found["complete"] and found != (before := read_data_manifest(out)):
             write_atomic(out / CARD, data_card(found, out).encode())
             write_json(out / DATA_MANIFEST, found)

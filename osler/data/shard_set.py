@@ -24,6 +24,7 @@ from osler.data.shards import (
     Shard,
     TokenArray,
     chained,
+    order_of,
     read_data_manifest,
     shard_name,
     token_dtype,
@@ -93,8 +94,18 @@ class ShardSet:
     While the split is `growing`, `refresh` takes in new shards until it `is_complete`.
     """
 
-    def __init__(self, folder: Path, *, vocab_size: int, tokenizer_fingerprint: str, eos_id: int, growing: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        vocab_size: int,
+        tokenizer_fingerprint: str,
+        eos_id: int,
+        first_window_tokens: int = 0,
+        growing: bool = False,
+    ) -> None:
         self.folder = folder
+        self.first_window_tokens = first_window_tokens  # the least in the first window of the order, which depends on it
         self.tokenizer_fingerprint = tokenizer_fingerprint
         self.eos_id = eos_id
         self._dtype = token_dtype(vocab_size)
@@ -117,7 +128,8 @@ class ShardSet:
         growing = growing and not _is_split_finished(folder)  # asked first: the manifest read below then has the split
         manifest = read_data_manifest(path)
         described = {name: manifest[name] for name in ("vocab_size", "tokenizer_fingerprint", "eos_id")}
-        shards = cls(folder, **described, growing=growing)
+        first_window_tokens = order_of(_entry(manifest, source))["first_window_tokens"]
+        shards = cls(folder, **described, first_window_tokens=first_window_tokens, growing=growing)
         if not growing and shards.fingerprint != _entry(manifest, source)["splits"][split]["fingerprint"]:
             raise UserError(f"{shards.folder / INDEX} is not the one that the manifest describes; prepare the data again.")
         return shards

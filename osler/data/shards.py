@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -153,6 +153,14 @@ def read_data_manifest(path: str | Path) -> dict[str, Any]:
     if version != FORMAT_VERSION:
         raise UserError(f"{file} has format {version}, this version of Osler reads {FORMAT_VERSION}; prepare the data again.")
     return dict(manifest)
+
+
+def order_of(entry: Mapping[str, Any]) -> dict[str, int]:
+    """Return what an entry of a manifest says of the order of its tokens: ``min_parts`` and ``first_window_tokens``.
+
+    Older versions name neither; they dealt no file out among parts, and their first window is one shard.
+    """
+    return {name: entry.get(name, older) for name, older in (("min_parts", 1), ("first_window_tokens", 0))}
 
 
 def _last_record(path: Path) -> tuple[int, npt.NDArray[Any]]:

@@ -51,6 +51,18 @@ def test_the_first_epoch_does_not_depend_on_what_comes_later(make_shards) -> Non
     assert not np.array_equal(whole.window(0, last).documents, begun.window(0, last).documents)
 
 
+def test_the_first_window_has_so_many_tokens(make_shards) -> None:  # type: ignore[no-untyped-def]
+    whole, begun = make_shards([10] * 30, shard_tokens=30), make_shards([10] * 9, shard_tokens=30)
+    for tokens, borders in ((0, [0, 1, 2, 4, 8, 10]), (30, [0, 1, 2, 4, 8, 10]), (31, [0, 2, 4, 8, 10]), (1000, [0, 10])):
+        whole.first_window_tokens = tokens
+        assert Order(whole, 0).epoch(0).borders.tolist() == borders
+    assert sorted(documents_of(Order(whole, 0), 0)[:20]) != list(range(20))  # the last value: all documents in one window
+    begun.first_window_tokens, begun.is_complete = 91, False
+    assert len(Order(begun, 0).epoch(0).ends) == 0
+    begun.first_window_tokens = 90
+    assert Order(begun, 0).epoch(0).ends.tolist() == [90]
+
+
 def test_the_order_is_this_one_in_every_version(make_shards) -> None:  # type: ignore[no-untyped-def]
     """A stored run resumes in this order: if these numbers change, every old run breaks silently."""
     order = Order(make_shards([3] * 12, shard_tokens=9), 7)

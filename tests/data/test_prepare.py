@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from osler.data.clean import Cleaner
-from osler.data.config import CleanConfig
+from osler.data.config import FIRST_WINDOW_TOKENS, CleanConfig
 from osler.data.documents import Corpus, Document, in_memory
 from osler.data.holdout import find_limits, hold_out, keys_of
 from osler.data.prepare import prepare as prepare_sources
@@ -384,13 +384,15 @@ def test_the_number_of_processes_changes_nothing(tmp_path: Path, notes: Path, to
     for count in (0, 1, 3):
         prepare_sources(corpora, tokenizer, tmp_path / str(count), weights=[2, 1], processes=count)
     assert files_in(tmp_path / "0") == files_in(tmp_path / "1") == files_in(tmp_path / "3")
-    assert open_prepared(tmp_path / "0", tokenizer).train[0].num_shards > 5
+    prepared = open_prepared(tmp_path / "0", tokenizer)
+    assert prepared.train[0].num_shards > 5
+    assert [train.first_window_tokens for train in prepared.train] == [FIRST_WINDOW_TOKENS * 2 // 3, FIRST_WINDOW_TOKENS // 3]
 
 
 def test_what_an_older_version_began_is_finished_as_that_version_cut_it(
     tmp_path: Path, notes: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It did not deal out small files, and its manifests say nothing of that."""
+    """It did not deal out small files, its first window was one shard, and its manifests say nothing of either."""
     corpus, begun = rows_corpus(notes), tmp_path / "out"
     undealt = replace(corpus, parts=Parts(corpus.files, min_parts=1))
     old, new = (prepare(cut, tokenizer, tmp_path / name).train for name, cut in {"old": undealt, "new": corpus}.items())
@@ -399,9 +401,10 @@ def test_what_an_older_version_began_is_finished_as_that_version_cut_it(
         torn.setenv(faults.VARIABLE, "prepare-part:ioerror:3")
         prepare(undealt, tokenizer, begun)
     manifest = read_data_manifest(begun)
-    del manifest["sources"]["notes"]["min_parts"]
+    del manifest["sources"]["notes"]["min_parts"], manifest["sources"]["notes"]["first_window_tokens"]
     write_json(begun / DATA_MANIFEST, manifest)
-    assert prepare(corpus, tokenizer, begun).train.fingerprint == old.fingerprint
+    train = prepare(corpus, tokenizer, begun).train
+    assert (train.fingerprint, train.first_window_tokens, new.first_window_tokens) == (old.fingerprint, 0, FIRST_WINDOW_TOKENS)
     os.utime(notes / "1.jsonl")
     assert prepare(corpus, tokenizer, begun).reused
 
