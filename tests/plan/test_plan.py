@@ -127,6 +127,21 @@ def test_only_questions_with_answers_have_a_loss_mask_on_the_disk(data, bytes_of
 
 
 @pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ([], [1, 32, 3]),  # the supervised stage sits an exam, after a checkpoint, 32 times
+        (["sft.checkpoint.keep_last=8", "grpo.checkpoint.every_steps=240"], [1, 9, 3]),
+        (["sft.exam.every_tokens=0", "grpo.init_from=sft", "grpo.eval_task=null", "grpo.checkpoint.every_steps=240"], [1, 1, 1]),
+    ],
+)
+def test_checkpoints_are_saved_before_exams_too(changes, kept) -> None:
+    plans = plans_of("quickstart", changes, Where(find_device("cpu")))
+    sizes = [4 * 3 * one.parameters for one in plans]  # fp32: the weights and the two moments of AdamW
+    found = [one.disk["checkpoints"].value / size for one, size in zip(plans, sizes, strict=True)]
+    assert found == pytest.approx(kept)
+
+
+@pytest.mark.parametrize(
     ("recipe", "options", "told"),
     [
         ("debug", {"gpu": "cpu", "gpus": 4}, "--gpus 4 counts GPUs, and .* are none"),
