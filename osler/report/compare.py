@@ -74,9 +74,10 @@ def compare(folders: Sequence[str], out: str | Path) -> str:
     """
     pairs = paired(folders)
     pair_table = fmt.table([PAIRED, *pairs], left=2) if pairs else HOW_TO_PAIR
-    if any(map(_has_no_curves, map(Path, folders))):
+    if bare := [folder for folder in folders if _has_no_curves(Path(folder))]:
         if len(folders) < 2 or not pairs:
             raise UserError(f"These checkpoints have no answers to the same exam. {HOW_TO_PAIR}")
+        logger.info(f"No page is written: it would show the curves of training, and there are none in {', '.join(bare)}.")
         return pair_table
     runs = _open(folders)
     groups, texts = [], []
