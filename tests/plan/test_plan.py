@@ -213,6 +213,11 @@ def test_a_stage_of_a_pipeline_has_the_model_of_the_one_that_it_starts_from() ->
     assert [one.kind for one in plans] == ["pretrain", "sft", "grpo"] and len({one.parameters for one in plans}) == 1
 
 
+def test_the_exam_of_a_pipeline_is_said_to_be_left_out() -> None:
+    [line] = [line for line in plan("quickstart", [], gpu="cpu").splitlines() if "Not planned" in line]
+    assert line == "Not planned: the exam in the stage exam, which takes time of its own."
+
+
 def test_devices_are_found_by_name_driver_or_file(tmp_path) -> None:
     assert find_device("NVIDIA H100 80GB HBM3") is find_device("h100") and peak_flops_of("NVIDIA T400") is None
     own = tmp_path / "own.yaml"
