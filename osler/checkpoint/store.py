@@ -238,5 +238,5 @@ def resolve(path: str | Path, which: str = "newest") -> Path:
         return marked.path
     found = folders.newest_checkpoint(root)
     if found is None:
-        raise UserError(f"There is no checkpoint in {root}.")
+        raise UserError(f"There is no checkpoint in {root.resolve()}.")
     return found

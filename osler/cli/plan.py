@@ -111,7 +111,10 @@ def plan(recipe: str | None, overrides: Sequence[str], **options: Any) -> str:
         notes = [time_note(one, exact(hours * HOUR), f"{hours:g} hour{'' if hours == 1 else 's'}")] if hours else []
         notes += [time_note(one, seconds_for(budget, where), money(budget))] if budget else []
         texts.append(words_of(replace(one, notes=(*notes, *one.notes))) + beside)
-    if budget is not None and load_recipe(recipe, overrides).get("kind") == "pretrain":
+    resolved = load_recipe(recipe, overrides)
+    exams = [name for name, stage in resolved.items() if isinstance(stage, dict) and stage.get("kind") == "exam"]
+    texts += [f"Not planned: the exam in the stage {name}, which takes time of its own." for name in exams]
+    if budget is not None and resolved.get("kind") == "pretrain":
         texts.append(words_of_budget(recipe, overrides, where, budget))
     return "\n\n".join(texts)
 

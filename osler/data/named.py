@@ -19,7 +19,7 @@ from osler.data.clean import Exam
 from osler.data.config import HUB, HubData, Source
 from osler.data.documents import Corpus, Document
 from osler.data.readers import read_text_file, text_of, value_of
-from osler.files.find import NAMED_ONLY_ENDING, ROW_ENDINGS, TEXT_ENDINGS, ending, find_files, shown
+from osler.files.find import NAMED_ONLY_ENDING, ROW_ENDINGS, TEXT_ENDINGS, ending, find_files, log_once, shown
 from osler.files.hub import hub_files, snapshot
 from osler.files.parts import File, LocalFile, Part, Parts, find_local
 from osler.files.rows import Row, read_rows
@@ -324,7 +324,7 @@ def open_exam(task: ExamFile, root: str, key: str) -> Exam:
     if not isinstance(task, HubExam):
         said = _splits_in(Path(task.path).name)
         if task.split and said and _SPLITS.get(task.split, task.split) not in said:
-            logger.warning(f"{key}.split is {task.split}, but the name of {task.path} says {' or '.join(sorted(said))}.")
+            log_once(f"{key}.split is {task.split}, but the name of {task.path} says {' or '.join(sorted(said))}.", warn=True)
         return Exam(task, tuple(find_local(task.path, ROW_ENDINGS, key=f"{key}.path")))
     if task.name not in EXAMS:
         known = [*EXAMS, ClinicTask.type, NeedleTask.type, "questions:FILE"]

@@ -48,9 +48,9 @@ def find_files(path: str | Path, endings: Sequence[str], *, key: str) -> list[Pa
 
 
 @cache
-def log_once(text: str) -> None:
+def log_once(text: str, *, warn: bool = False) -> None:
     """Log a text that this process has not logged before. Files are read several times, and one line about them is enough."""
-    logger.info(text)
+    logger.log(logging.WARNING if warn else logging.INFO, text)
 
 
 def ending(name: str | Path) -> str:

@@ -195,9 +195,7 @@ class Pipeline:
                 write_json(self.run.stages, [asdict(done) for done in self.finished])
         if first:
             write_json(self.run.notes, list(self.config.notes))
-            report = build_report(self.run.root)
-            print(summary_text(self.run.root))
-            logger.info(f"Report: {report}   (open it in a browser)")
+            print(summary_text(self.run.root, build_report(self.run.root)))
             trained = [name for name, stage in self.config.stages.items() if not isinstance(stage, ExamStage)]
             logger.info("Talk to a model: " + "   ·   ".join(f"osler chat {self.folder(name).root}" for name in trained[-2:]))
         return 0

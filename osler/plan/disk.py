@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,13 +26,25 @@ def checkpoint_bytes(model: ModelConfig, optimizer: str, precision: str) -> int:
 
 def disk_of(config: TrainConfig, model: ModelConfig, tokens: Estimate) -> dict[str, Estimate]:
     """Return the most bytes that shards and checkpoints take in the run folder at any moment."""
-    size = checkpoint_bytes(model, config.optim.type, config.precision)
-    every, milestones = config.checkpoint.every_tokens, config.checkpoint.keep_every_tokens
-    saved = tokens.value // every or 1
-    kept = min(saved, config.checkpoint.keep_last) + (tokens.value // milestones if milestones else 0)
-    source = f"computed: {config.checkpoint.keep_last} newest, the best and a good one, and one that is being written"
-    parts = {"checkpoints": Estimate(kept * size, (kept + min(1, saved - 1)) * size, (kept + 3) * size, source)}
-    return {"data": shard_bytes(config, model, tokens), **parts}
+    size, keep = checkpoint_bytes(model, config.optim.type, config.precision), config.checkpoint
+    saves = [keep.every_tokens, keep.keep_every_tokens, config.evaluation_tokens, config.exam.every_tokens]
+    milestones = int(tokens.value // keep.keep_every_tokens) if keep.keep_every_tokens else 0
+    return {
+        "data": shard_bytes(config, model, tokens),
+        "checkpoints": kept_bytes(size, int(tokens.value), saves, keep.keep_last, milestones),
+    }
+
+
+def kept_bytes(size: int, length: int, saves: Sequence[int], keep_last: int, milestones: int) -> Estimate:
+    """Return the most bytes of checkpoints of one size in a run of some length.
+
+    ``saves`` are the distances between two checkpoints of each cause (0: none), an evaluation or exam among them. Distances are
+    mostly multiples of one another, so the smallest tells how many checkpoints are saved.
+    """
+    saved = max(1, length // min(filter(None, saves)))
+    kept = min(saved, keep_last) + milestones
+    source = f"computed: {keep_last} newest, the best and a good one, and one that is being written"
+    return Estimate(kept * size, (kept + (saved > keep_last)) * size, (kept + 3) * size, source)
 
 
 def shard_bytes(config: TrainConfig, model: ModelConfig, tokens: Estimate) -> Estimate:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from osler.config.devices import Device
 from osler.model.config import ModelConfig
 from osler.parallel.config import FsdpConfig
-from osler.plan.disk import checkpoint_bytes
+from osler.plan.disk import checkpoint_bytes, kept_bytes
 from osler.plan.estimate import Estimate, combined, exact, total
 from osler.plan.memory import LOGIT_COPIES, MODES, Pass, logit_bytes, measured_memory, memory_of, most_rows, state_bytes
 from osler.plan.notes import notes_of
@@ -89,7 +89,9 @@ def plan_grpo(
     beside = sampler_memory(config, model, one, where)
     size = checkpoint_bytes(model, config.optim.type, "fp32")
     size += state_bytes(model, config.optim.type, "fp32")[0] if algorithm.beta > 0 else 0
-    kept = min(config.checkpoint.keep_last, config.steps // config.checkpoint.every_steps or 1)
+    keep = config.checkpoint
+    saves = [keep.every_steps, keep.keep_every_steps, config.eval_every_steps if questions else 0]
+    milestones = config.steps // keep.keep_every_steps if keep.keep_every_steps else 0
     time = {
         "start": measured.start_seconds or STARTS[where.device.kind],
         "sampling": sampling.times(config.steps),
@@ -114,7 +116,7 @@ def plan_grpo(
         most_rows={
             mode: most_rows(one, mode, where.device.memory_bytes, beside=beside, measured=measured.memory_bytes) for mode in MODES
         },
-        disk={"checkpoints": Estimate(kept * size, (kept + 1) * size, (kept + 3) * size, "computed: as in training")},
+        disk={"checkpoints": kept_bytes(size, config.steps, saves, keep.keep_last, milestones)},
         not_planned=("vLLM's servers and their GPUs",) if config.rollout.type == "server" else (),
     )
     return replace(plan, notes=notes_of(plan, config, model, arithmetic))

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from osler.checkpoint.folders import is_checkpoint
+from osler.config.schema import encode
 from osler.eval.score import mcnemar, paired_difference
 from osler.monitor.metrics import declared_name
 from osler.records.answers import asked_differently, read_sheets
@@ -74,9 +75,10 @@ def compare(folders: Sequence[str], out: str | Path) -> str:
     """
     pairs = paired(folders)
     pair_table = fmt.table([PAIRED, *pairs], left=2) if pairs else HOW_TO_PAIR
-    if any(map(_has_no_curves, map(Path, folders))):
+    if bare := [folder for folder in folders if _has_no_curves(Path(folder))]:
         if len(folders) < 2 or not pairs:
             raise UserError(f"These checkpoints have no answers to the same exam. {HOW_TO_PAIR}")
+        logger.info(f"No page is written: it would show the curves of training, and there are none in {', '.join(bare)}.")
         return pair_table
     runs = _open(folders)
     groups, texts = [], []
@@ -179,13 +181,21 @@ def numbers(members: Sequence[Member]) -> Table:
 
 def differences(members: Sequence[Member]) -> Table:
     """Return the fields in which the configurations differ, then the versions and machines that differ."""
-    every = [flat({**m.config, "versions": {**m.run.versions, **m.run.groups}}) for m in members]
+    every = [flat({**_config_of(m), "versions": {**m.run.versions, **m.run.groups}}) for m in members]
     keys = dict.fromkeys(key for fields in every for key in fields if key not in LEFT_OUT)
     rows = []
     for key in keys:
         values = [fields.get(key, fmt.MISSING) for fields in every]
         rows.append((key, ["null" if value is None else as_text(value) for value in values]))
     return [(key, row) for key, row in rows if len(set(row)) > 1]
+
+
+def _config_of(member: Member) -> dict[str, Any]:
+    """Return the configuration with the model that is trained: with ``init_from`` the fields of ``model`` are unused defaults."""
+    config, model = member.config, member.stage.model
+    if model is None:
+        return {key: value for key, value in config.items() if key != "model" or not config.get("init_from")}
+    return {**config, "model": encode(model)}
 
 
 def _open(folders: Sequence[str]) -> dict[str, RunRecord]:

@@ -67,5 +67,5 @@ def _found(path: str) -> tuple[Path, list[Entry]]:
     root = folders.root_of(path)
     entries = folders.by_age(root)
     if not entries:
-        raise UserError(f"There is no checkpoint in {root}.")
+        raise UserError(f"There is no checkpoint in {root.resolve()}.")
     return root, entries

@@ -99,7 +99,7 @@ def resume(trainer: Trainer, start: Start, loaded: store.Loaded) -> Loop:
         length = "total_tokens" if trainer.unit == "tokens" else trainer.unit
         if loop.stopped_early:
             length = "early_stopping_patience"
-        elif getattr(trainer.config, "max_minutes", None) is not None:
+        elif trainer.total < getattr(trainer.config, "total_tokens", 0):  # only the clock ends a run before its tokens
             length = "max_minutes"
         logger.info(
             f"{root} is finished, at {place}; there is nothing left to train. To train longer from here, begin a branch: `osler "

@@ -257,11 +257,14 @@ def test_resolve_takes_a_checkpoint_a_root_or_a_run(tmp_path, capsys):
         resolve(root)
 
 
-def test_resolve_says_what_is_missing(tmp_path):
+def test_resolve_says_what_is_missing(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="is no folder"):
         resolve(tmp_path / "absent")
     with pytest.raises(UserError, match="no checkpoint in"):
         resolve(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"no checkpoint in {tmp_path.resolve()}\.$"):  # `.` and a full stop would be `..`
+        resolve(".")
     put(tmp_path / "quickstart" / "sft" / "checkpoints", 1)
     with pytest.raises(UserError, match=r"holds 1 runs; give the one that you mean: .*sft"):
         resolve(tmp_path / "quickstart")

@@ -184,7 +184,7 @@ def test_exams_of_ones_own_and_strange_names(data: FilesData, tmp_path: Path, ca
     with pytest.raises(UserError, match=r"data.clean.exams\[1\]: medqas is no exam .*medqa"):
         check_sources(replace(data, clean=CleanConfig(exams=(own, HubExam(name="medqas")))))
     dev = Path(shutil.copy(tmp_path / "exam.jsonl", tmp_path / "medqa-dev.jsonl"))
-    for split in ("test", "dev", "validation", ""):
+    for split in ("test", "dev", "validation", "", "test"):
         open_corpora(replace(data, clean=CleanConfig(exams=(MedqaTask(path=str(dev), split=split),))))
     told = capsys.readouterr().err
     assert "exams[0].split is test, but the name of" in told and told.count("but the name of") == 1

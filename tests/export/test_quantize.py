@@ -52,7 +52,10 @@ def test_every_command_that_reads_a_model_takes_it(quantized, runs, tmp_path, ca
     for run in (int8, str(runs.sft)):
         assert main(["eval", run, "task=clinic:new_findings", "subset=6", "method=likelihood"]) == 0
     capsys.readouterr()
-    assert main(["compare", str(runs.sft), int8]) == 0 and f"{runs.sft.name} → int8" in capsys.readouterr().out
+    assert main(["compare", str(runs.sft), int8, "--out", str(tmp_path / "compare.html")]) == 0
+    told = capsys.readouterr()
+    assert f"{runs.sft.name} → int8" in told.out and not (tmp_path / "compare.html").exists()
+    assert "No page is written: it would show the curves of training" in told.err and f"none in {int8}." in told.err
     assert main(["report", int8, "--out", str(tmp_path / "report.html")]) == 0
     assert main(["export", int8, "--to", "safetensors", "--out", str(tmp_path / "int8.safetensors")]) == 0
     assert "int8 weights are written out" in capsys.readouterr().err

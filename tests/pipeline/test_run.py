@@ -82,7 +82,9 @@ def test_the_same_command_again_does_what_is_not_finished_and_no_more(
     whole, before = json.loads(stages.read_text()), (stages.read_bytes(), metrics.read_bytes())
     exams = (moved / "exams.json").read_bytes()
     assert tiny(moved) == 0
-    assert before == (stages.read_bytes(), metrics.read_bytes()) and "──" not in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert before == (stages.read_bytes(), metrics.read_bytes()) and "──" not in told.err
+    assert (told.out + told.err).count("Report:") == 1
     stages.write_text(json.dumps(whole[:-1]))
     with pytest.raises(UserError, match=r"stage sft: it has begun .* changed any more: optim.lr is 0.5 here and 0.0025"):
         tiny(moved, "sft.optim.lr=0.5")

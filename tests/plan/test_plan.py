@@ -127,6 +127,21 @@ def test_only_questions_with_answers_have_a_loss_mask_on_the_disk(data, bytes_of
 
 
 @pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ([], [1, 32, 3]),  # the supervised stage sits an exam, after a checkpoint, 32 times
+        (["sft.checkpoint.keep_last=8", "grpo.checkpoint.every_steps=240"], [1, 9, 3]),
+        (["sft.exam.every_tokens=0", "grpo.init_from=sft", "grpo.eval_task=null", "grpo.checkpoint.every_steps=240"], [1, 1, 1]),
+    ],
+)
+def test_checkpoints_are_saved_before_exams_too(changes, kept) -> None:
+    plans = plans_of("quickstart", changes, Where(find_device("cpu")))
+    sizes = [4 * 3 * one.parameters for one in plans]  # fp32: the weights and the two moments of AdamW
+    found = [one.disk["checkpoints"].value / size for one, size in zip(plans, sizes, strict=True)]
+    assert found == pytest.approx(kept)
+
+
+@pytest.mark.parametrize(
     ("recipe", "options", "told"),
     [
         ("debug", {"gpu": "cpu", "gpus": 4}, "--gpus 4 counts GPUs, and .* are none"),
@@ -196,6 +211,11 @@ def test_measurements_take_the_place_of_assumptions() -> None:
 def test_a_stage_of_a_pipeline_has_the_model_of_the_one_that_it_starts_from() -> None:
     plans = plans_of("quickstart", [], Where(find_device("cpu")))
     assert [one.kind for one in plans] == ["pretrain", "sft", "grpo"] and len({one.parameters for one in plans}) == 1
+
+
+def test_the_exam_of_a_pipeline_is_said_to_be_left_out() -> None:
+    [line] = [line for line in plan("quickstart", [], gpu="cpu").splitlines() if "Not planned" in line]
+    assert line == "Not planned: the exam in the stage exam, which takes time of its own."
 
 
 def test_devices_are_found_by_name_driver_or_file(tmp_path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from osler.cli.main import main
 from osler.report.compare import compare
 from osler.runtime.errors import UserError
-from tests.report.conftest import Page, write_run
+from tests.report.conftest import MODEL, Page, write_run
 
 
 @pytest.fixture
@@ -79,6 +79,19 @@ def test_stories_are_compared_stage_by_stage(make_run, tmp_path):
     assert first.startswith("Pretraining") and row(first, "steps") == ["10", "20"] and row(second, "steps") == ["10", "20", "30"]
     html = page.read_text(encoding="utf-8")
     assert html.index("<h2>Pretraining</h2>") < html.index("<h2>Supervised fine-tuning</h2>")
+
+
+def test_models_differ_as_they_were_trained(make_run, tmp_path):
+    """The fields of ``model`` in the config of a run with ``init_from`` are defaults that nothing uses."""
+    wide = {**MODEL, "hidden_size": 512}
+    new = make_run("new", config=f"kind: pretrain\nmodel: {json.dumps(MODEL)}\ninit_from: null\n", model_json=MODEL)
+    unused = "kind: sft\nmodel: {num_layers: 99}\ninit_from: new\n"
+    tuned, bare = make_run("tuned", config=unused, model_json=MODEL), make_run("bare", config=unused)
+    text = compare([str(new), str(tuned)], tmp_path / "out.html")
+    assert row(text, "init_from") == ["null", "new"] and "model." not in text
+    assert "model." not in compare([str(bare), str(make_run("other", config=unused.replace("99", "98")))], tmp_path / "out.html")
+    text = compare([str(tuned), str(make_run("wide", config=unused, model_json=wide))], tmp_path / "out.html")
+    assert row(text, "model.hidden_size") == ["256", "512"] and text.count("model.") == 1
 
 
 def test_runs_of_one_name_are_told_by_their_path(make_run, tmp_path):

@@ -187,6 +187,15 @@ def test_minutes_that_end_inside_the_warm_up_are_pointed_out(more, limit, tiny, 
     assert capsys.readouterr().err.count(f"schedule.warmup_tokens 10,000,000 is not below {limit}") == 1
 
 
+@pytest.mark.parametrize(
+    ("minutes", "total_tokens", "ended_by"), [("0.02", "100_000_000", "max_minutes"), ("60", "3072", "total_tokens")]
+)
+def test_the_hint_of_a_finished_run_names_what_ended_it(minutes, total_tokens, ended_by, tiny, tmp_path, counted_clock, capsys):
+    command = ["pretrain", tiny.pretrain, f"max_minutes={minutes}", f"total_tokens={total_tokens}", "--run", str(tmp_path)]
+    assert main(command) == 0 == main(command)
+    assert f"NEW_FOLDER {ended_by}=MORE`" in capsys.readouterr().err
+
+
 def test_a_run_keeps_the_precision_it_resolved(tiny, launch, tmp_path):
     """``auto`` is decided by a timing; a run that goes on elsewhere must not change its arithmetic."""
     assert launch("pretrain", tmp_path, "precision=bf16", fault="train-step:sigterm:7") == 130
