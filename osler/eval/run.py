@@ -83,6 +83,8 @@ def run(
         if ready.run is not None:
             save_scores(ready.run, name, scores, last=ready.kind)  # rows of earlier steps come before the run's own
             logger.info(f"Saved to {ready.run.exams}; `osler report {ready.run.root}` shows it.")
+        else:
+            logger.info(f"Scores and answers are not saved: {ready.path} is in no run folder, which has a config.yaml.")
     if config.text is not None:
         files = TextFiles(config.text, config.text_field, path_key="text", field_key="text_field")
         texts[config.text] = measured(config.text, lambda: files, config, ready)

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from osler.checkpoint import store
+from osler.config.recipe import dump_yaml
 from osler.inference.load import CONFIG_FILE, MADE_BY, REASONS, describing_files
 from osler.model.config import MODEL_FILE, ModelConfig
 from osler.runtime.errors import UserError
@@ -44,8 +45,8 @@ def write_run(
             raise UserError(f"{error} Free some of the disk, or name another place.") from error
         write_json(run.notes, [f"Made by {made_in_words(state[MADE_BY])}."])
         write_atomic(run.model, files[MODEL_FILE])
-        if CONFIG_FILE in files:
-            write_atomic(run.config, files[CONFIG_FILE])
+        # Without a config of its training, as in an imported model, it says this much: a run folder has a config.yaml.
+        write_atomic(run.config, files.get(CONFIG_FILE) or dump_yaml({MADE_BY: made_in_words(state[MADE_BY])}))
     return store.resolve(folder)
 
 

@@ -165,7 +165,7 @@ def stored_config(cls: type[T], run_dir: str | None, overrides: Sequence[str]) -
 
 
 def read_config(folder: RunFolder) -> dict[str, Any]:
-    """Return the run's ``config.yaml`` as plain values; raises UserError, with how to mend it, when it is damaged."""
+    """Return the run's ``config.yaml`` as plain values; raises UserError, with what to do, when it is damaged or no run's."""
     try:
         stored = load_yaml(folder.config.read_text(encoding="utf-8"), str(folder.config))
         problem = "is empty" if stored is None else "is no configuration"
@@ -179,6 +179,11 @@ def read_config(folder: RunFolder) -> dict[str, Any]:
         elif any(folder.root.glob(f"*/{folder.config.name}")):  # a pipeline, whose stages are worth keeping
             remedy = "Its stages have their own: delete this file alone, and `osler pipeline` with the recipe goes on"
         raise UserError(f"{folder.config} {problem}. {remedy}.")
+    if made_by := stored.get("made_by"):  # export/folder.py
+        raise UserError(
+            f"{folder.root} was made by {made_by} and has weights alone, no training to go on with. Start a new run from them: "
+            f"init_from={folder.root} --run NEW_FOLDER."
+        )
     return stored
 
 

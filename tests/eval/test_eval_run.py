@@ -112,12 +112,13 @@ def test_scores_of_other_exams_and_steps_are_kept_and_the_run_itself_comes_last(
     assert newest.name != earlier.name
 
 
-def test_a_checkpoint_outside_a_run_folder_is_scored_and_nothing_is_written(runs, tmp_path):
+def test_a_checkpoint_outside_a_run_folder_is_scored_and_nothing_is_written(runs, tmp_path, capsys):
     [*_, newest] = sorted((runs / "sft" / "checkpoints").glob("step-*"))
     alone = Path(shutil.copytree(newest, tmp_path / "alone"))
     before = sorted(alone.iterdir())
     assert evaluate(str(alone), "task.limit=4", "task.split=validation", "max_new_tokens=4") == 0
     assert sorted(alone.iterdir()) == before and not (tmp_path / "exams.json").exists()
+    assert f"not saved: {alone} is in no run folder" in capsys.readouterr().err
 
 
 def test_an_exam_from_a_file(runs, tmp_path, capsys):

@@ -138,13 +138,21 @@ def test_there_and_back_is_the_same_to_the_bit(shape, checkpoint, tmp_path):
             assert torch.equal(after.model.state_dict()[name][: 532 if "norm" not in name else None], weight[:532]), name
 
 
-def test_a_model_that_answers_still_does_after_the_way_back(runs, tiny, tmp_path):
+def test_a_model_that_answers_still_does_after_the_way_back(runs, tiny, tmp_path, capsys):
     back = str(tmp_path / "back")
     assert main(["export", str(runs.sft), "--to", "hf", "--out", str(tmp_path / "hf")]) == 0
     assert main(["import", str(tmp_path / "hf"), "--run", back]) == 0
     before, after = (load_model(path) for path in (runs.sft, back))
     assert after.answers_questions and after.model.trained_seq_len == before.model.trained_seq_len
-    assert main(["eval", back, "task=clinic", "subset=4", "max_new_tokens=24"]) == 0
+    shutil.copytree(runs.sft, tmp_path / "sft")
+    for run in (str(tmp_path / "sft"), back):
+        assert main(["eval", run, "task=clinic", "subset=4", "max_new_tokens=24"]) == 0
+    assert main(["report", back]) == 0 and main(["compare", str(tmp_path / "sft"), back]) == 0  # which need its answers
+    told = capsys.readouterr()
+    assert f"Saved to {back}/exams.json" in told.err and "new_findings   sft → back" in told.out
+    for words in (["--resume"], [tiny.sft, f"init_from={runs.sft}"]):
+        assert main(["sft", *words, "--run", back]) == 2
+        assert "was made by `osler import` of hf and has weights alone" in capsys.readouterr().err
     assert main(["grpo", tiny.grpo, f"init_from={back}", "steps=1", "eval_task=null", "--run", str(tmp_path / "grpo")]) == 0
 
 
