@@ -6,7 +6,6 @@ same command resumes after an interruption (``records/answers.py``).
 
 import hashlib
 import logging
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, replace
 from functools import partial
@@ -23,15 +22,16 @@ from osler.data.named import SOURCES, check_task, load_task, open_hub
 from osler.data.prepared import held_out_so_far
 from osler.data.readers import TextFiles
 from osler.data.shard_set import ShardSet
+from osler.eval.clean import clean_subset, tell_checked
 from osler.eval.config import CLINIC_EXAM, EvalConfig, ExamSettings, config_of
 from osler.eval.exams import Form, Normalise, presentations, score_by_generation, score_by_likelihood
 from osler.eval.likelihood import TextScore, batches, describe_text, measure, windows
-from osler.eval.score import TOO_LONG, ScoredExam, describe_cut, describe_too_long, summarise
+from osler.eval.score import TOO_LONG, ScoredExam, describe_cut, describe_too_long
 from osler.inference.engine import InferenceEngine
 from osler.inference.load import LoadedModel, open_model
 from osler.inference.rows import warn_of_untrained
 from osler.ops.sampling_params import SamplingParams
-from osler.records.answers import AnswerLog
+from osler.records.answers import AnswerLog, answers_file, ids_asked
 from osler.records.results import ExamScore, add_exams
 from osler.runtime import format as fmt
 from osler.runtime.errors import UserError
@@ -45,7 +45,6 @@ from osler.tokenizer.round_trip import Losses, refuse_missing_bytes
 
 logger = logging.getLogger(__name__)
 
-CLEAN = ", clean"  # marks the score on questions that were looked for in the model's data and not found
 ROUND_TRIPS = 256  # documents whose start is encoded and decoded again, to see what the tokenizer loses
 FORMS: dict[str, Form] = {"likelihood": "answer", "letters": "letters", "cloze": "cloze"}  # what each method scores
 
@@ -80,10 +79,10 @@ def run(
     if config.exams:
         scores = sit(config, ready, name, ready.run)
         print(table(scores))
-        if ready.run is not None:
-            save_scores(ready.run, name, scores, last=ready.kind)  # rows of earlier steps come before the run's own
+        if ready.run is not None and (kept := [score for score in scores if score.is_kept]):
+            save_scores(ready.run, name, kept, last=ready.kind)  # rows of earlier steps come before the run's own
             logger.info(f"Saved to {ready.run.exams}; `osler report {ready.run.root}` shows it.")
-        else:
+        elif ready.run is None:
             logger.info(f"Scores and answers are not saved: {ready.path} is in no run folder, which has a config.yaml.")
     if config.text is not None:
         files = TextFiles(config.text, config.text_field, path_key="text", field_key="text_field")
@@ -144,12 +143,14 @@ def sit(
     known = ExamsInData.from_files(ready.files)
     scores: list[ScoredExam] = []
     for split, items in exams.items():
-        tell_checked(split, {item.id for item in items}, known)
+        tell_checked(split, ids := {item.id for item in items}, known)
         shown = list(presentations(items, config.permutations, config.seed))
         for method in ways[kinds[split]]:
             head = {"label": name, "exam": split, "method": method}
-            for score in scores_of(method, config, ready, shown, head, run, takes_full=takes_full):
-                scores += [score, *clean_subset(score, known)]
+            place = run if takes_full or run is None or keeps_no_larger(run, head, ready, ids) else None
+            for score in scores_of(method, config, ready, shown, head, place, takes_full=takes_full):
+                score = replace(score, is_kept=place is not None)
+                scores += [score, *(replace(part, is_kept=score.is_kept) for part in clean_subset(score, known))]
     return scores
 
 
@@ -183,8 +184,7 @@ def scores_of(
         if run is not None:
             first = {**head, "checkpoint": ready.path.name, "settings": settings, "asked": len(shown)}
             first["identity"] = identity_of(ready, shown, settings)
-            file = re.sub(r"[^\w.]+", "-", " ".join(head.values()))
-            answers = AnswerLog(run.answers / f"{file}.jsonl", first, progress.update, takes_full=takes_full)
+            answers = AnswerLog(answers_file(run.answers, head), first, progress.update, takes_full=takes_full)
         if method == "generation":
             engine = InferenceEngine(ready.model, max_rows=config.rows)
             how: dict[str, Any] = {"reasoning": reasoning, "template": template, "answers": answers}
@@ -202,29 +202,21 @@ def scores_of(
             yield replace(score, split=head["exam"], method=name, settings=settings)
 
 
+def keeps_no_larger(run: RunFolder, head: Mapping[str, str], ready: LoadedModel, ids: Set[str]) -> bool:
+    """Return whether the run lacks answers of this checkpoint to these and more questions of the exam; say what is replaced."""
+    known = ids_asked(file := answers_file(run.answers, head), ready.path.name)
+    name, more = f"{head['exam']}, {head['method']}", f"the run's answers of this checkpoint to {len(known):,}"
+    if ids < known:
+        logger.info(f"{name}: {len(ids):,} questions are asked and not saved, to keep {more}. To replace those, delete {file}.")
+    elif len(ids) < len(known):
+        logger.info(f"{name}: {len(ids):,} questions replace {more} others. For a file task.split=NAME would keep both.")
+    return not ids < known
+
+
 def identity_of(ready: LoadedModel, shown: Sequence[ExamItem], settings: Mapping[str, Any]) -> str:
     """Return a hash of the checkpoint, the questions as they are shown, and the settings."""
     manifest = hashlib.sha256((ready.path / MANIFEST).read_bytes()).hexdigest()
     return fingerprint([manifest, [asdict(item) for item in shown], settings])
-
-
-def tell_checked(split: str, ids: Set[str], known: ExamsInData) -> None:
-    """Say how many questions of an exam were looked for in the model's data, and how many were found."""
-    checked, found = len(ids & known.checked), len(ids & known.found)
-    if checked:
-        subset = f' "{split}{CLEAN}" is the score on those that were not.' if found and ids & known.clean else ""
-        logger.info(
-            f"{split}: {checked:,} of its {len(ids):,} questions were looked for in the model's data. {found:,} were found "
-            f"there, or in documents that were dropped.{subset}"
-        )
-
-
-def clean_subset(score: ScoredExam, known: ExamsInData) -> Iterator[ScoredExam]:
-    """Yield the score on the questions that were looked for in the model's data and not found, if others were found."""
-    clean = [result for result in score.results if result.item.id in known.clean]
-    if clean and any(result.item.id in known.found for result in score.results):
-        subset = summarise(clean, max_seq_len=int(score.max_seq_len))
-        yield replace(subset, split=f"{score.split}{CLEAN}", method=score.method, settings=score.settings)
 
 
 def parts(config: ExamSettings) -> dict[str, Any]:

@@ -63,6 +63,7 @@ class ScoredExam(ExamScore):
 
     results: tuple[Result, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    is_kept: bool = True  # whether it goes into the run's records: a smaller exam does not replace a larger one
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,9 @@ The report and `osler compare` read the fields after it.
 """
 
 import logging
+import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,6 +83,21 @@ class AnswerLog:
                 raise
             logger.warning(f"{self._path} cannot be written ({error.strerror}); an interrupted exam would begin again.")
             self._path = None
+
+
+def answers_file(folder: Path, head: Mapping[str, str]) -> Path:
+    """Return the file for the answers of the label, to the exam and by the method that ``head`` has, in this order."""
+    name = re.sub(r"[^\w.]+", "-", " ".join(head.values()))
+    return folder / f"{name}.jsonl"
+
+
+def ids_asked(file: Path, checkpoint: str) -> set[str]:
+    """Return the ids of the questions in a file that has all answers of a checkpoint; none if it has not, or is unreadable."""
+    with suppress(UserError):
+        head, *rows = jsonl.read(file)[0] or [{}]
+        if head.get("checkpoint") == checkpoint and len({row.get("number") for row in rows}) == head.get("asked"):
+            return {as_text(row.get("id")) for row in rows}
+    return set()
 
 
 def asked_differently(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:

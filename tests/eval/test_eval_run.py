@@ -112,6 +112,24 @@ def test_scores_of_other_exams_and_steps_are_kept_and_the_run_itself_comes_last(
     assert newest.name != earlier.name
 
 
+def test_a_smaller_exam_does_not_replace_a_larger_one(runs, capsys):
+    run, common = runs / "sft", ("task.split=validation", "task.limit=8", "max_new_tokens=4", "method=both")
+    assert evaluate(str(run), *common) == 0
+    files = [run / "exams.json", *sorted(run.glob("answers/*"))]
+    before = {file: file.read_bytes() for file in files}
+    capsys.readouterr()
+    assert evaluate(str(run), *common, "task.limit=3") == 0
+    told = capsys.readouterr()
+    assert {file: file.read_bytes() for file in files} == before and re.search(r"^validation +generation.* 3 ", told.out, re.M)
+    assert "3 questions are asked and not saved, to keep the run's answers of this checkpoint to 8. To replace " in told.err
+    assert f"delete {files[1]}." in told.err and "Saved to" not in told.err
+    assert evaluate(str(run), *common, "task.limit=3", "task.seed=5") == 0  # other questions
+    assert "3 questions replace the run's answers of this checkpoint to 8 others" in capsys.readouterr().err
+    for file in files[1:]:
+        file.unlink()
+    assert evaluate(str(run), *common, "task.limit=3") == 0 and read_json(files[0])["sft"]["validation"]["n"] == 3
+
+
 def test_a_checkpoint_outside_a_run_folder_is_scored_and_nothing_is_written(runs, tmp_path, capsys):
     [*_, newest] = sorted((runs / "sft" / "checkpoints").glob("step-*"))
     alone = Path(shutil.copytree(newest, tmp_path / "alone"))
