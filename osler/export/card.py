@@ -6,6 +6,7 @@ shows only the last part.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -106,22 +107,30 @@ def _without_places(value: Any) -> Any:
 
 
 def _scores(loaded: LoadedModel) -> Iterator[str]:
+    scores = scores_of(loaded)
+    for_training = {score.split for score in scores if re.search(r"\btrain\b(?!.*held-out)", score.split)}
     rows = [
-        f"| {score.split} | {score.accuracy:.1%} | [{score.low:.1%}, {score.high:.1%}] | {score.chance:.1%} | {score.n:,.0f} |"
-        for score in scores_of(loaded)
+        f"| {score.split}{' (questions for training)' * (score.split in for_training)} | {score.accuracy:.1%} "
+        f"| [{score.low:.1%}, {score.high:.1%}] | {score.chance:.1%} | {score.n:,.0f} |"
+        for score in scores
     ]
     if not rows:
         yield "None are known: `osler eval` examines a model."
         return
     yield "\n".join(["| exam | right | 95 % interval | chance | questions |", "|---|---|---|---|---|", *rows])
+    if for_training:
+        yield "A score on questions for training does not say how the model answers new ones."
     yield "Exams of the clinic ask about a world that was made up to test training code." if loaded.knows_clinic else ""
 
 
 def scores_of(loaded: LoadedModel) -> list[ExamScore]:
-    """Return the exam scores of a checkpoint, from the records of its run and of the pipeline that has this run as a stage."""
+    """Return the exam scores of a checkpoint, from the records of its run and of the pipeline that has this run as a stage.
+
+    Of an exam that both have, the score on more questions is returned.
+    """
     if loaded.run is None:
         return []
-    found = []
+    found: dict[str, ExamScore] = {}
     own = loaded.run.root.resolve()
     for folder, labels in ((RunFolder(own), None), (RunFolder(own.parent), _labels_in(RunFolder(own.parent), own.name))):
         heads = [rows[0] for path in sorted(folder.answers.glob("*.jsonl")) if (rows := jsonl.read(path)[0])]
@@ -130,8 +139,11 @@ def scores_of(loaded: LoadedModel) -> list[ExamScore]:
             for head in heads
             if head.get("checkpoint") == loaded.path.name and (labels is None or head.get("label") in labels)
         }
-        found += [score for score in read_exams(folder.exams) if (score.label, score.split.partition(",")[0]) in sat]
-    return found
+        for score in read_exams(folder.exams):
+            known = found.get(score.split)
+            if (score.label, score.split.partition(",")[0]) in sat and (known is None or score.n > known.n):
+                found[score.split] = score
+    return list(found.values())
 
 
 def _labels_in(pipeline: RunFolder, stage: str) -> set[str]:

@@ -120,6 +120,21 @@ def test_card_says_what_the_records_say(runs, tmp_path):
     assert "**sft**: 61,440 tokens" in card and str(tmp_path) not in card
 
 
+def test_card_has_one_row_for_an_exam_and_marks_questions_for_training(runs, tmp_path):
+    run = shutil.copytree(runs.sft, tmp_path / "sft")
+    assert main(["eval", str(run), "task=clinic:train,clinic:new_findings", "subset=8", "max_new_tokens=24"]) == 0
+    exams = json.loads((run / "exams.json").read_text())
+    exams["sft"]["new_findings"]["n"] = 500  # as a pipeline that has this run as a stage examined it
+    (tmp_path / "exams.json").write_text(json.dumps(exams))
+    shutil.copytree(run / "answers", tmp_path / "answers")
+    (tmp_path / "config.yaml").write_text("exam: {kind: exam, of: {sft: sft}}")
+    assert main(["export", str(run), "--to", "hf", "--out", str(tmp_path / "hf")]) == 0
+    card = (tmp_path / "hf" / "README.md").read_text()
+    rows = [(row[1].strip(), row[-2].strip()) for line in card.splitlines() if len(row := line.split("|")) == 7][2:]
+    assert rows == [("train (questions for training)", "8"), ("new_findings", "500")]
+    assert "questions for training does not say" in card
+
+
 def test_bf16_is_written_when_asked_for(checkpoint, tmp_path, capsys):
     run, folder = checkpoint(), tmp_path / "hf"
     assert main(["export", str(run), "--to", "hf", "--dtype", "bf16", "--out", str(folder)]) == 0
