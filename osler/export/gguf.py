@@ -1,11 +1,11 @@
 """A model as one GGUF file, for llama.cpp and what is built on it (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
 
-llama.cpp splits text into pieces by regular expressions of its own, each with a name, and merges bytes within the pieces. It has
-those of GPT-2 and of Qwen 2, but not Osler's. A tokenizer of Osler's is therefore written with GPT-2's, and the pieces that GPT-2
-would split in two (letters of options, runs of line breaks) become tokens that llama.cpp looks for first (``USER_DEFINED``). The
-other pieces that differ hold no merge, so their tokens are the same, except in two cases, which ``write`` reports: letters with
-combining marks, and letters of options that are no single token. A tokenizer with other pieces is refused. SuperBPE's is too:
-its tokens reach across words, which llama.cpp splits apart.
+llama.cpp splits text into pieces by regular expressions of its own, each with a name, and merges bytes within the pieces. It
+has those of GPT-2 and of Qwen 2, but not Osler's. A tokenizer of Osler's is therefore written with GPT-2's, and the pieces that
+GPT-2 would split in two (letters of options, runs of line breaks) become tokens that llama.cpp looks for first
+(``USER_DEFINED``). The other pieces that differ hold no merge, so their tokens are the same, except in two cases, which
+``write`` reports: letters with combining marks, and letters of options, after a space as in questions, that are no single
+token. A tokenizer with other pieces is refused. SuperBPE's is too: its tokens reach across words, which llama.cpp splits apart.
 
 Vectors stay in fp32. For q8_0 and q4_0, a matrix whose rows are no multiple of 32 becomes fp16. With q4_0, embedding and head
 become Q8_0. llama.cpp's own ``llama-quantize`` makes K-quants from the fp16 file.
@@ -149,13 +149,12 @@ def llama_vocabulary(gguf: ModuleType, tokenizer: Tokenizer, vocab_size: int) ->
             "In llama.cpp letters with combining marks (as in Hindi, or an accent that stands by itself) may become other tokens "
             "than in training."
         )
-        letters = [f"{space}({letter})" for space in ("", " ") for letter in ascii_uppercase]
+        letters = [f" ({letter})" for letter in ascii_uppercase]  # as questions and answers have them: ``render_option``
         broken = [repr(text) for text in letters if any(len(_gpt2_cut(token)) > 1 for token in _written(tokenizer, text))]
         if broken:
             remarks.append(
-                f"There these letters of options are cut into more tokens than in training: {', '.join(broken)}. Where they are "
-                "asked for, the model reads what it has not learned and may answer worse: ask with fewer options, or export by "
-                "`--to hf` or `--to onnx`, which cut text as in training."
+                f"There these letters of options are cut into more tokens than in training: {', '.join(broken)}. The model may "
+                "answer questions with them worse there; `--to hf` and `--to onnx` cut text as in training."
             )
     if normalizer:
         remarks.append("llama.cpp does not normalise text (NFC) as this tokenizer does.")

@@ -79,7 +79,7 @@ def test_text_has_the_same_tokens_but_where_it_is_said(checkpoint, tmp_path, cap
     run, path = checkpoint(rope_scaling=YarnConfig(factor=2, original_max_seq_len=32)), tmp_path / "model.gguf"
     assert main(["export", str(run), "--to", "gguf", "--out", str(path)]) == 0
     said, ours, (fields, _) = capsys.readouterr().err, load_model(run).tokenizer, read(path)
-    assert "combining marks" in said and "'(A)'" in said and "' (A)'" not in said
+    assert "combining marks" in said and "' (A)'" not in said and "'(A)'" not in said
     texts = [TEXT.replace("\n\n", "\n\n\n"), *(text for text in fuzzed(200) if text.isascii() and "<|" not in text)]
     for text in (text.replace("(A)", " (A)") for text in texts):
         assert as_llama_cpp(fields, text) == ours.encode(text)
@@ -87,6 +87,13 @@ def test_text_has_the_same_tokens_but_where_it_is_said(checkpoint, tmp_path, cap
     assert fields["tokenizer.ggml.token_type"][ours.eos_id] == gguf.TokenType.CONTROL
     assert fields["tokenizer.chat_template"].startswith(CHAT_TEMPLATE) and fields["tokenizer.ggml.eos_token_id"] == ours.eos_id
     assert fields["qwen3.rope.scaling.type"] == "yarn" and fields["qwen3.rope.scaling.original_context_length"] == 32
+
+
+def test_letters_of_options_that_are_cut_otherwise_are_named(checkpoint, tmp_path, capsys):
+    run = checkpoint(Tokenizer.train(["a list(B) of(B) names(B) "] * 9, 300))  # without a space, so " (B)" is no token
+    assert main(["export", str(run), "--to", "gguf", "--out", str(tmp_path / "model.gguf")]) == 0
+    said = capsys.readouterr().err
+    assert "than in training: ' (B)'. The model may answer" in said and "fewer options" not in said
 
 
 def test_cuts_that_llama_cpp_has_are_named(checkpoint, tmp_path, capsys):
