@@ -144,7 +144,10 @@ def _explained(repo: str, name: str = "") -> Iterator[None]:
     from huggingface_hub import constants, errors
 
     name = name or repo
-    local = "or name local files of the same schema with path=DIR, or with data.root=DIR (root=DIR of `osler eval`)"
+    local = (
+        "or name local files of the same schema: data.path=DIR or data.root=DIR of a run, and of `osler eval` task=TYPE:FILE "
+        "(such as task=medqa:FILE) or root=DIR with a folder for each exam in it"
+    )
     try:
         yield
     except errors.OfflineModeIsEnabled:

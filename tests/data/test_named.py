@@ -307,7 +307,7 @@ def test_the_token_of_the_environment_is_sent_and_offline_says_how_to_fetch(hub,
     assert "Bearer hf_secret" in hub.tokens
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     hub_files.cache_clear()
-    with pytest.raises(UserError, match=r"HF_HUB_OFFLINE is set.*hf download HuggingFaceFW/fineweb-edu"):
+    with pytest.raises(UserError, match=r"HF_HUB_OFFLINE is set.*hf download HuggingFaceFW/fineweb-edu.* task=medqa:FILE"):
         read_hub()
 
 
