@@ -324,7 +324,9 @@ def remarks(score: ScoredExam) -> Iterator[str]:
     """Yield remarks that the reader of a score should not overlook."""
     name = f"{score.split}, {score.method}"
     baseline = max(score.chance, score.constant_letter_baseline)
-    if score.constant_letter and score.high < baseline:
+    if score.too_long == score.presentations:
+        pass  # no question was asked, and the cause is all that there is to say
+    elif score.constant_letter and score.high < baseline:
         yield f"{name}: worse than the better of guessing and always answering {score.constant_letter}."
     elif score.constant_letter and score.low <= baseline:
         yield f"{name}: not told apart from guessing or always answering {score.constant_letter}."

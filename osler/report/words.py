@@ -122,6 +122,8 @@ def verdict(score: ExamScore) -> str:
     known = [f"{what} ({fmt.percent(rate)})" for what, rate in ways if math.isfinite(rate)]
     said = ""
     missing = no_answer(score)
+    if score.too_long == score.presentations:  # no question was asked
+        return missing
     if score.low > baseline(score):
         said = f"That is clearly above {' and above '.join(known)}."
     elif score.high < baseline(score):
