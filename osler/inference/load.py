@@ -40,6 +40,14 @@ def teaches_reasoning(training: Mapping[str, Any]) -> bool:
     return bool(tasks[0]["reasoning"] if tasks else data.get("reasoning", True))
 
 
+def types_of(data: Mapping[str, Any]) -> set[str]:
+    """Return the type of a run's data; of shards, those of what they were made of, where that is known."""
+    if data.get("type") != "prepared" or not (manifest := Path(data["path"], DATA_MANIFEST)).is_file():
+        return {data.get("type", "")}
+    sources = read_json(manifest).get("sources", {}).values()
+    return {source["about"].get("config", {}).get("type", "") for source in sources}
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A model with the tokenizer it was trained with; ``state`` is what the trainer recorded (step, tokens, kind ...).
@@ -82,13 +90,8 @@ class LoadedModel:
     @property
     def knows_clinic(self) -> bool:
         """Whether the run that wrote the checkpoint trained on the clinic's world, perhaps from shards of the clinic alone."""
-        learned_from = [self._data, *(entry["task"] for entry in self.training.get("tasks") or [])]
-        if any(section.get("type") == "clinic" for section in learned_from):
-            return True
-        if self._data.get("type") != "prepared" or not (manifest := Path(self._data["path"], DATA_MANIFEST)).is_file():
-            return False
-        sources = read_json(manifest).get("sources", {}).values()
-        return {source["about"].get("config", {}).get("type") for source in sources} == {"clinic"}
+        tasks = self.training.get("tasks") or []
+        return types_of(self._data) == {"clinic"} or any(entry["task"].get("type") == "clinic" for entry in tasks)
 
     @property
     def run(self) -> RunFolder | None:

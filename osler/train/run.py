@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from osler.checkpoint import store
-from osler.data.config import ClinicData, TurnsData
+from osler.config.schema import encode
 from osler.data.loader import Loader
 from osler.data.named import check_task, load_task
 from osler.data.prepared import open_prepared
@@ -18,7 +18,7 @@ from osler.data.stream import DiskBudget, untended, wait_together
 from osler.eval.exams import Form, greedy, score_by_generation, score_by_likelihood, shared_exam
 from osler.eval.score import ScoredExam
 from osler.inference.engine import InferenceEngine
-from osler.inference.load import TOKENIZER_FILE
+from osler.inference.load import TOKENIZER_FILE, types_of
 from osler.model.transformer import SummedLoss, Transformer
 from osler.optim.build import build_optimizer
 from osler.parallel.parallelize import parallelize
@@ -202,16 +202,16 @@ def next_steps(config: TrainConfig, folder: RunFolder) -> str:
             (f"osler report {run}", "the run as a page"),
             (f"osler {config.kind} RECIPE init_from={run}", "train all weights with sparse attention (trains=all)"),
         ])  # fmt: skip
-    steps = [(f"osler report {run}", "the run as a page")]
+    steps, types = [(f"osler report {run}", "the run as a page")], types_of(encode(config.data))
     if config.kind == "pretrain":
         steps += [
             (f'osler generate {run} --prompt "..."', "let it write"),
             (f"osler sft init_from={run}", "teach it to reason and answer"),
         ]
-    elif isinstance(config.data, ClinicData):
+    elif types == {"clinic"}:
         steps += [(f"osler eval {run}", "sit the exam"), (f"osler grpo init_from={run}", "improve it by its own tries")]
     else:
-        exam = "questions" if isinstance(config.data, TurnsData) else "medqa"
+        exam = "questions" if types == {"turns"} else "medqa"
         steps.append((f"osler eval {run} task={exam}:FILE", "sit an exam"))
     return fmt.next_steps(run, [*steps, (f"osler chat {run}", "talk to it")])
 

@@ -94,6 +94,7 @@ def test_the_command_writes_a_model_that_reads_trains_and_says_how_to_heal_it(ru
     assert f"total_tokens={steps * original.training['batch_tokens']}" in healing and steps > 0
     fast = ["total_tokens=1024", "checkpoint.every_tokens=1024", "compile=never", "precision=fp32", "device=cpu"]
     assert main([*healing, *fast, "batch_tokens=512"]) == 0
+    assert f"osler eval {out}-healed task=questions:FILE " in capsys.readouterr().err  # the shards are made of questions
     healed = load_model(tmp_path / "small-healed").model
     assert healed.config == pruned.model.config and isinstance(healed, Transformer)
     for words in (["sft", "--run", str(out), "--resume"], ["sft", "--branch", str(out), "--run", str(tmp_path / "new")]):
