@@ -16,7 +16,7 @@ from osler.checkpoint import store
 from osler.cli import main as cli
 from osler.inference.chat import continue_text, show_answer, stream_answer
 from osler.inference.engine import InferenceEngine
-from osler.inference.load import TOKENIZER_FILE, LoadedModel, open_model
+from osler.inference.load import TOKENIZER_FILE, LoadedModel, describing_files, open_model
 from osler.inference.text import TextStream
 from osler.ops.sampling_params import SamplingParams
 from osler.runtime.errors import UserError
@@ -202,7 +202,14 @@ def test_half_a_character_waits_for_its_other_half(textbook):
     assert cut == ["è", "→", "x", "\N{REPLACEMENT CHARACTER}"], "what is never completed is shown at the end"
 
 
-def test_a_prompt_that_fills_the_context_is_refused_and_a_text_that_fills_it_is_told_to_be_cut(runs, textbook, caplog, capsys):
+def test_a_prompt_that_fills_the_context_is_refused_and_a_text_that_does_is_told_to_be_cut(textbook, tmp_path, caplog, capsys):
+    """A text that the model itself would never end."""
+    head = textbook.model.lm_head.weight.detach().clone()
+    head[textbook.tokenizer.eos_id] = 0.0
+    weights = textbook.model.state_dict() | {"lm_head.weight": head}
+    files = describing_files(textbook.model.config, textbook.tokenizer)
+    run = store.save(tmp_path, 1, tensors={"model": weights}, state={"kind": "pretrain"}, files=files)
+    textbook = open_model(run, device="cpu")
     with pytest.raises(UserError, match="max_seq_len"):
         continued(textbook, "fever " * 400, 5)
     text = "fever " * 20
@@ -212,7 +219,7 @@ def test_a_prompt_that_fills_the_context_is_refused_and_a_text_that_fills_it_is_
     assert "The text ends after" not in caplog.text
     assert continued(textbook, text, 10_000) == whole, "new tokens are cut to what is left"
     assert f"The text ends after {room} of the 10,000 new tokens asked for" in caplog.text
-    asked = ["generate", str(runs / "textbook"), "--prompt", text, "--temperature", "0", "--max-new-tokens"]
+    asked = ["generate", str(run), "--prompt", text, "--temperature", "0", "--max-new-tokens"]
     for count, said in (("10000", f"(The text ends after {room} of the 10,000"), (str(room), "")):
         assert cli.main([*asked, count]) == 0
         captured = capsys.readouterr()
