@@ -2,20 +2,24 @@
 
 import asyncio
 import http.client
+import itertools
 import json
 import re
 import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from osler.inference.rows import Request
+from osler.ops.sampling_params import SamplingParams
 from osler.serve.config import ServeConfig
 from osler.serve.errors import ApiError
-from osler.serve.worker import Worker
+from osler.serve.worker import FEW_ROWS, Served, Worker
 
 JSON = {"Content-Type": "application/json"}
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -256,6 +260,44 @@ def test_rows_draw_between_two_calls_that_compute_something_else(serve: Callable
     drawn = [call.result(20) for call in calls][1:]
     assert drawn[0] < drawn[1] < drawn[2]
     client.close()
+
+
+@pytest.mark.parametrize(("rows", "found"), [(FEW_ROWS, [2, *[1] * 23]), (FEW_ROWS + 1, [2, 23])])
+def test_few_rows_get_each_token_at_once_and_many_some_together(
+    models: Any, monkeypatch: pytest.MonkeyPatch, rows: int, found: list[int]
+) -> None:
+    """The clock of the worker stands still, so many rows get nothing more until it goes on, after their last steps."""
+    clock = itertools.chain([1.0] * 30, itertools.count(2.0))
+    monkeypatch.setattr("osler.serve.worker.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    request = Request((3, 4), SamplingParams(max_new_tokens=25, temperature=0.0))
+
+    async def draw() -> list[list[int]]:
+        served = Served("text", models["text"], ServeConfig())
+        worker = Worker([served], ServeConfig())
+        worker.start()
+        may_begin = threading.Event()
+        worker._asked.put((lambda: bool(may_begin.wait()), False))
+        drawings = [worker.draw(served, [request]) for _ in range(rows)]
+        may_begin.set()
+        counts: list[list[int]] = [[] for _ in drawings]
+        for drawing, own in zip(drawings, counts, strict=True):
+            while sum(own) < 25:
+                own.append(len((await drawing._news.get())[1].ids))
+        worker.stop()
+        return counts
+
+    assert asyncio.run(asyncio.wait_for(draw(), 60)) == [found] * rows
+
+
+def test_a_small_model_leaves_a_core_to_the_web_server(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert Served("text", models["text"], ServeConfig()).threads == 1
+        monkeypatch.setattr("osler.serve.worker.SMALL_MODEL", 1)
+        assert Served("text", models["text"], ServeConfig()).threads == 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_what_takes_too_long_ends_with_an_error(serve: Callable[..., Any]) -> None:
