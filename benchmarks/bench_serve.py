@@ -1,6 +1,6 @@
 """Load on the server: 64 clients at once against one after the other, and against ``transformers serve``.
 
-    python benchmarks/bench_serve.py [--model tiny] [--clients 64] [--requests 256] [--rounds 3] [--threads 2] [--out FILE]
+    python benchmarks/bench_serve.py [--model tiny] [--clients 64] [--requests 256] [--rounds 3] [--threads N] [--out FILE]
 
 Requests are texts of 8 to 152 random tokens, and stream 8 to 144 new ones at temperature 1, without an end. The contestants take
 turns, each with a fresh server: "osler" is ``osler serve`` asked by all clients at once, and "one at a time" is the same server
@@ -81,10 +81,10 @@ def made_requests(checkpoint: Path, count: int) -> list[dict[str, Any]]:
     return [{"prompt": prompt(), "max_tokens": rng.randint(8, LONGEST_ANSWER), **fixed} for _ in range(count)]
 
 
-def started(arguments: list[str], threads: int, log: Path) -> tuple[subprocess.Popen[bytes], int]:
+def started(arguments: list[str], threads: int | None, log: Path) -> tuple[subprocess.Popen[bytes], int]:
     """Start a server, and return it with its port as soon as it serves."""
     offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads), **offline}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **({"OMP_NUM_THREADS": str(threads)} if threads else {}), **offline}
     with log.open("wb") as told:
         server = subprocess.Popen([sys.executable, *arguments], env=environment, stdout=told, stderr=told, cwd=ROOT)
     while not (found := re.search(r"(?:Serving at|running on) http://127\.0\.0\.1:(\d+)", log.read_text())):
@@ -190,7 +190,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, help="of each server (default: it chooses)")
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
 

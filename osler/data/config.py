@@ -23,8 +23,8 @@ from osler.config.schema import (
 from osler.data.mixture import Mixture
 from osler.tasks.config import AnyExam, Fold
 
-FIRST_WINDOW_TOKENS = 1 << 23  # the least that a new run permutes before its first step; preparing so many takes seconds
-FIRST_SHARD_TOKENS = 1 << 17  # the most in the first shard, so that few tokens are several; the next may have twice as many
+FIRST_WINDOW_TOKENS = 1 << 23  # that a new run permutes before its first step; preparing so many takes seconds
+FIRST_SHARD_TOKENS = 1 << 17  # the most in the first shard, so that a small source has several; the next may have twice as many
 VALIDATION_TOKENS = 1 << 20  # tokens of a validation set, and one more document at most: no evaluation reads more
 HUB = "the hub"  # the place of a source without local files
 HoldoutFraction = Annotated[float, Ge(0), Lt(1)]

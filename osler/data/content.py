@@ -53,8 +53,8 @@ def manifest_of(
     }
 
 
-def _entry(corpus: Corpus, share: float = 1.0) -> dict[str, Any]:
-    """Return what the manifest says of a corpus that is to be prepared and has this share of the weights."""
+def _entry(corpus: Corpus, share: float = 0.0) -> dict[str, Any]:
+    """Return what the manifest says of a corpus that is to be prepared; a source has a share of the weights."""
     min_parts = corpus.parts.min_parts if isinstance(corpus.parts, Parts) else 1
     order = {"min_parts": min_parts, "first_window_tokens": int(share * FIRST_WINDOW_TOKENS)}
     return {"content": _content(corpus), "splits": {}, "about": dict(corpus.about), **order}

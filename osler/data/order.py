@@ -1,10 +1,10 @@
-"""The order of a source's tokens, computed from (seed, the shards' fingerprints, epoch) and nothing else.
+"""The order of a source's tokens, computed from (seed, the shards' fingerprints, `first_window_tokens`, epoch) and nothing else.
 
 An epoch is a sequence of windows of shards, and the documents of a window are permuted. The first epoch takes the shards as they
 were written, in windows that grow to `WINDOW_SHARDS`. So a run may begin while later shards are still being written, and it sees
-the same order as a run over finished data. The first window has `first_window_tokens` of the shards, because a model that begins
-with a few long documents, such as books, learns far less. A window that is not written yet raises NotPreparedYet. Later epochs
-permute all shards and then group them into windows.
+the same order as a run over finished data. The first window has `first_window_tokens` or more (unless those are more than
+`WINDOW_SHARDS`), because a model that begins with a few long documents, such as books, learns far less. A window that is not
+written yet raises NotPreparedYet. Later epochs permute all shards and then group them into windows.
 
 Any window can be computed at once, on any rank, after any number of restarts, so a resume needs nothing but a position.
 """

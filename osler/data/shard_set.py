@@ -105,7 +105,7 @@ class ShardSet:
         growing: bool = False,
     ) -> None:
         self.folder = folder
-        self.first_window_tokens = first_window_tokens  # the least in the first window of the order, which depends on it
+        self.first_window_tokens = first_window_tokens  # in the first window of the order, which depends on it
         self.tokenizer_fingerprint = tokenizer_fingerprint
         self.eos_id = eos_id
         self._dtype = token_dtype(vocab_size)
@@ -315,9 +315,14 @@ def fingerprint_of(shards: Sequence[ShardSet]) -> str:
     """
     if not all(part.is_complete for part in shards):
         counts = [part.num_shards for part in shards]  # counted once, as other threads take in new shards at any time
-        return ",".join(f"{part.fingerprint_up_to(count)}@{count}" for part, count in zip(shards, counts, strict=True))
-    found = [part.fingerprint for part in shards]
+        return ",".join(f"{_identity(part.head(count))}@{count}" for part, count in zip(shards, counts, strict=True))
+    found = [_identity(part) for part in shards]
     return found[0] if len(found) == 1 else fingerprint(found)
+
+
+def _identity(part: ShardSet) -> str:
+    """Return a text for the shards so far and for what else decides their order; older data have no first window."""
+    return f"{part.fingerprint}{f'+{part.first_window_tokens}' if part.first_window_tokens else ''}"
 
 
 def is_partial(recorded: str) -> bool:
@@ -335,4 +340,4 @@ def is_continuation(shards: Sequence[ShardSet], recorded: str) -> bool:
     known = [entry.split("@") for entry in recorded.split(",")]
     if len(known) != len(shards):
         return False
-    return all(part.head(int(count)).fingerprint == found for part, (found, count) in zip(shards, known, strict=True))
+    return all(_identity(part.head(int(count))) == found for part, (found, count) in zip(shards, known, strict=True))

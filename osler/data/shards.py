@@ -6,7 +6,7 @@ where each document ends (uint32), the tokens (uint16 if all ids fit, else uint3
 the first shard on, so that any token is found without reading earlier shards. A record is written after its shard is on the disk,
 so every record has a whole shard. A killed writer may leave a torn last record, which does not count.
 
-The fingerprint of a shard list is a hash over the hashes of its files. Equal fingerprints mean equal tokens in equal order,
+The fingerprint of a shard list is a hash over the hashes of its files. Equal fingerprints mean equal tokens as they are written,
 which exact resume depends on. Every record has the fingerprint of the list up to its shard, which covers its counts too.
 """
 

@@ -147,9 +147,9 @@ def sit(
         shown = list(presentations(items, config.permutations, config.seed))
         for method in ways[kinds[split]]:
             head = {"label": name, "exam": split, "method": method}
-            place = run if takes_full or run is None or keeps_no_larger(run, head, ready, ids) else None
+            place = run if takes_full or run is None or may_replace(run, head, ready, ids) else None
             for score in scores_of(method, config, ready, shown, head, place, takes_full=takes_full):
-                score = replace(score, is_kept=place is not None)
+                score = replace(score, is_kept=run is None or place is not None)
                 scores += [score, *(replace(part, is_kept=score.is_kept) for part in clean_subset(score, known))]
     return scores
 
@@ -202,14 +202,17 @@ def scores_of(
             yield replace(score, split=head["exam"], method=name, settings=settings)
 
 
-def keeps_no_larger(run: RunFolder, head: Mapping[str, str], ready: LoadedModel, ids: Set[str]) -> bool:
-    """Return whether the run lacks answers of this checkpoint to these and more questions of the exam; say what is replaced."""
+def may_replace(run: RunFolder, head: Mapping[str, str], ready: LoadedModel, ids: Set[str]) -> bool:
+    """Return whether answers may be saved: not if the run has some of this checkpoint to all of the questions and to more.
+
+    Says what is kept or replaced.
+    """
     known = ids_asked(file := answers_file(run.answers, head), ready.path.name)
     name, more = f"{head['exam']}, {head['method']}", f"the run's answers of this checkpoint to {len(known):,}"
     if ids < known:
         logger.info(f"{name}: {len(ids):,} questions are asked and not saved, to keep {more}. To replace those, delete {file}.")
     elif len(ids) < len(known):
-        logger.info(f"{name}: {len(ids):,} questions replace {more} others. For a file task.split=NAME would keep both.")
+        logger.info(f"{name}: {len(ids):,} questions replace {more}. For a file task.split=NAME would keep both.")
     return not ids < known
 
 

@@ -78,8 +78,9 @@ class TextStream:
         """
         return text.removesuffix(INCOMPLETE) if self._is_byte_level else text.rstrip(INCOMPLETE)
 
-    def next_part(self) -> None:
-        """Begin the part after a marker."""
+    def next_part(self, stops: Sequence[str] | None = None) -> None:
+        """Begin the part after a marker, which ends before the first of the ``stops`` (None: of those before)."""
+        self.stops = self.stops if stops is None else stops
         self._begin()
 
 

@@ -179,7 +179,7 @@ def read_config(folder: RunFolder) -> dict[str, Any]:
         elif any(folder.root.glob(f"*/{folder.config.name}")):  # a pipeline, whose stages are worth keeping
             remedy = "Its stages have their own: delete this file alone, and `osler pipeline` with the recipe goes on"
         raise UserError(f"{folder.config} {problem}. {remedy}.")
-    if made_by := stored.get("made_by"):  # export/folder.py
+    if made_by := stored.get("made_by"):  # MADE_BY in inference/load.py, which loads torch
         raise UserError(
             f"{folder.root} was made by {made_by} and has weights alone, no training to go on with. Start a new run from them: "
             f"init_from={folder.root} --run NEW_FOLDER."

@@ -78,9 +78,9 @@ class Choice:
                 self.finish = "stop" if is_end or self._text.is_stopped else "length"
             self._keep(pieces, said, is_whole=(is_marker or is_last) and not self._text.is_stopped)
             if is_marker:
-                self._text.next_part()
                 if token == self._answer_id:
-                    self._part, self._text.stops = CONTENT, self._stops
+                    self._part = CONTENT
+                self._text.next_part(self._stops if self._part == CONTENT else ())
         return pieces
 
     def _keep(self, pieces: list[Piece], said: str, *, is_whole: bool) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import queue
 import threading
 import time
@@ -29,8 +30,8 @@ from osler.serve.errors import ApiError
 logger = logging.getLogger(__name__)
 
 JOIN_TOKENS = 2048  # the most prompt tokens that join in one step, because running rows wait for them
-# Parameters. A smaller model leaves a core to the web server and its clients: of two threads one would wait for the other at
-# each of many small operators (two cores, 1.3 and 6 million parameters: twice the tokens/s for one client; 88 million: 0.7 times).
+# Parameters. Smaller models leave a core to the web server and its clients: their many small operators would each wait for the
+# thread on that core (two cores, one client, 1.3 and 6 million parameters: twice the tokens/s so; 88 million: 0.7 times).
 SMALL_MODEL = 20_000_000
 FEW_ROWS, DELIVERY_SECONDS = 8, 0.05  # more rows get their tokens so long after the last ones at the earliest
 
@@ -45,13 +46,11 @@ class Served:
     ready: LoadedModel
     config: ServeConfig
     batch: Batch = field(init=False)
-    threads: int = field(init=False)  # those of torch that compute
     rows: dict[int, tuple[Drawing, int]] = field(default_factory=dict)  # by row number of the batch; for the worker's thread only
     delivered: float = 0.0  # time.monotonic() when rows last got their tokens
     outstanding: int = 0  # completions that have not ended; for the web server's thread only
 
     def __post_init__(self) -> None:
-        self.threads = max(torch.get_num_threads() - (self.ready.model.config.num_parameters < SMALL_MODEL), 1)
         self.open()
 
     @property
@@ -59,6 +58,11 @@ class Served:
         """The most tokens that a prompt may have."""
         room = self.ready.model.config.max_seq_len - 1
         return min(room, self.config.max_prompt_tokens or room)
+
+    @property
+    def may_delay(self) -> bool:
+        """Whether many rows run; on a CPU, where it is known when a step has ended."""
+        return len(self.rows) > FEW_ROWS and self.batch.may_draw and self.batch.decoder.device.type == "cpu"
 
     @property
     def cache_bytes(self) -> int:
@@ -151,6 +155,8 @@ class Worker:
         # Functions for the worker's thread, each with whether it is slow; None ends the thread.
         self._asked: queue.SimpleQueue[tuple[Callable[[], None], bool] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="osler-serve", daemon=True)
+        is_small = all(served.ready.model.config.num_parameters < SMALL_MODEL for served in models)
+        self._leaves_core = is_small and "OMP_NUM_THREADS" not in os.environ
 
     def start(self) -> None:
         """Begin to compute."""
@@ -221,6 +227,8 @@ class Worker:
             served.rows[served.batch.add(request)] = (drawing, index)
 
     def _run(self) -> None:
+        if self._leaves_core:
+            torch.set_num_threads(max(torch.get_num_threads() - 1, 1))
         try:
             while self._answer():
                 for served in self.models.values():
@@ -244,11 +252,9 @@ class Worker:
         return True
 
     def _step(self, served: Served) -> None:
-        if torch.get_num_threads() != served.threads:
-            torch.set_num_threads(served.threads)
         try:
             served.batch.step()
-            if len(served.rows) > FEW_ROWS and time.monotonic() < served.delivered + DELIVERY_SECONDS:
+            if served.may_delay and time.monotonic() < served.delivered + DELIVERY_SECONDS:
                 return
             news = [(*served.rows[number], drawn) for number, drawn in served.batch.news() if number in served.rows]
             for number, _ in served.batch.collect():

@@ -15,6 +15,7 @@ from osler.checkpoint import store
 from osler.config.schema import decode, encode
 from osler.data.config import (
     FIRST_SHARD_TOKENS,
+    FIRST_WINDOW_TOKENS,
     VALIDATION_TOKENS,
     ClinicData,
     FilesData,
@@ -96,7 +97,7 @@ def check_disk_budget(config: TrainConfig) -> None:
     sources, checkpoint, budget = list(config.sources.values()), config.checkpoint, config.text.disk_budget_gb
     kept = (checkpoint.keep_last + 1) * checkpoint.every_tokens  # tokens between the oldest checkpoint and the present step
     tokens: float = min(2 * config.total_tokens, kept + len(sources) * WINDOWS_AT_HAND * WINDOW_SHARDS * SHARD_TOKENS)
-    tokens += len(sources) * SHARD_TOKENS
+    tokens = max(tokens, FIRST_WINDOW_TOKENS) + len(sources) * SHARD_TOKENS
     weights = sum(source.weight for source in sources)
     num_sets = sum(isinstance(source, ClinicData) or source.holdout_fraction > 0 for source in sources)
     # An evaluation waits until this much of a source is held out: the tokens that it reads, and one more shard.

@@ -2,7 +2,6 @@
 
 import asyncio
 import http.client
-import itertools
 import json
 import re
 import signal
@@ -266,9 +265,8 @@ def test_rows_draw_between_two_calls_that_compute_something_else(serve: Callable
 def test_few_rows_get_each_token_at_once_and_many_some_together(
     models: Any, monkeypatch: pytest.MonkeyPatch, rows: int, found: list[int]
 ) -> None:
-    """The clock of the worker stands still, so many rows get nothing more until it goes on, after their last steps."""
-    clock = itertools.chain([1.0] * 30, itertools.count(2.0))
-    monkeypatch.setattr("osler.serve.worker.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    """The clock of the worker stands still, so many rows get nothing more until none of them may draw."""
+    monkeypatch.setattr("osler.serve.worker.time", SimpleNamespace(monotonic=lambda: 1.0))
     request = Request((3, 4), SamplingParams(max_new_tokens=25, temperature=0.0))
 
     async def draw() -> list[list[int]]:
@@ -289,15 +287,28 @@ def test_few_rows_get_each_token_at_once_and_many_some_together(
     assert asyncio.run(asyncio.wait_for(draw(), 60)) == [found] * rows
 
 
-def test_a_small_model_leaves_a_core_to_the_web_server(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    threads = torch.get_num_threads()
+@pytest.mark.parametrize(("small", "given", "threads"), [(10**6, None, 1), (1, None, 2), (10**6, "2", 2)])
+def test_a_small_model_leaves_a_core_to_the_web_server(
+    models: Any, monkeypatch: pytest.MonkeyPatch, small: int, given: str | None, threads: int
+) -> None:
+    before = torch.get_num_threads()
     torch.set_num_threads(2)
+    monkeypatch.setattr("osler.serve.worker.SMALL_MODEL", small)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+
+    async def ask() -> int:
+        worker = Worker([Served("text", models["text"], ServeConfig())], ServeConfig())
+        worker.start()
+        found = await asyncio.wait_for(worker.call(torch.get_num_threads), 20)
+        worker.stop()
+        return found
+
     try:
-        assert Served("text", models["text"], ServeConfig()).threads == 1
-        monkeypatch.setattr("osler.serve.worker.SMALL_MODEL", 1)
-        assert Served("text", models["text"], ServeConfig()).threads == 2
+        assert asyncio.run(ask()) == threads
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 def test_what_takes_too_long_ends_with_an_error(serve: Callable[..., Any]) -> None:
