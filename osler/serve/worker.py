@@ -29,8 +29,8 @@ from osler.serve.errors import ApiError
 logger = logging.getLogger(__name__)
 
 JOIN_TOKENS = 2048  # the most prompt tokens that join in one step, because running rows wait for them
-# Parameters. A smaller model leaves a core to the web server and its clients: of two threads one would wait for the other at
-# each of many small operators (two cores, 1.3 and 6 million parameters: twice the tokens/s for one client; 88 million: 0.7 times).
+# Parameters. A smaller model leaves a core to the web server and its clients: its many small operators would each wait for the
+# other thread (two cores, 1.3 and 6 million parameters: twice the tokens/s for one client; 88 million: 0.7 times).
 SMALL_MODEL = 20_000_000
 FEW_ROWS, DELIVERY_SECONDS = 8, 0.05  # more rows get their tokens so long after the last ones at the earliest
 
