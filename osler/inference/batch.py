@@ -72,8 +72,8 @@ class Batch:
     @property
     def may_draw(self) -> bool:
         """Whether a step may draw a token, as far as the host knows: not when all rows have as many as they may have."""
-        running = (place for place in self._places if place.request is not None)
-        return bool(self._waiting) or any(place.drawn < place.request.sampling.max_new_tokens for place in running if place.request)
+        running = ((place.drawn, place.request) for place in self._places)
+        return bool(self._waiting) or any(request and drawn < request.sampling.max_new_tokens for drawn, request in running)
 
     def add(self, request: Request) -> int:
         """Let a request wait for a row; return the number under which ``collect`` returns what was drawn for it.

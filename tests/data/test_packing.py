@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from osler.data.best_fit import best_fit
 from osler.data.order import WINDOW_SHARDS, Order
 from osler.data.packing import StreamPacking, WholePacking
-from osler.data.shard_set import ShardSet
+from osler.data.shard_set import ShardSet, fingerprint_of, is_continuation
 from osler.ops.labels import IGNORED
 from osler.runtime.errors import UserError
 
@@ -57,9 +57,12 @@ def test_the_first_window_has_so_many_tokens(make_shards) -> None:  # type: igno
         whole.first_window_tokens = tokens
         assert Order(whole, 0).epoch(0).borders.tolist() == borders
     assert sorted(documents_of(Order(whole, 0), 0)[:20]) != list(range(20))  # the last value: all documents in one window
+    assert fingerprint_of([whole]) == f"{whole.fingerprint}+1000" and not is_continuation([whole], whole.fingerprint)
     begun.first_window_tokens, begun.is_complete = 91, False
+    assert is_continuation([begun], recorded := fingerprint_of([begun])) and recorded == f"{begun.fingerprint}+91@3"
     assert len(Order(begun, 0).epoch(0).ends) == 0
     begun.first_window_tokens = 90
+    assert not is_continuation([begun], recorded)
     assert Order(begun, 0).epoch(0).ends.tolist() == [90]
 
 

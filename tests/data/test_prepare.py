@@ -209,7 +209,7 @@ def test_same_data_are_reused_and_other_data_refused(
         prepare(corpus, other_tokenizer, out)
     with pytest.raises(UserError, match=f"made with the tokenizer {tokenizer.fingerprint}"):
         open_prepared(out, other_tokenizer)
-    assert open_prepared(out, tokenizer).fingerprint == first.train.fingerprint
+    assert open_prepared(out, tokenizer).fingerprint == f"{first.train.fingerprint}+{FIRST_WINDOW_TOKENS}"
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="is a file; give a folder"):
         prepare(corpus, tokenizer, tmp_path / "file")

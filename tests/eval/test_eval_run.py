@@ -124,7 +124,7 @@ def test_a_smaller_exam_does_not_replace_a_larger_one(runs, capsys):
     assert "3 questions are asked and not saved, to keep the run's answers of this checkpoint to 8. To replace " in told.err
     assert f"delete {files[1]}." in told.err and "Saved to" not in told.err
     assert evaluate(str(run), *common, "task.limit=3", "task.seed=5") == 0  # other questions
-    assert "3 questions replace the run's answers of this checkpoint to 8 others" in capsys.readouterr().err
+    assert "3 questions replace the run's answers of this checkpoint to 8. " in capsys.readouterr().err
     for file in files[1:]:
         file.unlink()
     assert evaluate(str(run), *common, "task.limit=3") == 0 and read_json(files[0])["sft"]["validation"]["n"] == 3

@@ -103,8 +103,8 @@ def test_a_disk_budget_is_kept(run_cases, longer, tmp_path, monkeypatch):
         (["data.sources=[{type: files, path: a.txt, streaming: true}]"], "are of the mixture and not of one of its sources"),
         (["data.disk_budget_gb=1"], "needs data.streaming=true"),
         (["data.streaming=true", "data.disk_budget_gb=1", "packing=whole"], "needs packing=stream"),
-        (["data.streaming=true", "data.disk_budget_gb=0.0001"], "takes up to 0.0836 GB"),
-        (["data.streaming=true", "data.disk_budget_gb=0.0001", "validation=[{type: clinic}]"], "takes up to 0.00531 GB"),
+        (["data.streaming=true", "data.disk_budget_gb=0.0001"], "takes up to 0.101 GB"),
+        (["data.streaming=true", "data.disk_budget_gb=0.0001", "validation=[{type: clinic}]"], "takes up to 0.0224 GB"),
     ],
 )
 def test_a_stream_that_cannot_work_is_refused_at_the_start(mistake, recipe, tmp_path, given, said):
