@@ -30,6 +30,7 @@ PositiveFloat = Annotated[float, Gt(0)]
 NonNegativeFloat = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Le(1)]
 MOST_ERRORS, MOST_LINES = 1000, 20  # of a mapping: those that are looked at, and the lines of a message, which a person reads
+TOO_DEEP = "lists or mappings are nested too deeply"
 Seed = Annotated[int, Ge(0), Le(2**32 - 1)]  # every generator takes it, also after a small number was added to it
 
 
@@ -165,13 +166,18 @@ def decode(cls: type[T], mapping: Mapping[str, Any], *, source: str = "") -> T:
         text = json.dumps(_complete(cls, encode(mapping)))
     except (TypeError, ValueError) as error:
         raise UserError(f"{source}: a value is no text, number, list or mapping ({error})") from None
+    except RecursionError:
+        raise UserError(f"{source}: {TOO_DEEP}") from None
     try:
         # Strict JSON is exactly the wanted rule: "3" is no integer and 1 no boolean, but a list may become a tuple.
         return cast(T, _adapter(cast(Any, cls)).validate_json(text))
     except UserError as error:  # raised by a __post_init__; pydantic collects only ValueErrors
         raise UserError(f"{source}: {error}") from None
     except ValidationError as error:
-        lines = _error_lines(cls, error.errors(include_url=False)[:MOST_ERRORS])
+        found = error.errors(include_url=False)[:MOST_ERRORS]
+        if found[0]["type"] == "json_invalid":  # the JSON was made above, so it can only be too deep for pydantic
+            raise UserError(f"{source}: {TOO_DEEP}") from None
+        lines = _error_lines(cls, found)
     count = "1 error" if len(lines) == 1 else f"{len(lines)} errors"
     if len(lines) > MOST_LINES:
         count, lines = f"more than {MOST_LINES} errors, the first of which are", lines[:MOST_LINES]

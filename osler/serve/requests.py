@@ -76,8 +76,6 @@ def read_request(kind: type[Body], data: bytes) -> Body:
     given = {name: value for name, value in body.items() if name not in REFUSED or hasattr(kind, name)}
     try:
         return decode(kind, given, source="The request")
-    except RecursionError as error:
-        raise ApiError(400, "The body has lists or objects nested too deeply.", "invalid_value") from error
     except UserError as error:
         found = _FIRST_NAME.search(str(error))
         is_parameter = found is not None and (found[1] in body or found[1] in hints(cast(Any, kind)))

@@ -83,6 +83,7 @@ BAD_BODIES = {
     "deep": b'{"prompt": ' + b"[" * 100_000,
     "deep value": b'{"prompt": ' + b"[" * 3000 + b"]" * 3000 + b"}",
     "deep list": b'{"prompt": ' + b"[" * 500 + b"]" * 500 + b"}",
+    "less deep list": b'{"prompt": ' + b"[" * 250 + b"]" * 250 + b"}",
     "long number": b'{"seed": ' + b"9" * 5000 + b"}",
     "huge number": b'{"prompt": "A", "max_tokens": 1e400}',
     "half a character": b'{"prompt": "\\ud800"}',
@@ -99,6 +100,7 @@ BAD_BODIES = {
 }
 WORDS = {
     "deep list": "nested too deeply",
+    "less deep list": "nested too deeply",
     "half a character": "half a character",
     "twice": "'prompt' occurs twice",
     "negative token": "at least 0",
