@@ -28,4 +28,5 @@ def clean_subset(score: ScoredExam, known: ExamsInData) -> Iterator[ScoredExam]:
     clean = [result for result in score.results if result.item.id in known.clean]
     if clean and any(result.item.id in known.found for result in score.results):
         subset = summarise(clean, max_seq_len=int(score.max_seq_len))
-        yield replace(subset, split=f"{score.split}{CLEAN}", method=score.method, settings=score.settings)
+        split = f"{score.split}{CLEAN}"
+        yield replace(subset, split=split, method=score.method, settings=score.settings, is_kept=score.is_kept)

@@ -150,7 +150,7 @@ def sit(
             place = run if takes_full or run is None or may_replace(run, head, ready, ids) else None
             for score in scores_of(method, config, ready, shown, head, place, takes_full=takes_full):
                 score = replace(score, is_kept=run is None or place is not None)
-                scores += [score, *(replace(part, is_kept=score.is_kept) for part in clean_subset(score, known))]
+                scores += [score, *clean_subset(score, known)]
     return scores
 
 
