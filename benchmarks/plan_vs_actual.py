@@ -35,6 +35,7 @@ from osler.plan.actual import Part, as_json, compare
 from osler.plan.plan import Plan, Where
 from osler.plan.planner import model_at, plan_of
 from osler.plan.probe import CACHE, measure
+from osler.plan.training import arithmetic_of
 from osler.rl.config import GrpoConfig
 from osler.runtime import child
 from osler.runtime import format as fmt
@@ -44,26 +45,34 @@ from osler.train.config import TrainConfig
 # Name: the recipe, its stage if it is a pipeline, overrides, and the run that it starts from.
 RUNS: dict[str, tuple[str, str, list[str], str]] = {
     "pretrain": ("quickstart", "pretrain", [], ""),
-    "sft": ("quickstart", "sft", ["sft.exam.every_tokens=0"], "pretrain"),  # how long its answers get is not planned
+    # How long the answers of a model get is not planned, so no exam is sat, and `grpo` can name no checkpoint by its score.
+    "sft": ("quickstart", "sft", ["sft.exam.every_tokens=0", "grpo.init_from=sft"], "pretrain"),
     "grpo": ("quickstart", "grpo", [], "sft"),
     "grpo-debug": ("grpo-debug", "", ["init_from=none"], "sft"),
-    "text-10min": ("text-10min", "", ["max_minutes=null", "compile=always"], ""),
+    "text-10min": ("text-10min", "", ["max_minutes=null"], ""),
     "text-adamw": ("text-10min", "", ["max_minutes=null", "optim={type: adamw, lr: 1e-3}", "batch_tokens=16384"], ""),
     "text-eager": ("text-10min", "", ["max_minutes=null", "compile=never", "precision=fp32", "micro_batch_tokens=2048"], ""),
     "text-long": ("text-10min", "", ["max_minutes=null", "seq_len=512", "batch_tokens=16384", "recompute=full"], ""),
     "debug": ("debug", "", [], ""),
     "debug-recompute": ("debug", "", ["recompute=selective"], ""),
 }
-LEAST_STEPS = 12
+LEAST_STEPS = 6
 TIME, MEMORY = 0.15, 0.10  # how far the plan with a probe may be off
 
 
 def shorter(config: TrainConfig | GrpoConfig, plan: Plan, seconds: float) -> TrainConfig | GrpoConfig:
-    """Return the config of a run that trains for about so many seconds at the pace of a plan; nothing but its length differs."""
+    """Return the config of a run that trains for about so many seconds at the pace of a plan; nothing but its length differs.
+
+    It compiles as the whole run would, which a short one would not by itself, and it saves while it trains, because that takes
+    the memory of a copy.
+    """
     steps = max(LEAST_STEPS, int(seconds / plan.pace.stretches[0].seconds.value))
     if isinstance(config, GrpoConfig):
         return replace(config, steps=min(steps, config.steps), eval_every_steps=max(1, steps // 2))
-    return replace(config, total_tokens=min(config.total_tokens, steps * config.batch_tokens))
+    compiled = arithmetic_of(config, plan.where.device).compiled
+    total = min(config.total_tokens, steps * config.batch_tokens)
+    saves = replace(config.checkpoint, every_tokens=min(config.checkpoint.every_tokens or total, total // 2))
+    return replace(config, total_tokens=total, checkpoint=saves, compile="always" if compiled else "never")
 
 
 def make(config: TrainConfig | GrpoConfig, folder: Path, name: str) -> RunFolder:

@@ -272,16 +272,20 @@ class _LinearLogprobs(torch.autograd.Function):
         ctx.save_for_backward(features, weight, labels, mask)
         ctx.numbers = (vocab_size, temperature, chunk_tokens, _) = numbers
         head = weight.to(features.dtype)
-        logp, found = [], []
+        # Small results that stay between the large logits of two chunks would let the C library take new memory for each chunk.
+        logp_N = features.new_empty(features.shape[0], dtype=torch.promote_types(features.dtype, torch.float32))
+        found_N: Tensor | None = None
         for start in range(0, features.shape[0], chunk_tokens):
             part = slice(start, start + chunk_tokens)
             logits = _scaled_logits(features[part], head, None if mask is None else mask[part], vocab_size, temperature)
             log_softmax = logits.log_softmax(-1)
-            logp.append(log_softmax.gather(1, labels[part, None]).squeeze(1))
-            found.append(statistic(log_softmax, labels[part]))
-        found_N = torch.cat(found)
+            logp_N[part] = log_softmax.gather(1, labels[part, None]).squeeze(1)
+            found_C = statistic(log_softmax, labels[part])
+            found_N = found_C.new_empty(features.shape[0]) if found_N is None else found_N
+            found_N[part] = found_C
+        assert found_N is not None  # there is a token at least
         ctx.mark_non_differentiable(found_N)
-        return torch.cat(logp), found_N
+        return logp_N, found_N
 
     @staticmethod
     def backward(ctx: Any, grad_logp: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:

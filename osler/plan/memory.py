@@ -37,8 +37,6 @@ CPU_LAYER = Estimate(0.005e9, 0.01e9, 0.02e9, CPU_COMPILED.source)
 GPU_GAPS = Estimate(0.02, 0.08, 0.20, "assumed: 2 to 20 % of what a step takes, as gaps between tensors and workspace")
 CPU_GAPS = Estimate(0.10, 0.32, 0.55, "measured: 10 to 55 % of what a step allocates, as gaps that the C library keeps")
 LOGIT_COPIES = Estimate(4, 5, 6, "computed: 4 to 6 tensors of a chunk's fp32 logits, of this chunk and the last")
-KEPT_LOGITS = Estimate(0.0, 0.9, 2.4, "measured: freed logits of an evaluation that the C library keeps, 0 to 1.7 times all")
-KEPT_FROM_WORDS = 24_576  # in a vocabulary above this; measured: none with 24,576 words, 0 to 0.6 times all with 32,768
 LOOSE = {
     "activations": Estimate(0.9, 1.0, 1.15, "computed from the operators of a layer, give or take 15 %"),
     "loss head": Estimate(0.8, 1.0, 1.2, "computed: a chunk of logits, the head and its gradient, give or take 20 %"),
@@ -186,13 +184,6 @@ def evaluation_bytes(one: Pass) -> float:
     return max(tokens * max(feed_forward, attention) * width, logits)
 
 
-def kept_logits(one: Pass) -> Estimate:
-    """Return what the C library keeps of the logits of an evaluation, whose freed chunks it uses again only if they are small."""
-    words = one.model.padded_vocab_size
-    keeps = one.evaluates and one.on_cpu and words > KEPT_FROM_WORDS
-    return KEPT_LOGITS.times(4.0 * max(EVALUATED_TOKENS, one.seq_len) * words if keeps else 0.0)
-
-
 def logit_bytes(model: ModelConfig, tokens: int, *, cached: bool = False) -> float:
     """Return the bytes of a chunk of fp32 logits of log-probabilities; ``cached`` are the small chunks without a gradient."""
     words = model.padded_vocab_size
@@ -230,7 +221,6 @@ def memory_of(one: Pass, mode: Mode) -> dict[str, Estimate]:
         "optimizer": exact(moments),
         **{name: LOOSE[name].times(number) if name in LOOSE else exact(number) for name, number in step.items()},
         "evaluation": Estimate(0.75 * beyond, 0.95 * beyond, 1.6 * beyond, "computed: what an evaluation takes beyond a step"),
-        "evaluation's gaps": kept_logits(one),
         "saving": exact(copied, "computed: the copy that a checkpoint is written from"),
         "teacher": exact(0.0 if one.teacher is None else one.teacher.num_parameters * one.width),
         "gaps": CPU_GAPS.times(churned + beyond) if one.on_cpu else GPU_GAPS.times(sum(step.values()) + beyond),

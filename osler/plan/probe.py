@@ -43,14 +43,15 @@ from osler.train.config import DataConfig, ExamProbe, TrainConfig
 logger = logging.getLogger(__name__)
 
 STAGE_SECONDS = 20.0  # that the steps of a stage should take, by the plan
-FEWEST_STEPS, MOST_STEPS = 5, 20
+FEWEST_STEPS, MOST_STEPS = 6, 200  # the first seconds of a run are up to a third slower than the rest
 PASSES = 2  # of a step: the second adds to gradients, so memory is that of more passes
-GRPO_STEPS = 4
-EXAM_ITEMS = 20
+FEWEST_GRPO_STEPS, MOST_GRPO_STEPS = 4, 20
+EXAM_ROUNDS = 2  # of an exam: so many times the rows that are drawn together
 VOCABULARY = 512  # of the tokenizer for random words; the model keeps its own
 SMALL_BYTES = 32 << 20  # files of so many bytes together are prepared as they are
 WORDS, DOCUMENT_WORDS, EXAMPLE_WORDS = 90_000, 300, 40  # of the stand-in text, of a document, of a question and of an answer
 LOOSENESS = Estimate(0.97, 1.0, 1.08)  # of the memory: data that are there in earnest take some
+GRPO_LOOSENESS = Estimate(0.97, 1.08, 1.3)  # answers get longer: six runs of the clinic took 0.99 to 1.23 of their probes
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 
@@ -63,7 +64,7 @@ def measure(config: TrainConfig | GrpoConfig, plan: Plan, model: ModelConfig | N
     with tempfile.TemporaryDirectory(prefix="osler-probe-") as place:
         folder = Path(place)
         if isinstance(config, GrpoConfig):
-            short: TrainConfig | GrpoConfig = shortened_grpo(config)
+            short: TrainConfig | GrpoConfig = shortened_grpo(config, plan)
         else:
             short = shortened(config, model or config.model, folder, steps_of(config, plan))
             short = replace(short, compile="always" if arithmetic_of(config, plan.where.device).compiled else "never")
@@ -71,14 +72,18 @@ def measure(config: TrainConfig | GrpoConfig, plan: Plan, model: ModelConfig | N
         run = make_run(short, folder)
         lines = list(read_metrics(run.metrics))
         peak = max(line.values.get("perf/memory_peak_bytes", 0.0) for line in lines)
-        memory = LOOSENESS.through(lambda share: share * peak, "measured here") if peak else None
+        looseness = GRPO_LOOSENESS if isinstance(config, GrpoConfig) else LOOSENESS
+        memory = looseness.through(lambda share: share * peak, "measured here") if peak else None
         evaluated = [line.values["eval/seconds"] for line in lines if "eval/seconds" in line.values]
         if isinstance(short, GrpoConfig):
             assert isinstance(config, GrpoConfig)
             seconds = [line.values["perf/step_seconds"] for line in lines if "perf/step_seconds" in line.values]
+            first = lines[0].values.get("eval/seconds", seconds[0])  # the first line is of an exam, if there is one
+            start = lines[0].time - began - first
             return Measured(
-                step_seconds={1: spread(seconds)},
+                step_seconds={1: spread(seconds[len(seconds) // 2 :])},
                 memory_bytes=memory,
+                start_seconds=Estimate(0.8 * start, start, 1.2 * start, "measured here"),
                 evaluation_seconds=scaled(evaluated, exam_share(config, short)),
             )
         assert isinstance(config, TrainConfig)
@@ -151,17 +156,22 @@ def shortened(config: TrainConfig, model: ModelConfig, folder: Path, steps: Sequ
     )
 
 
-def shortened_grpo(config: GrpoConfig) -> GrpoConfig:
-    """Return the config of a short run of GRPO."""
+def shortened_grpo(config: GrpoConfig, plan: Plan) -> GrpoConfig:
+    """Return the config of a short run of GRPO; ``plan`` tells how long a step may take."""
     if not isinstance(config.rollout, EngineRollout):
         raise UserError("--probe makes no runs with rollout servers: leave --probe out")
-    exam = None if config.eval_task is None else replace(config.eval_task, limit=min(EXAM_ITEMS, config.eval_task.limit or 10**9))
+    fitting = int(STAGE_SECONDS / plan.pace.stretches[0].seconds.value)
+    steps = min(MOST_GRPO_STEPS, config.steps, max(FEWEST_GRPO_STEPS, fitting))
+    exam = config.eval_task
+    if exam is not None:
+        items = max(1, EXAM_ROUNDS * config.rollout_rows // config.eval_permutations)
+        exam = replace(exam, limit=min(items, exam.limit or items))
     return replace(
         config,
         eval_task=exam,
-        steps=GRPO_STEPS,
-        eval_every_steps=GRPO_STEPS // 2,
-        checkpoint=replace(config.checkpoint, every_steps=GRPO_STEPS // 2, keep_every_steps=0),
+        steps=steps,
+        eval_every_steps=max(1, steps // 2),
+        checkpoint=replace(config.checkpoint, every_steps=max(1, steps // 2), keep_every_steps=0),
         preflight="off",
         parallel=NoParallelConfig(),
         early_stopping_patience=None,
@@ -234,7 +244,10 @@ def make_run(config: TrainConfig | GrpoConfig, folder: Path) -> RunFolder:
 
 
 def step_times(config: TrainConfig, short: TrainConfig, lines: Sequence[MetricsLine]) -> dict[int, Estimate]:
-    """Return the time of a step of each stage. The first one of a stage, which compiles, has no speed in its line."""
+    """Return the time of a step of each stage, by the later half of its steps.
+
+    The first step of a stage compiles, and those that follow it are slow, as long as memory is new and compilers still end.
+    """
     times = {}
     for span, own in zip(config.timeline.spans, short.timeline.spans, strict=True):
         more = passes_of(config, span.rows_per_batch, span.seq_len) / passes_of(short, own.rows_per_batch, own.seq_len)
@@ -243,7 +256,7 @@ def step_times(config: TrainConfig, short: TrainConfig, lines: Sequence[MetricsL
             for line in lines
             if "perf/tokens_per_second" in line.values and short.timeline.at_step(line.step - 1).number == own.number
         ]
-        times[span.number] = spread(seconds)
+        times[span.number] = spread(seconds[len(seconds) // 2 :])
     return times
 
 

@@ -27,7 +27,7 @@ CPU_SHARE = Estimate(
     "assumed: a share of the rate of matrix products that grows with the width, 37 % at hidden_size 128 and 75 % from 512 on, "
     "give or take a half; as on one Xeon with AMX (quickstart, bench_train.py)",
 )  # fmt: skip
-EAGER_CPU_SHARE = Estimate(0.15, 0.40, 0.70, "assumed 15 to 70 % of the rate of matrix products in fp32, uncompiled")
+EAGER_CPU_SHARE = Estimate(0.15, 0.50, 1.10, "assumed 15 to 110 % of the rate of matrix products in fp32, uncompiled")
 SEVERAL = Estimate(0.80, 0.93, 1.0, "assumed 80 to 100 % of several GPUs' speed on one machine")
 # Time of a step that recomputes activations, over the time of one that does not (bench_recompute.py, on a CPU).
 AGAIN = {"off": Estimate(1, 1, 1), "selective": Estimate(1.02, 1.09, 1.15), "full": Estimate(1.20, 1.27, 1.34)}

@@ -1,5 +1,8 @@
 """The chunked loss and log-probabilities against the plain formula: values, gradients, padding, memory, compilation."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -77,6 +80,23 @@ def test_no_tensor_of_tokens_times_vocabulary_is_made(largest_tensor) -> None:
         linear_cross_entropy(x, w, y, chunk_tokens=chunk).backward()
         linear_logprobs(x, w, y, entropy, chunk_tokens=chunk)[0].sum().backward()
     assert largest_tensor.elements <= chunk * words < tokens * words
+
+
+def test_freed_logits_are_used_again() -> None:
+    """With results of a few bytes between them the C library took new memory for each chunk: twice all logits in the end."""
+    program = """
+import torch
+from osler.ops.cross_entropy import is_likeliest, linear_logprobs
+from osler.runtime.device import keep_freed_memory
+from osler.runtime.machine import peak_process_bytes
+keep_freed_memory()
+x, w, y = torch.randn(4096, 16), torch.randn(50_304, 16), torch.randint(50_000, (4096,))
+before = peak_process_bytes()
+linear_logprobs(x, w, y, is_likeliest)
+print(peak_process_bytes() - before)
+"""
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert int(told.stdout) < 0.4 * 4096 * 50_304 * 4
 
 
 def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,11 +15,24 @@ from osler.cli.plan import plan
 from osler.config.devices import this_machine
 from osler.config.recipe import load_recipe
 from osler.config.schema import decode
+from osler.model.config import ModelConfig
 from osler.plan.actual import PLAN, compare, keep_plan, planned, table_of, working_seconds
-from osler.plan.estimate import Estimate
+from osler.plan.estimate import Estimate, exact
 from osler.plan.plan import Where
 from osler.plan.planner import plan_of
-from osler.plan.probe import PASSES, evaluation_share, shortened, shortened_grpo, step_times, steps_of
+from osler.plan.probe import (
+    EXAM_ROUNDS,
+    FEWEST_GRPO_STEPS,
+    FEWEST_STEPS,
+    MOST_GRPO_STEPS,
+    PASSES,
+    evaluation_share,
+    shortened,
+    shortened_grpo,
+    step_times,
+    steps_of,
+)
+from osler.plan.speed import Pace
 from osler.records.jsonl import END, OUT_OF_MEMORY, START, Event, MetricsLine, read_events
 from osler.report.page import build_report
 from osler.rl.config import GrpoConfig
@@ -110,7 +123,9 @@ def test_a_short_run_has_the_passes_of_the_long_one_and_their_times_are_scaled(t
         assert own.end_step in (None, own.first_step + count)
     assert short.total_steps == sum(steps) and short.data == config.data, "the clinic is prepared as it is"
     parts = {"perf/data_ms": 0.0, "perf/forward_ms": 30.0, "perf/backward_ms": 70.0, "perf/tokens_per_second": 2560.0}
-    lines = [MetricsLine(step, 0, 0.0, parts) for step in range(1, short.total_steps + 1)]
+    slow = {name: 3 * value for name, value in parts.items()} | {"perf/tokens_per_second": 853.0}  # as first steps are
+    first = {own.first_step + step for own in short.timeline.spans for step in range(1, FEWEST_STEPS // 2)}
+    lines = [MetricsLine(step, 0, 0.0, slow if step in first else parts) for step in range(1, short.total_steps + 1)]
     times = step_times(config, short, lines)
     assert {number: time.value for number, time in times.items()} == pytest.approx({1: 0.1 + 3 * 0.1, 2: 0.1 + 3 * 0.1})
 
@@ -125,6 +140,19 @@ def test_a_short_run_has_the_passes_of_the_long_one_and_their_times_are_scaled(t
     assert evaluation_share(elsewhere, short, RunFolder(tmp_path)) == 131_072 / elsewhere.evaluated_tokens(1)
 
 
+def test_a_short_run_of_grpo_has_as_many_steps_as_fit_and_an_exam_that_fills_the_sampler(tiny) -> None:
+    given = {**load_recipe(tiny.grpo), "init_from": "run", "steps": 50, "eval_permutations": 2, "rollout_rows": 8}
+    config = decode(GrpoConfig, {**given, "eval_task": {"type": "clinic", "split": "validation", "limit": 100}})
+    planned = plan_of(config, HERE, model=ModelConfig())
+    for step_seconds, steps in ((4.0, 5), (0.01, MOST_GRPO_STEPS), (100.0, FEWEST_GRPO_STEPS)):
+        pace = Pace([replace(planned.pace.stretches[0], seconds=exact(step_seconds))])
+        short = shortened_grpo(config, replace(planned, pace=pace))
+        assert (short.steps, short.eval_every_steps) == (steps, steps // 2)
+        assert short.eval_task is not None and short.eval_task.limit == EXAM_ROUNDS * 8 // 2
+    few = shortened_grpo(replace(config, steps=1), replace(planned, pace=pace))
+    assert (few.steps, few.eval_every_steps, few.checkpoint.every_steps) == (1, 1, 1)
+
+
 def test_what_a_probe_cannot_make_is_refused_with_what_to_do(tiny, tmp_path) -> None:
     config = decode(TrainConfig, load_recipe(tiny.pretrain))
     taught = replace(config, teacher=SimpleNamespace(path="runs/large"))
@@ -134,7 +162,7 @@ def test_what_a_probe_cannot_make_is_refused_with_what_to_do(tiny, tmp_path) -> 
         GrpoConfig, {**load_recipe(tiny.grpo), "init_from": "run", "rollout": {"type": "server", "urls": ["http://a"]}}
     )
     with pytest.raises(UserError, match="rollout servers"):
-        shortened_grpo(servers)
+        shortened_grpo(servers, plan_of(servers, HERE, model=config.model))
     with pytest.raises(UserError, match="leave --gpu and --gpus out"):
         plan("debug", [], gpu="h100", probe=True)
 
