@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 from learn_nanochat import Setup
-from measuring import ROOT, publish
+from measuring import ROOT, commit_of, publish
 
 from osler.config.recipe import load_recipe
 from osler.config.schema import decode, encode
@@ -236,17 +236,6 @@ def clear(folder: Path, cache: Path | None) -> None:
     if cache is not None:
         cache.mkdir(exist_ok=True)
         (folder / "cache").symlink_to(cache.resolve())
-
-
-def commit_of(checkout: Path) -> str:
-    """Return the commit of a checkout, where files were changed with a digest of the changes; "" where it is no repository."""
-
-    def said(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(checkout), *arguments], capture_output=True, text=True).stdout.strip()
-
-    changes = said("diff", "HEAD")
-    digest = hashlib.blake2b(changes.encode(), digest_size=4).hexdigest()
-    return said("describe", "--always") + (f"-dirty-{digest}" if changes else "")
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:

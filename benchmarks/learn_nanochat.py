@@ -53,7 +53,6 @@ class Setup:
     seq_len: int = 256
     context: int = 0  # tokens read at once in evaluations, at most ten times seq_len, where its rotary cache ends; 0: seq_len
     dtype: str = "auto"  # bf16 or fp32; auto: bf16 where it is faster
-    compiled: bool = True  # false: neither model nor optimizer, for contests of a minute
     rates: float = 0.0  # all rates are multiplied by it; 0: by its own rule for the batch
     matrix_lr: float = 0.02
     embedding_lr: float = 0.3
@@ -98,7 +97,6 @@ class Learner:
         dtype = pick_dtype(setup.dtype, self.device)
         os.environ["NANOCHAT_DTYPE"] = self.dtype = str(dtype).removeprefix("torch.")
         sys.path.insert(0, spec.checkout)
-        torch._dynamo.config.disable = not setup.compiled
         gpt = importlib.import_module("nanochat.gpt")
         texts = read_texts(spec.train)
         cut = (text[:DOCUMENT_CHARACTERS] for text in texts)

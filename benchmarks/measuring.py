@@ -7,6 +7,7 @@ A fresh process starts with its own allocator, caches and threads, so that no co
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -47,3 +48,14 @@ def publish(result: Mapping[str, Any], out: Path | None) -> None:
     print(text)
     if out:
         out.write_text(text + "\n")
+
+
+def commit_of(checkout: Path) -> str:
+    """Return the commit of a checkout, where files were changed with a digest of the changes; "" where it is no repository."""
+
+    def said(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(checkout), *arguments], capture_output=True, text=True).stdout.strip()
+
+    changes = said("diff", "HEAD")
+    digest = hashlib.blake2b(changes.encode(), digest_size=4).hexdigest()
+    return said("describe", "--always") + (f"-dirty-{digest}" if changes else "")

@@ -25,7 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from measuring import publish
+from measuring import ROOT, commit_of, publish
 
 from osler.cli.plan import runs_of
 from osler.config.devices import this_machine
@@ -61,17 +61,20 @@ TIME, MEMORY = 0.15, 0.10  # how far the plan with a probe may be off
 
 
 def shorter(config: TrainConfig | GrpoConfig, plan: Plan, seconds: float) -> TrainConfig | GrpoConfig:
-    """Return the config of a run that trains for about so many seconds at the pace of a plan; nothing but its length differs.
+    """Return the config of a run that trains for about so many seconds at the pace of a plan.
 
-    It compiles as the whole run would, which a short one would not by itself, and it saves while it trains, because that takes
-    the memory of a copy.
+    Otherwise it is as the whole run: it compiles if that does, and it saves while it trains if that does, which takes the memory
+    of a copy.
     """
-    steps = max(LEAST_STEPS, int(seconds / plan.pace.stretches[0].seconds.value))
+    steps, keep = max(LEAST_STEPS, int(seconds / plan.pace.stretches[0].seconds.value)), config.checkpoint
     if isinstance(config, GrpoConfig):
-        return replace(config, steps=min(steps, config.steps), eval_every_steps=max(1, steps // 2))
-    compiled = arithmetic_of(config, plan.where.device).compiled
+        steps = min(steps, config.steps)
+        half = -(-steps // 2)
+        saves = replace(keep, every_steps=min(keep.every_steps, half if keep.every_steps < config.steps else steps))
+        return replace(config, steps=steps, eval_every_steps=half, checkpoint=saves)
     total = min(config.total_tokens, steps * config.batch_tokens)
-    saves = replace(config.checkpoint, every_tokens=min(config.checkpoint.every_tokens or total, total // 2))
+    saves = replace(keep, every_tokens=min(keep.every_tokens, total // 2) if keep.every_tokens < config.total_tokens else total)
+    compiled = arithmetic_of(config, plan.where.device).compiled
     return replace(config, total_tokens=total, checkpoint=saves, compile="always" if compiled else "never")
 
 
@@ -132,7 +135,7 @@ def with_starts(names: Sequence[str]) -> set[str]:
 
 def row_of(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Return the row of a run: the kept one, or a new one."""
-    file, asked = args.work / f"{name}.json", {"seconds": args.seconds, "text": args.text.name}
+    file, asked = args.work / f"{name}.json", {"seconds": args.seconds, "text": args.text.name, "code": commit_of(ROOT)}
     if file.is_file() and (kept := read_json(file)).items() >= asked.items() and (args.work / name).is_dir():
         print(f"{name}: kept in {file}", file=sys.stderr)
         return kept

@@ -94,7 +94,7 @@ COMMANDS: tuple[Command, ...] = (
             option("--price", type=float, metavar="USD", help="of an hour of one device (default: of the table)"),
             option("--table", choices=("cost", "tokens", "devices"), help="all model families: cost, or tokens in --hours"),
             option("--as", dest="as_table", choices=("md", "csv"), default="md", help="how the table is written (default: md)"),
-            option("--probe", action="store_true", help="make a few steps here: measurements for assumptions"),
+            option("--probe", action="store_true", help="make a short run here: measurements for assumptions"),
         ),
         PLAN_HELP,
     ),

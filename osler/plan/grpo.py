@@ -21,8 +21,8 @@ from osler.rl.config import GrpoConfig
 from osler.tasks.registry import ClinicTask
 
 STARTS = {
-    "gpu": Estimate(15, 40, 120, "assumed: libraries, questions, the first exam"),
-    "cpu": Estimate(1, 5, 60, "measured from 1 s on: libraries, questions"),
+    "gpu": Estimate(15, 40, 120, "assumed: libraries and questions"),
+    "cpu": Estimate(1, 5, 60, "measured: 1 to 2 s on the clinic; assumed: up to 60 s for other questions"),
 }  # fmt: skip
 PROMPT_TOKENS = Estimate(60, 200, 500, "assumed: 60 to 500 tokens a question")
 CLINIC_PROMPT_TOKENS = Estimate(40, 60, 80, "measured: 40 to 80 tokens a question of the clinic")
@@ -72,7 +72,7 @@ def plan_grpo(
     pace = Pace([Stretch(0, algorithm.completions_per_step * round(drawn.value), total([sampling, learning]), flops)])
     questions = getattr(config.eval_task, "limit", None) or EXAM_QUESTIONS if config.eval_task is not None else 0
     exam = sampling.times(config.eval_permutations * questions / algorithm.completions_per_step)
-    exams = config.steps // config.eval_every_steps + 1
+    exams = 1 + -(-config.steps // config.eval_every_steps)  # the first before any step, the last after all of them
     limit = algorithm.max_new_tokens + round(prompt.high)
     shards = where.gpus if isinstance(config.parallel, FsdpConfig) else 1
     one = Pass(

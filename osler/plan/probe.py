@@ -1,7 +1,7 @@
-"""``osler plan --probe``: a few steps of a run, made here, whose time and memory take the place of a plan's assumptions.
+"""``osler plan --probe``: a short run, made here, whose time and memory take the place of a plan's assumptions.
 
-The run itself is made, in a process of its own and a temporary folder, by the command that would train it: the same loop,
-loader, measurements, checkpoint and evaluation. It is shorter in three ways. Each stage has a few steps. A batch of many passes
+The run itself is made, in a process of its own and a temporary folder, by the command that would train it: the same loop, loader,
+measurements, checkpoint and evaluation. It is shorter in three ways. Each stage has some seconds of steps. A batch of many passes
 has two, and the time of the others is added. And only the clinic and small files are prepared as the run would do it: in place of
 other texts are random words, so that a probe neither needs them nor waits for them, and their preparation is not measured. A run
 that starts from another model starts from random weights of the same shape. GRPO needs the model that it starts from, because the
@@ -15,7 +15,6 @@ import logging
 import random
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +31,8 @@ from osler.plan.estimate import Estimate
 from osler.plan.grpo import EXAM_QUESTIONS
 from osler.plan.plan import Measured, Plan
 from osler.plan.training import arithmetic_of
-from osler.records.jsonl import MetricsLine, read_metrics
+from osler.records.jsonl import START, MetricsLine, read_events, read_metrics
+from osler.records.values import as_number
 from osler.rl.config import EngineRollout, GrpoConfig
 from osler.runtime import child
 from osler.runtime.errors import UserError
@@ -43,10 +43,9 @@ from osler.train.config import DataConfig, ExamProbe, TrainConfig
 logger = logging.getLogger(__name__)
 
 STAGE_SECONDS = 20.0  # that the steps of a stage should take, by the plan
-FEWEST_STEPS, MOST_STEPS = 6, 200  # the first seconds of a run are up to a third slower than the rest
+FEWEST_STEPS, MOST_STEPS = 6, 200  # of a stage; only the later half counts, because a run is slower in its first seconds
 PASSES = 2  # of a step: the second adds to gradients, so memory is that of more passes
 FEWEST_GRPO_STEPS, MOST_GRPO_STEPS = 4, 20
-EXAM_ROUNDS = 2  # of an exam: so many times the rows that are drawn together
 VOCABULARY = 512  # of the tokenizer for random words; the model keeps its own
 SMALL_BYTES = 32 << 20  # files of so many bytes together are prepared as they are
 WORDS, DOCUMENT_WORDS, EXAMPLE_WORDS = 90_000, 300, 40  # of the stand-in text, of a document, of a question and of an answer
@@ -68,9 +67,10 @@ def measure(config: TrainConfig | GrpoConfig, plan: Plan, model: ModelConfig | N
         else:
             short = shortened(config, model or config.model, folder, steps_of(config, plan))
             short = replace(short, compile="always" if arithmetic_of(config, plan.where.device).compiled else "never")
-        began = time.time()
         run = make_run(short, folder)
         lines = list(read_metrics(run.metrics))
+        began = next(event for event in read_events(run.events) if event.kind == START)
+        start = lines[0].time - began.time + as_number(began.details.get("preparing_seconds"))
         peak = max(line.values.get("perf/memory_peak_bytes", 0.0) for line in lines)
         looseness = GRPO_LOOSENESS if isinstance(config, GrpoConfig) else LOOSENESS
         memory = looseness.through(lambda share: share * peak, "measured here") if peak else None
@@ -78,8 +78,8 @@ def measure(config: TrainConfig | GrpoConfig, plan: Plan, model: ModelConfig | N
         if isinstance(short, GrpoConfig):
             assert isinstance(config, GrpoConfig)
             seconds = [line.values["perf/step_seconds"] for line in lines if "perf/step_seconds" in line.values]
-            first = lines[0].values.get("eval/seconds", seconds[0])  # the first line is of an exam, if there is one
-            start = lines[0].time - began - first
+            is_exam = "eval/seconds" in lines[0].values  # there is one before the first step
+            start -= lines[0].values["eval/seconds"] if is_exam else seconds[0]
             return Measured(
                 step_seconds={1: spread(seconds[len(seconds) // 2 :])},
                 memory_bytes=memory,
@@ -88,11 +88,10 @@ def measure(config: TrainConfig | GrpoConfig, plan: Plan, model: ModelConfig | N
             )
         assert isinstance(config, TrainConfig)
         times = step_times(config, short, lines)
-        first = next(line.time for line in lines if line.step == 1) - began
         return Measured(
             step_seconds=times,
             memory_bytes=memory,
-            start_seconds=started(config, first - times[1].value),
+            start_seconds=started(config, start - times[1].value),
             evaluation_seconds=scaled(evaluated, evaluation_share(config, short, run)),
         )
 
@@ -150,7 +149,11 @@ def shortened(config: TrainConfig, model: ModelConfig, folder: Path, steps: Sequ
         log_every_steps=1,
         eval_every_tokens=half,
         exam=ExamProbe(),
-        checkpoint=replace(config.checkpoint, every_tokens=half, keep_every_tokens=0),
+        checkpoint=replace(
+            config.checkpoint,
+            every_tokens=half if config.checkpoint.every_tokens < config.total_tokens else until,
+            keep_every_tokens=0,
+        ),
         early_stopping_patience=None,
         monitor=monitored(config.monitor),
     )
@@ -163,15 +166,20 @@ def shortened_grpo(config: GrpoConfig, plan: Plan) -> GrpoConfig:
     fitting = int(STAGE_SECONDS / plan.pace.stretches[0].seconds.value)
     steps = min(MOST_GRPO_STEPS, config.steps, max(FEWEST_GRPO_STEPS, fitting))
     exam = config.eval_task
-    if exam is not None:
-        items = max(1, EXAM_ROUNDS * config.rollout_rows // config.eval_permutations)
+    if exam is not None:  # as many answers as are drawn together, if that is quick
+        drawn = plan.time["sampling"].value / config.steps / config.algorithm.completions_per_step
+        answers = min(config.rollout_rows, STAGE_SECONDS / drawn)
+        items = max(1, int(answers / config.eval_permutations))
         exam = replace(exam, limit=min(items, exam.limit or items))
+    half = -(-steps // 2)
     return replace(
         config,
         eval_task=exam,
         steps=steps,
-        eval_every_steps=max(1, steps // 2),
-        checkpoint=replace(config.checkpoint, every_steps=max(1, steps // 2), keep_every_steps=0),
+        eval_every_steps=half,
+        checkpoint=replace(
+            config.checkpoint, every_steps=half if config.checkpoint.every_steps < config.steps else steps, keep_every_steps=0
+        ),
         preflight="off",
         parallel=NoParallelConfig(),
         early_stopping_patience=None,
@@ -246,7 +254,8 @@ def make_run(config: TrainConfig | GrpoConfig, folder: Path) -> RunFolder:
 def step_times(config: TrainConfig, short: TrainConfig, lines: Sequence[MetricsLine]) -> dict[int, Estimate]:
     """Return the time of a step of each stage, by the later half of its steps.
 
-    The first step of a stage compiles, and those that follow it are slow, as long as memory is new and compilers still end.
+    The first step of a stage compiles and has no speed in its line. Those that follow it are slow while memory is new and
+    compilers end.
     """
     times = {}
     for span, own in zip(config.timeline.spans, short.timeline.spans, strict=True):

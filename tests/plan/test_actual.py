@@ -18,10 +18,9 @@ from osler.config.schema import decode
 from osler.model.config import ModelConfig
 from osler.plan.actual import PLAN, compare, keep_plan, planned, table_of, working_seconds
 from osler.plan.estimate import Estimate, exact
-from osler.plan.plan import Where
+from osler.plan.plan import Measured, Where
 from osler.plan.planner import plan_of
 from osler.plan.probe import (
-    EXAM_ROUNDS,
     FEWEST_GRPO_STEPS,
     FEWEST_STEPS,
     MOST_GRPO_STEPS,
@@ -147,9 +146,11 @@ def test_a_short_run_of_grpo_has_as_many_steps_as_fit_and_an_exam_that_fills_the
     for step_seconds, steps in ((4.0, 5), (0.01, MOST_GRPO_STEPS), (100.0, FEWEST_GRPO_STEPS)):
         pace = Pace([replace(planned.pace.stretches[0], seconds=exact(step_seconds))])
         short = shortened_grpo(config, replace(planned, pace=pace))
-        assert (short.steps, short.eval_every_steps) == (steps, steps // 2)
-        assert short.eval_task is not None and short.eval_task.limit == EXAM_ROUNDS * 8 // 2
-    few = shortened_grpo(replace(config, steps=1), replace(planned, pace=pace))
+        assert (short.steps, short.eval_every_steps) == (steps, -(-steps // 2))
+        assert short.eval_task is not None and short.eval_task.limit == 8 // 2, "two permutations of each question"
+    slow = shortened_grpo(config, replace(planned, time={"sampling": exact(1e6)}))
+    assert slow.eval_task is not None and slow.eval_task.limit == 1, "an exam takes no longer than the steps"
+    few = shortened_grpo(replace(config, steps=1), planned)
     assert (few.steps, few.eval_every_steps, few.checkpoint.every_steps) == (1, 1, 1)
 
 
@@ -180,3 +181,10 @@ def test_a_probe_makes_steps_and_its_measurements_are_in_the_plan(kind, tiny, ru
 def test_a_table_has_a_line_for_each_part(runs) -> None:
     lines = table_of(compare(RunFolder(runs.sft))).splitlines()
     assert lines[0].split()[:2] == ["Part", "Plan"] and len(lines) == 6
+
+
+def test_an_exam_is_sat_before_the_first_step_and_after_the_last(tiny) -> None:
+    given = {**load_recipe(tiny.grpo), "init_from": "run", "steps": 25, "eval_every_steps": 10}
+    config = decode(GrpoConfig, {**given, "eval_task": {"type": "clinic", "split": "validation", "limit": 100}})
+    measured = Measured(evaluation_seconds=exact(1.0))
+    assert plan_of(config, HERE, model=ModelConfig(), measured=measured).time["exams"].value == 1 + 3
