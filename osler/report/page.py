@@ -60,7 +60,7 @@ def build_report(run_folder: str | Path | RunRecord, out: str | Path | None = No
         comparison_title="Before and after GRPO" if about_grpo else "Before and after",
         reach=max(0.05, math.ceil(20 * max(ends, default=0.1)) / 20),  # ends of the axis of differences, on both sides of zero
         questions=_questions(run),
-        answers=[(", ".join(filter(None, (stage_title(sheet.label), sheet.name))), _wrong_first(sheet)) for sheet in run.answers],
+        answers=[(f"{stage_title(sheet.label)}, {sheet.name}", _wrong_first(sheet)) for sheet in run.answers],
         details=[(score, list(_details(score))) for score in run.exams if score.measures],
         maps=charts.heat_maps((stage_title(score.label), stage_colour(score.label), score) for score in run.exams),
         times=_times(run),

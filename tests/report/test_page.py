@@ -104,6 +104,15 @@ def test_every_chart_names_declared_metrics_and_undeclared_ones_are_shown_too(qu
     assert METRICS["groups/effective"].meaning[1:] in shown
 
 
+def test_the_answers_of_two_models_to_one_exam_are_told_apart(quickstart):
+    answer = {"id": "1", "question": "q", "thinking": "", "answer": "(A)", "correct_answer": "A", "number": 0}
+    for label in ("sft", "grpo", ""):
+        sheet = [{"label": label, "exam": "new questions", "method": "generation", "asked": 1}, answer]
+        write(quickstart / "answers" / f"{label or 'x'}.jsonl", sheet)
+    words = checked(quickstart).words
+    assert all(f"{model}, new questions: 1 answer" in words for model in ("Supervised fine-tuning", "GRPO", "Training"))
+
+
 def test_hostile_text_stays_text(quickstart):
     evil = "</p><script>alert(1)</script><img src=x onerror=alert(2)>' \" & {braces}"
     texts = dict.fromkeys(("id", "stage", "question", "thinking", "answer", "correct_answer"), evil)
