@@ -9,9 +9,9 @@ quickstart start from one another; ``--text`` is what `text-10min` reads. A run 
 within 10 % of the plan with a probe, and ``safe`` if it stays below the upper end of the memory of both plans, because that end
 decides whether a plan says "fits". Nothing else may run beside it.
 
-Each row is kept in ``--work`` with its run, and the same command goes on with those that are missing; a run that was interrupted
-is made anew, because its times would be those of two starts. With 120 seconds a row takes about five minutes on two cores and all
-of them an hour, by estimate; what a run will take is said before it begins. Prints one JSON object.
+Each row is kept in ``--work`` with its run, and the same command goes on with those that are missing or that other code made; a
+run that was interrupted is made anew, because its times would be those of two starts. With 120 seconds a row takes about five
+minutes on two cores and all of them an hour, by estimate; what a run will take is said before it begins. Prints one JSON object.
 """
 
 from __future__ import annotations
