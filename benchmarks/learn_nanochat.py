@@ -53,6 +53,7 @@ class Setup:
     seq_len: int = 256
     context: int = 0  # tokens read at once in evaluations, at most ten times seq_len, where its rotary cache ends; 0: seq_len
     dtype: str = "auto"  # bf16 or fp32; auto: bf16 where it is faster
+    compiled: bool = True  # model and optimizer; without it more of a short run's minutes are left for steps
     rates: float = 0.0  # all rates are multiplied by it; 0: by its own rule for the batch
     matrix_lr: float = 0.02
     embedding_lr: float = 0.3
@@ -96,6 +97,7 @@ class Learner:
         self.device = pick_device("auto")
         dtype = pick_dtype(setup.dtype, self.device)
         os.environ["NANOCHAT_DTYPE"] = self.dtype = str(dtype).removeprefix("torch.")
+        torch._dynamo.config.disable = not setup.compiled  # the checkout decorates its optimizer's functions
         sys.path.insert(0, spec.checkout)
         gpt = importlib.import_module("nanochat.gpt")
         texts = read_texts(spec.train)

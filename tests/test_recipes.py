@@ -123,6 +123,15 @@ def test_overrides_change_what_is_shown():
     assert "# parameters        463,601,664" in show_recipe("osler-400m", ["model.num_layers=24"])
 
 
+@pytest.mark.parametrize(("recipe", "change", "words"), [
+    ("text-10min", "model.value_embeddings=none", "Qwen3 (transformers"),
+    ("text-10min", "model.value_embeddings=alternate", "safetensors alone"),
+    ("osler-400m", "model.attention.type=sparse", "Qwen3, in rows of at most 256 tokens"),
+])  # fmt: skip
+def test_it_is_shown_what_a_model_can_be_exported_as(recipe, change, words):
+    assert re.search(f"# exports as +{re.escape(words)}", show_recipe(recipe, [change]))
+
+
 def test_no_number_follows_from_a_model_that_is_replaced():
     shown = show_recipe("text-10min", ["init_from=runs/other"])
     assert "# steps" in shown and "# parameters" not in shown and "FLOPs" not in shown

@@ -89,8 +89,14 @@ def write(export: Export, folder: Path) -> str:
 def dense_form(config: ModelConfig, max_tokens: int) -> ModelConfig:
     """Return the config of the same model for rows of ``max_tokens``, with dense attention.
 
-    Sparse attention is dense in rows of at most ``top_k`` tokens. Raises UserError for longer rows, which Qwen3 cannot hold.
+    Sparse attention is dense in rows of at most ``top_k`` tokens. Raises UserError for longer rows and for value embeddings,
+    which Qwen3 cannot hold.
     """
+    if config.value_embedding_size:
+        raise UserError(
+            f"The model has value embeddings (value_embeddings={config.value_embeddings}), which Qwen3's form cannot hold. Train "
+            "a model with model.value_embeddings=none to export it; `--to safetensors` writes this one as it is."
+        )
     if isinstance(config.attention, SparseAttentionConfig) and config.attention.top_k < max_tokens:
         top_k = config.attention.top_k
         raise UserError(

@@ -58,7 +58,7 @@ def prune(
     ready = open_model(load_start(checkpoint).path)
     config, model = ready.model.config, ready.model
     check_finite(model.state_dict(), ready.path)
-    _check_sizes(config, layers, intermediate_size)
+    check_sizes(config, layers, intermediate_size)
     if tokens < 1:
         raise UserError(f"--tokens {tokens}: give the number of tokens to measure the loss on, such as 65536.")
     text = texts(ready, data, field, tokens)
@@ -91,7 +91,8 @@ def prune(
     return 0
 
 
-def _check_sizes(config: ModelConfig, layers: int | None, intermediate_size: int | None) -> None:
+def check_sizes(config: ModelConfig, layers: int | None, intermediate_size: int | None) -> None:
+    """Raise UserError unless a model can become as small as that."""
     if layers is None and intermediate_size is None:
         raise UserError("What is to become smaller? Give --layers N or --intermediate-size M, or both: what is to stay.")
     for flag, asked, there in (
@@ -100,6 +101,11 @@ def _check_sizes(config: ModelConfig, layers: int | None, intermediate_size: int
     ):
         if asked is not None and not 1 <= asked < there:
             raise UserError(f"{flag} {asked} is not from 1 to {there - 1}: the model has {there}, and this many are to stay.")
+    if layers is not None and config.value_embeddings == "alternate":
+        raise UserError(
+            "The model has value embeddings in every second layer, and would not when layers are removed: give "
+            "--intermediate-size alone, or train a model with model.value_embeddings=all or none."
+        )
 
 
 def texts(ready: LoadedModel, data: str | None, field: str, tokens: int) -> Batches:

@@ -95,6 +95,9 @@ class ModelConfig:
     qk_norm_weight: bool = False  # whether QK-norm has weights; needs norm_weight
     tie_embeddings: bool = False  # whether the head is the input embedding
     embed_rank: PositiveInt | None = None  # factorized embedding, [vocab_size, rank] then [rank, hidden_size]; null: one matrix
+    # which layers add an embedding of the token to its attention values (arXiv 2410.17897), which costs parameters and no FLOPs;
+    # alternate: the last layer and every second one before it. Such a model has no standard form to export to
+    value_embeddings: Literal["none", "alternate", "all"] = "none"
     residual_init: Literal["zero", "scaled"] = "zero"  # what the output projections of a block start as (model/init.py)
     head_init: Literal["zero", "normal"] = "zero"  # what the head starts as
     # bigrams: a new run lets embedding and head start from how often tokens of its data follow each other (model/bigrams.py)
@@ -153,6 +156,15 @@ class ModelConfig:
     def kv_size(self) -> int:
         return self.num_kv_heads * self.head_dim
 
+    def has_value_embedding(self, layer: int) -> bool:
+        """Return whether the layer with this number, from 0 on, has a value embedding."""
+        return self.value_embeddings == "all" or (self.value_embeddings == "alternate" and (self.num_layers - layer) % 2 == 1)
+
+    @property
+    def value_embedding_size(self) -> int:
+        """How many numbers the value embeddings of all layers have for a token."""
+        return self.kv_size * sum(map(self.has_value_embedding, range(self.num_layers)))
+
     @property
     def _matrix_parameters(self) -> int:
         attention = self.hidden_size * (2 * self.query_size + 2 * self.kv_size)
@@ -171,7 +183,8 @@ class ModelConfig:
         head = 0 if self.tie_embeddings else self.vocab_size * self.hidden_size
         norms = (2 * self.num_layers + 1) * self.hidden_size if self.norm_weight else 0
         qk_norms = 2 * self.head_dim * self.num_layers if self.qk_norm_weight else 0
-        return self._matrix_parameters + self._embedding_parameters + head + norms + qk_norms
+        values = self.vocab_size * self.value_embedding_size
+        return self._matrix_parameters + self._embedding_parameters + values + head + norms + qk_norms
 
     def weight_bytes(self, bits: float = 32) -> int:
         """Return the bytes of all parameters with ``bits`` bits each; `osler quantize` writes 8.5 or 4.5, scales included."""
@@ -200,14 +213,24 @@ class ModelConfig:
         gain = (dense.flops_per_token(start + 1) - sparse.flops_per_token(start + 1)) + extra  # per token of length
         return start + extra // gain + 1 if gain > 0 else None
 
-    def words_of_attention(self) -> dict[str, str]:
-        """Return in words when sparse attention pays, as an entry of the numbers of a recipe; none for dense attention."""
+    @property
+    def exportable_as(self) -> str:
+        """Return in words which form a model of this shape can take in other programs."""
+        if self.value_embedding_size:
+            return "safetensors alone, because of its value embeddings"
+        if isinstance(self.attention, SparseAttentionConfig) and self.attention.top_k < self.max_seq_len:
+            return f"Qwen3, in rows of at most {self.attention.top_k} tokens"
+        return "Qwen3 (transformers, vLLM, llama.cpp, ONNX)"
+
+    def words(self) -> dict[str, str]:
+        """Return as entries of a recipe's numbers what the model can be exported as, and when its sparse attention pays."""
+        exports = {"exports as": self.exportable_as}
         if not isinstance(self.attention, SparseAttentionConfig):
-            return {}
+            return exports
         length, costs = self.sparse_wins_from, "more FLOPs than dense at every length: make its index smaller"
         if length is not None:
             costs = f"fewer FLOPs than dense in rows of {length:,} tokens and more"
-        return {"sparse attention": costs}
+        return {"sparse attention": costs, **exports}
 
     def kv_cache_bytes(self, batch: int, seq_len: int, dtype_bytes: int = 2) -> int:
         """Return the bytes of the keys and values of ``batch`` rows of ``seq_len`` tokens, and of the keys of a sparse index."""

@@ -66,7 +66,7 @@ class Decoder:
             mask_11TS = torch.ones(1, 1, width - start, width, dtype=torch.bool, device=self.device).tril(start)
         rope, x_PTD = self._rope_at(torch.arange(start, width, device=self.device)), self._embedded(ids_PT)
         for attention, feed_forward in self._layers:
-            x_PTD = x_PTD + attention.prefill(x_PTD, rope, mask_11TS, cache)
+            x_PTD = x_PTD + attention.prefill(x_PTD, rope, ids_PT, mask_11TS, cache)
             x_PTD = x_PTD + feed_forward(x_PTD)
         cache.length_B.copy_(length_P)
         cache.filled = width
@@ -80,7 +80,7 @@ class Decoder:
         rope, cached = self._rope_at(cache.length_B), cache.open_step()
         x_BD = self._embedded(token_B)
         for attention, feed_forward in self._layers:
-            x_BD = x_BD + attention.step(x_BD, rope, cached)
+            x_BD = x_BD + attention.step(x_BD, rope, token_B, cached)
             x_BD = x_BD + feed_forward(x_BD)
         cache.length_B += running_B  # a row that has ended writes into the same slot again
         return self.logits(x_BD)

@@ -5,6 +5,7 @@
 | embed_tokens                  | normal, std 1 / sqrt(width it feeds) when tied (it is also the head), else 1                |
 | embed_proj                    | normal, std 1 / sqrt(rank)                                                                  |
 | q, k, v, gate, up             | uniform, std 1 / sqrt(hidden_size)                                                          |
+| value_embed                   | zero                                                                                        |
 | o_proj, down_proj             | zero (each block starts as the identity), or normal scaled by 1 / sqrt(2 * num_layers)      |
 | lm_head                       | zero (first loss is exactly ln(vocab_size)), or normal, std 1 / sqrt(hidden_size)           |
 | indexer                       | uniform, std 1 / sqrt(hidden_size); drawn after all others, which start as in a dense model  |
@@ -72,6 +73,7 @@ def _draw(kind: str, shape: torch.Size, config: ModelConfig, generator: torch.Ge
     normal_stds = {
         "embed_tokens": 1 / math.sqrt(config.embed_rank or config.hidden_size) if config.tie_embeddings else 1.0,
         "embed_proj": 1 / math.sqrt(fan_in),
+        "value_embed": 0.0,
         "lm_head": 0.0 if config.head_init == "zero" else hidden_std,
         "o_proj": residual_std,
         "down_proj": residual_std,

@@ -92,8 +92,8 @@ class SparseAttention(Attention):
 
     cache_class = SparseCache
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config, layer)
         self.indexer = Indexer(config)
         self.choice = Choice(self.indexer.config.top_k, self.indexer.config.local_window)
         self.warms_up = False
@@ -105,13 +105,13 @@ class SparseAttention(Attention):
         return (begins_BT * torch.arange(document_BT.shape[1], device=document_BT.device)).cummax(1).values
 
     def forward(
-        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], *, mask: Tensor | None = None
+        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], ids_BT: Tensor, *, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Attend to the chosen keys, from the first token of a document on (``mask``, see ``mask_of``).
 
         The second result is what is measured (``MEASURED``), fp32 [B, T, 4]; None without gradients.
         """
-        q_BNTH, k_BKTH, v_BKTH = (heads.transpose(1, 2) for heads in self.project(x_BTD, rope))
+        q_BNTH, k_BKTH, v_BKTH = (heads.transpose(1, 2) for heads in self.project(x_BTD, rope, ids_BT))
         length, measures = x_BTD.shape[1], torch.is_grad_enabled()
         first_BT = x_BTD.new_zeros(x_BTD.shape[:2], dtype=torch.int64) if mask is None else mask
         index = self.indexer(x_BTD.detach(), rope)
@@ -147,26 +147,28 @@ class DecodeSparseAttention(DecodeAttention):
         q_BTE, k_BTI = self._index_qk(x_BTD).split(self._sizes, dim=-1)
         return self._indexer.index(q_BTE, k_BTI, self._index_weights(x_BTD.float()), rope)
 
-    def prefill(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache) -> Tensor:
+    def prefill(
+        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], ids_BT: Tensor, mask: Tensor | None, cache: KVCache
+    ) -> Tensor:
         assert isinstance(cache, SparseCache)
         index = self._index(x_BTD, rope)
         cache.index[self.layer, :, 0, -x_BTD.shape[1] :] = index.k_BSI
         if cache.slots <= self._choice.top_k:
-            return super().prefill(x_BTD, rope, mask, cache)
+            return super().prefill(x_BTD, rope, ids_BT, mask, cache)
         index = index._replace(k_BSI=cache.index[self.layer, :, 0])
         chosen_BRTX = choose(index, torch.zeros(x_BTD.shape[:2], dtype=torch.int64, device=x_BTD.device), self._choice)
-        out_BNTH, _ = gather_attention(*self._fill(x_BTD, rope, cache), index, chosen_BRTX)
+        out_BNTH, _ = gather_attention(*self._fill(x_BTD, rope, ids_BT, cache), index, chosen_BRTX)
         return self._o_proj(out_BNTH.transpose(1, 2).flatten(2))
 
-    def step(self, x_BD: Tensor, rope: tuple[Tensor, Tensor], cached: CacheStep) -> Tensor:
+    def step(self, x_BD: Tensor, rope: tuple[Tensor, Tensor], token_B: Tensor, cached: CacheStep) -> Tensor:
         new = self._index(x_BD[:, None], (rope[0][:, None], rope[1][:, None]))
         stored_BSI = cached.index_BSI[self.layer]
         row_B = torch.arange(len(x_BD), device=x_BD.device)
         stored_BSI.index_put_((row_B, cached.place_B), new.k_BSI[:, 0].to(stored_BSI.dtype))
         keys_BSI = stored_BSI[:, : cached.k_CHS[self.layer].shape[-1]]  # the filled part of the cache
         if keys_BSI.shape[1] <= self._choice.top_k:
-            return super().step(x_BD, rope, cached)
-        q_BNH, k_BKH, v_BKH = self._project(x_BD, rope)
+            return super().step(x_BD, rope, token_B, cached)
+        q_BNH, k_BKH, v_BKH = self._project(x_BD, rope, token_B)
         cached.write(self.layer, k_BKH, v_BKH)
         scores_BR1S = index_scores(new._replace(q_BRTJI=new.q_BRTJI.to(keys_BSI.dtype), k_BSI=keys_BSI))
         place = cached.place_B[:, None, None, None]

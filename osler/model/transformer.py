@@ -28,18 +28,18 @@ ATTENTIONS = {DenseAttentionConfig: Attention, SparseAttentionConfig: SparseAtte
 class Block(nn.Module):
     """Pre-norm attention, then pre-norm feed-forward, each added to the residual stream."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps, weight=config.norm_weight)
-        self.self_attn = ATTENTIONS[type(config.attention)](config)
+        self.self_attn = ATTENTIONS[type(config.attention)](config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.norm_eps, weight=config.norm_weight)
         self.mlp = FeedForward(config)
 
     def forward(
-        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None = None
+        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], ids_BT: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Return the residual stream after the block, and what is measured of an index, if the attention has one."""
-        out_BTD, measured_BTM = self.self_attn(self.input_layernorm(x_BTD), rope, mask=mask)
+        out_BTD, measured_BTM = self.self_attn(self.input_layernorm(x_BTD), rope, ids_BT, mask=mask)
         x_BTD = x_BTD + out_BTD
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), measured_BTM
 
@@ -60,7 +60,7 @@ class Transformer(nn.Module):
         self.compute_dtype = compute_dtype
         self.embed_tokens = nn.Embedding(config.padded_vocab_size, config.embed_rank or config.hidden_size)
         self.embed_proj = None if config.embed_rank is None else Linear(config.embed_rank, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps, weight=config.norm_weight)
         self.lm_head = None if config.tie_embeddings else Linear(config.hidden_size, config.padded_vocab_size)
         self.make_tables(torch.get_default_device())
@@ -104,7 +104,7 @@ class Transformer(nn.Module):
         rope = (self.rope_cos[:length, None].to(x_BTD.dtype), self.rope_sin[:length, None].to(x_BTD.dtype))
         measured = []
         for block in self.layers:
-            x_BTD, of_block = block(x_BTD, rope, mask)
+            x_BTD, of_block = block(x_BTD, rope, ids_BT, mask)
             measured += [] if of_block is None else [of_block]
         return self.norm(x_BTD), torch.stack(measured).mean(0) if measured else None
 

@@ -1,7 +1,7 @@
 """Builds the optimizer that a config describes, and sets what changes from step to step."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +16,10 @@ from osler.optim.schedule import momentum_at, weight_decay_scale
 # Norms come first, because their names may match the other patterns too; everything that is left is a matrix.
 GROUPS = (
     ("vectors", re.compile(r"norm\.weight$")),
-    ("embeddings", re.compile(r"embed_tokens|embed_proj|lm_head")),
+    ("embeddings", re.compile(r"embed_tokens|embed_proj|value_embed|lm_head")),
     ("matrices", re.compile(r"")),
 )
+TABLES = re.compile(r"embed_tokens|value_embed")  # read by token id, so a row has a gradient only where its token occurs
 
 
 def group_of(parameter_name: str) -> str:
@@ -39,11 +40,12 @@ def grouped(
     return groups
 
 
-def with_own_rate(groups: list[dict[str, Any]], parameter: Any, lr: float) -> list[dict[str, Any]]:
-    """Return the groups with a parameter taken out of its group, as a group of its own with another peak learning rate."""
-    others = [group | {"params": [each for each in group["params"] if each is not parameter]} for group in groups]
-    (of_it,) = [group for group in groups if any(each is parameter for each in group["params"])]
-    own = of_it | {"name": "input embedding", "params": [parameter], "lr": lr, "base_lr": lr}
+def with_own_rate(groups: list[dict[str, Any]], parameters: Sequence[Any], lr: float) -> list[dict[str, Any]]:
+    """Return the groups with some parameters of a group taken out, as a group of their own with another peak learning rate."""
+    taken = {id(parameter) for parameter in parameters}
+    others = [group | {"params": [each for each in group["params"] if id(each) not in taken]} for group in groups]
+    (of_them,) = [group for group in groups if any(id(each) in taken for each in group["params"])]
+    own = of_them | {"name": "input embedding", "params": list(parameters), "lr": lr, "base_lr": lr}
     return [*(group for group in others if group["params"]), own]
 
 
@@ -64,9 +66,9 @@ def build_muon(model: nn.Module, config: MuonConfig, _: int, process_group: dist
     adamw = {"lr": config.adamw_lr, "weight_decay": 0.0, "betas": (config.beta1, config.beta2), "eps": config.eps}
     matrices = {name: getattr(config, name) for name in ("lr", "weight_decay", "momentum", "newton_schulz_steps")}
     groups = grouped(model, matrices, adamw, adamw)
-    embedding: Any = model.get_submodule("embed_tokens").weight
-    if config.input_embedding_lr is not None and embedding.requires_grad:
-        groups = with_own_rate(groups, embedding, config.input_embedding_lr)
+    tables = [parameter for name, parameter in model.named_parameters() if TABLES.search(name) and parameter.requires_grad]
+    if config.input_embedding_lr is not None and tables:
+        groups = with_own_rate(groups, tables, config.input_embedding_lr)
     return Muon(groups, dtype=getattr(model, "compute_dtype", torch.float32), process_group=process_group)
 
 

@@ -36,7 +36,7 @@ class MuonConfig:
     weight_decay: NonNegativeFloat = 0.01  # per step, matrices shrink by this times the learning rate
     weight_decay_schedule: WeightDecayConfig = ConstantWeightDecay()  # how it changes over the run
     adamw_lr: PositiveFloat = 2.5e-3  # peak learning rate of embeddings, head and vectors
-    # the rate of the input embedding, whose rows get a gradient only where their token occurs; null: adamw_lr
+    # the rate of the input and value embeddings, whose rows get a gradient only where their token occurs; null: adamw_lr
     input_embedding_lr: PositiveFloat | None = None
     beta1: Momentum = 0.9  # AdamW's decay of the mean of gradients, per step
     beta2: Momentum = 0.95  # AdamW's decay of the mean of their squares, per step

@@ -74,15 +74,16 @@ class Pass:
 
 
 def parameters_of(model: ModelConfig) -> tuple[int, int, int]:
-    """Return how many numbers the matrices of the layers, the input embedding and the head have, padding rows included.
+    """Return how many numbers the matrices of the layers, the input and value embeddings and the head have, with padding rows.
 
     A head that is the embedding counts as 0.
     """
     rank = model.embed_rank
     padded = model.padded_vocab_size
-    embedding = padded * model.hidden_size if rank is None else (padded + model.hidden_size) * rank
+    width, values = rank or model.hidden_size, model.value_embedding_size
+    embedding = padded * (width + values) + (rank or 0) * model.hidden_size
     head = 0 if model.tie_embeddings else padded * model.hidden_size
-    plain = model.num_parameters - (model.vocab_size * (rank or model.hidden_size) + (rank or 0) * model.hidden_size)
+    plain = model.num_parameters - (model.vocab_size * (width + values) + (rank or 0) * model.hidden_size)
     return plain - (0 if model.tie_embeddings else model.vocab_size * model.hidden_size), embedding, head
 
 

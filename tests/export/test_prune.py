@@ -9,8 +9,9 @@ import torch
 
 from osler.cli.main import main
 from osler.eval.likelihood import measure
-from osler.export.prune import healing, least_useful_layers, texts, with_neurons, without_layers, worth_of_neurons
+from osler.export.prune import check_sizes, healing, least_useful_layers, texts, with_neurons, without_layers, worth_of_neurons
 from osler.inference.load import load_model
+from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
 from osler.ops.labels import IGNORED
 from osler.runtime.errors import UserError
@@ -139,3 +140,11 @@ def test_shards_decide_for_a_model_that_has_none(runs, tmp_path, capsys):
 def test_what_cannot_be_pruned_is_refused(options, message, runs, tmp_path, capsys):
     assert main(["prune", str(runs.sft), *options, "--out", str(tmp_path / "small")]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "small").exists()
+
+
+def test_layers_of_alternating_kinds_stay_together():
+    alternate, everywhere = (ModelConfig(value_embeddings=kind) for kind in ("alternate", "all"))
+    with pytest.raises(UserError, match="value embeddings in every second layer"):
+        check_sizes(alternate, 2, None)
+    check_sizes(alternate, None, 64)
+    check_sizes(everywhere, 2, None)

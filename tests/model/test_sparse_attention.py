@@ -1,5 +1,6 @@
 """The sparse model: equal to the dense one where all keys are chosen, its two losses apart, documents apart, decoding."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -28,7 +29,11 @@ KINDS = pytest.mark.parametrize("kind", [SHARED, BY_GROUP], ids=["token", "per_k
 
 def build(attention: Any = SHARED, dtype: torch.dtype = torch.float64, **changes: Any) -> Transformer:
     shape = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "num_layers": 3, **changes}
-    return tiny_model(seed=1, attention=attention, compute_dtype=dtype, **shape).to(dtype)
+    model = tiny_model(seed=1, attention=attention, compute_dtype=dtype, **shape).to(dtype)
+    for name, parameter in model.named_parameters():
+        if "value_embed" in name:  # they start at zero, where a forgotten one would not be noticed
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    return model
 
 
 def ids_of(*shape: int, seed: int = 0) -> Tensor:
@@ -146,7 +151,7 @@ def test_recomputed_and_compiled_gradients_are_the_same(mode):
 @KINDS
 def test_decoding_equals_the_forward_pass_whatever_shares_the_cache(kind):
     """A row of 20 and one of 5 tokens, both beyond top_k later; one leaves, and a third starts from the beginning of another."""
-    model, ids = build(kind, torch.float32), ids_of(3, 60, seed=2)
+    model, ids = build(kind, torch.float32, value_embeddings="alternate"), ids_of(3, 60, seed=2)
     ids[2, :25] = ids[0, :25]
     with torch.no_grad():
         expected = model.logits(model(ids))
@@ -205,6 +210,8 @@ def test_export_is_refused_but_for_rows_in_which_the_model_is_dense():
     model = build()
     with pytest.raises(UserError, match="--max-tokens 12"):
         qwen3_weights(model.config, model.state_dict())
+    with pytest.raises(UserError, match=r"value_embeddings=all.*value_embeddings=none to export it"):
+        dense_form(replace(model.config, value_embeddings="all"), 12)
     short = dense_form(model.config, 12)
     dense = Transformer(short, compute_dtype=torch.float64).to(torch.float64)
     names = {name.removeprefix("model."): weight for name, weight in qwen3_weights(short, model.state_dict()).items()}

@@ -1,6 +1,7 @@
 """The model and its decoding against an independent implementation, compiled against plain, its start against its table."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -27,6 +28,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "multi_head": {"num_heads": 4, "num_kv_heads": 4, "head_init": "normal"},
     "factorized": {"embed_rank": 16, "head_init": "normal"},
     "factorized_and_tied": {"embed_rank": 16, "tie_embeddings": True, "head_init": "normal"},
+    "value_embeddings": {"value_embeddings": "alternate", "head_init": "normal"},
+    "value_embeddings_of_all": {"value_embeddings": "all", "num_kv_heads": 1, "head_init": "normal"},
     "yarn": {"rope_scaling": YarnConfig(factor=4, original_max_seq_len=10, beta_fast=1.5, beta_slow=0.1), "head_init": "normal"},
 }
 
@@ -34,9 +37,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 def build(**changes: Any) -> Transformer:
     shape = {"num_layers": 3, "hidden_size": 64, "intermediate_size": 96, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 130}
     model = tiny_model(seed=1, **{**shape, "head_init": "zero", **changes})
-    with torch.no_grad():  # norm weights start at one, where a forgotten one would not be noticed
+    with torch.no_grad():  # norm weights start at one and value embeddings at zero, where a forgotten one would not be noticed
         for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):
+            if name.endswith(("norm.weight", "value_embed.weight")):
                 parameter.copy_(torch.rand(parameter.shape, generator=torch.Generator().manual_seed(len(name))) + 0.5)
     return model.eval()
 
@@ -46,11 +49,22 @@ def random_ids(*shape: int, below: int = 130, seed: int = 0) -> torch.Tensor:
 
 
 def to_qwen3(model: Transformer) -> Any:
-    """The same weights in Hugging Face's class, which this project had no part in."""
+    """The same weights in Hugging Face's class, which this project had no part in; value embeddings join by hooks."""
     transformers = pytest.importorskip("transformers")
     theirs = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**qwen3_config(model.config)))
-    missing, unexpected = theirs.load_state_dict(qwen3_weights(model.config, model.state_dict()), strict=False)
+    weights = {name: weight for name, weight in model.state_dict().items() if "value_embed" not in name}
+    named = qwen3_weights(replace(model.config, value_embeddings="none"), weights)
+    missing, unexpected = theirs.load_state_dict(named, strict=False)
     assert not unexpected and missing == ["lm_head.weight"] * model.config.tie_embeddings
+    read: list[torch.Tensor] = []
+    theirs.model.embed_tokens.register_forward_hook(lambda module, args, out: read.append(args[0]))
+
+    def added(table: torch.Tensor) -> Any:
+        return lambda module, args, out: out + table[read[-1]]
+
+    for name, table in model.state_dict().items():
+        if "value_embed" in name:
+            theirs.model.layers[int(name.split(".")[1])].self_attn.v_proj.register_forward_hook(added(table))
     return theirs.eval()
 
 
@@ -236,6 +250,21 @@ INDUCTION = {"attention_init": "induction"}
 def test_impossible_shapes_are_refused_by_name(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         ModelConfig(**changes)
+
+
+def test_value_embeddings_start_as_if_they_were_not_there() -> None:
+    shape = {"num_layers": 5, "norm_weight": True, "residual_init": "scaled", "head_init": "normal"}
+    without, ids = tiny_model(**shape), random_ids(2, 12, below=64)
+    occurs = torch.isin(torch.arange(64), ids)
+    for kind, layers_with in (("alternate", [0, 2, 4]), ("all", [0, 1, 2, 3, 4])):
+        model = tiny_model(**shape, value_embeddings=kind)
+        assert [int(name.split(".")[1]) for name in model.state_dict() if "value_embed" in name] == layers_with
+        with torch.no_grad():
+            assert torch.equal(model(ids), without(ids))
+        SummedLoss(model)(ids, ids.roll(-1, 1), None).backward()
+        for name, parameter in model.named_parameters():
+            if "value_embed" in name:
+                assert parameter.grad is not None and torch.equal(parameter.grad.norm(dim=1) > 0, occurs)
 
 
 class Doubled(Linear):

@@ -99,12 +99,13 @@ def test_a_recipe_without_a_type_means_adamw_and_a_type_replaces_it() -> None:
     (True, {"matrices": 0.02, "vectors": 0.0025, "input embedding": 0.05}),
 ])  # fmt: skip
 def test_the_input_embedding_may_have_a_rate_of_its_own(tied: bool, groups: dict[str, float]) -> None:
-    model = Transformer(ModelConfig(norm_weight=True, tie_embeddings=tied, head_init="normal"))
-    config = MuonConfig(input_embedding_lr=0.05)
+    shape = ModelConfig(norm_weight=True, tie_embeddings=tied, head_init="normal", value_embeddings="alternate")
+    model, config = Transformer(shape), MuonConfig(input_embedding_lr=0.05)
     optimizer = build_optimizer(model, config)
     found = {str(group["name"]): group for group in optimizer.param_groups}
     assert {name: group["base_lr"] for name, group in found.items()} == groups
-    assert [*map(id, found["input embedding"]["params"])] == [id(model.embed_tokens.weight)]
+    tables = [layer.self_attn.value_embed for layer in model.layers[1::2]]  # type: ignore[union-attr]
+    assert {*map(id, found["input embedding"]["params"])} == {id(table.weight) for table in (model.embed_tokens, *tables)}  # type: ignore[union-attr]
     assert sum(len(group["params"]) for group in found.values()) == len(list(model.parameters()))
     set_hyperparameters(optimizer, config, 0.5, 0, 1000)
     assert found["input embedding"]["lr"] == 0.025
@@ -114,14 +115,15 @@ def test_the_input_embedding_may_have_a_rate_of_its_own(tied: bool, groups: dict
     before = model.embed_tokens.weight.detach().clone()
     optimizer.step()
     torch.testing.assert_close(model.embed_tokens.weight, before - 0.025)  # AdamW's first step has the size of the rate
-    model.embed_tokens.weight.requires_grad_(False)  # as in the warm-up of a sparse model's index
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("embed" not in name)  # as in the warm-up of a sparse model's index
     assert "input embedding" not in {group["name"] for group in build_optimizer(model, config).param_groups}
 
 
 def test_groups_first_match_wins() -> None:
     for name in ("layers.3.input_layernorm", "layers.3.self_attn.q_norm", "norm"):
         assert group_of(f"{name}.weight") == "vectors"
-    for name in ("embed_tokens", "lm_head", "embed_proj"):
+    for name in ("embed_tokens", "lm_head", "embed_proj", "layers.3.self_attn.value_embed"):
         assert group_of(f"{name}.weight") == "embeddings"
     assert group_of("layers.3.mlp.down_proj.weight") == "matrices"
 
