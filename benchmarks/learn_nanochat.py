@@ -85,6 +85,11 @@ class Spec:
     setup: dict[str, Any] = field(default_factory=dict)
 
 
+def uncompiled(function: Any = None, **_: Any) -> Any:
+    """Stand for ``torch.compile``, also as a decorator with options, and leave the function as it is."""
+    return uncompiled if function is None else function
+
+
 def read_texts(path: str) -> list[str]:
     return [json.loads(line)["text"] for line in Path(path).read_text().splitlines()]
 
@@ -97,7 +102,8 @@ class Learner:
         self.device = pick_device("auto")
         dtype = pick_dtype(setup.dtype, self.device)
         os.environ["NANOCHAT_DTYPE"] = self.dtype = str(dtype).removeprefix("torch.")
-        torch._dynamo.config.disable = not setup.compiled  # the checkout decorates its optimizer's functions
+        if not setup.compiled:  # the checkout also decorates functions of its optimizer
+            torch.compile = uncompiled
         sys.path.insert(0, spec.checkout)
         gpt = importlib.import_module("nanochat.gpt")
         texts = read_texts(spec.train)
