@@ -110,9 +110,10 @@ def memory(kind: str, length: int, args: argparse.Namespace) -> dict[str, float]
     model = model_of(kind, length, args, heads=2, layers=1)
     layer, x_BTD = model.layers[0].self_attn, torch.randn(1, length, args.hidden_size, requires_grad=True)
     rope = (model.rope_cos[:length, None], model.rope_sin[:length, None])
+    ids_BT = torch.zeros(1, length, dtype=torch.int64)
 
     def step() -> None:
-        out_BTD, measured_BTM = layer(x_BTD, rope)
+        out_BTD, measured_BTM = layer(x_BTD, rope, ids_BT)
         (out_BTD.sum() if measured_BTM is None else out_BTD.sum() + measured_BTM[..., 0].sum()).backward()
 
     return {"bytes": peak_step_bytes(step, on_gpu=False)}

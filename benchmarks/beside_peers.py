@@ -41,6 +41,8 @@ def compare(config: TrainConfig, name: str, *, peers: Sequence[str], rounds: int
     contestants = {"osler": "", **{contestant_of(peer): peer for peer in peers}}
     if peers and config.model.embed_rank is not None:  # a peer with a whole embedding would be a larger model
         raise SystemExit("No peer has a factorized embedding: leave --peer out, or compare with model.embed_rank=null.")
+    if peers and config.model.value_embeddings != "none":  # nor has every peer the same value embeddings, or any
+        raise SystemExit("The peers have no value embeddings like ours: leave --peer out, or set model.value_embeddings=none.")
     machine = machine_of(config)
     spec = {
         "config": encode(config),

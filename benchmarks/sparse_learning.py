@@ -111,7 +111,7 @@ def recalls(model: Transformer, ids_BT: Tensor) -> dict[str, float]:
     found: dict[str, list[float]] = {"index": [], "latest": [], "best": []}
 
     def look(module: Any, args: Any) -> None:
-        q_BNTH, k_BKTH, _ = (heads.transpose(1, 2) for heads in module.project(*args[:2]))
+        q_BNTH, k_BKTH, _ = (heads.transpose(1, 2) for heads in module.project(*args[:3]))
         first_BT = torch.zeros_like(ids_BT)
         place_T1 = torch.arange(ids_BT.shape[1])[:, None]
         seen = is_seen(place_T1, first_BT[:, None, :, None], ids_BT.shape[1])

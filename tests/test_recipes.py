@@ -124,7 +124,7 @@ def test_overrides_change_what_is_shown():
 
 
 @pytest.mark.parametrize(("recipe", "change", "words"), [
-    ("text-10min", "model.value_embeddings=none", "Qwen3 (transformers"),
+    ("text-10min", "model.value_embeddings=none", "Qwen3"),
     ("text-10min", "model.value_embeddings=alternate", "safetensors alone"),
     ("osler-400m", "model.attention.type=sparse", "Qwen3, in rows of at most 256 tokens"),
 ])  # fmt: skip
@@ -139,7 +139,7 @@ def test_no_number_follows_from_a_model_that_is_replaced():
 
 def test_a_stage_has_the_numbers_of_the_model_that_an_earlier_one_makes():
     numbers = decode_recipe(load_recipe("sparse-long")).numbers()
-    assert "parameters 85,327,872" in numbers["dense"] and "sparse attention" not in numbers["dense"]
+    assert "parameters 85,327,872; exports as Qwen3" in numbers["dense"] and "sparse attention" not in numbers["dense"]
     for stage in ("warmup", "sparse"):
         assert "parameters 87,318,528; sparse attention fewer FLOPs" in numbers[stage], stage
 

@@ -38,7 +38,7 @@ class ModelFamily:
             "parameters": f"{model.num_parameters:,}",
             "weights": ", ".join(f"{model.weight_bytes(bits) / 2**20:,.0f} MiB in {name}" for name, bits in FORMATS.items()),
             "FLOPs per token": f"{model.flops_per_token(seq_len):.3g} in training, in rows of {seq_len:,}",
-            **model.words(),
+            **model.consequences(),
             "KV cache": f"{model.kv_cache_bytes(1, seq_len):,} bytes for such a row in bf16",
         }
 

@@ -22,7 +22,7 @@ from osler.checkpoint.store import write_tensors
 from osler.config.schema import PositiveInt, config, encode
 from osler.export.card import card_files
 from osler.inference.load import TOKENIZER_FILE, LoadedModel
-from osler.model.config import DenseAttentionConfig, ModelConfig, SparseAttentionConfig
+from osler.model.config import DenseAttentionConfig, ModelConfig
 from osler.model.init import is_of_indexer
 from osler.runtime.errors import UserError
 from osler.tokenizer.bpe import ANSWER, EOS, QUESTION, THINKING
@@ -92,17 +92,17 @@ def dense_form(config: ModelConfig, max_tokens: int) -> ModelConfig:
     Sparse attention is dense in rows of at most ``top_k`` tokens. Raises UserError for longer rows and for value embeddings,
     which Qwen3 cannot hold.
     """
-    if config.value_embedding_size:
+    tokens = config.qwen3_tokens
+    if tokens == 0:
         raise UserError(
             f"The model has value embeddings (value_embeddings={config.value_embeddings}), which Qwen3's form cannot hold. Train "
             "a model with model.value_embeddings=none to export it; `--to safetensors` writes this one as it is."
         )
-    if isinstance(config.attention, SparseAttentionConfig) and config.attention.top_k < max_tokens:
-        top_k = config.attention.top_k
+    if tokens < max_tokens:
         raise UserError(
-            f"The model has sparse attention, to {top_k} of at most {max_tokens:,} tokens, which Qwen3's form cannot hold. In "
-            f"rows of at most {top_k} tokens it is dense attention: `--max-tokens {top_k}` writes that model, without its index. "
-            "`--to safetensors` writes the model as it is."
+            f"The model has sparse attention, to {tokens} of at most {max_tokens:,} tokens, which Qwen3's form cannot hold. In "
+            f"rows of at most {tokens} tokens it is dense attention: `--max-tokens {tokens}` writes that model, without its "
+            "index. `--to safetensors` writes the model as it is."
         )
     return replace(config, max_seq_len=max_tokens, attention=DenseAttentionConfig())
 

@@ -92,7 +92,7 @@ def prune(
 
 
 def check_sizes(config: ModelConfig, layers: int | None, intermediate_size: int | None) -> None:
-    """Raise UserError unless a model can become as small as that."""
+    """Raise UserError unless the sizes are smaller than the model's, and its layers can be removed where layers are asked for."""
     if layers is None and intermediate_size is None:
         raise UserError("What is to become smaller? Give --layers N or --intermediate-size M, or both: what is to stay.")
     for flag, asked, there in (

@@ -214,16 +214,22 @@ class ModelConfig:
         return start + extra // gain + 1 if gain > 0 else None
 
     @property
+    def qwen3_tokens(self) -> int:
+        """The longest rows in which Qwen3 can be the same model: those that sparse attention reads whole; 0 if it never can."""
+        if self.value_embedding_size:
+            return 0
+        sparse = isinstance(self.attention, SparseAttentionConfig)
+        return min(self.max_seq_len, self.attention.top_k) if sparse else self.max_seq_len
+
+    @property
     def exportable_as(self) -> str:
         """Return in words which form a model of this shape can take in other programs."""
-        if self.value_embedding_size:
+        if self.qwen3_tokens == 0:
             return "safetensors alone, because of its value embeddings"
-        if isinstance(self.attention, SparseAttentionConfig) and self.attention.top_k < self.max_seq_len:
-            return f"Qwen3, in rows of at most {self.attention.top_k} tokens"
-        return "Qwen3 (transformers, vLLM, llama.cpp, ONNX)"
+        return "Qwen3" if self.qwen3_tokens == self.max_seq_len else f"Qwen3, in rows of at most {self.qwen3_tokens:,} tokens"
 
-    def words(self) -> dict[str, str]:
-        """Return as entries of a recipe's numbers what the model can be exported as, and when its sparse attention pays."""
+    def consequences(self) -> dict[str, str]:
+        """Return as entries of a recipe's numbers when sparse attention pays, and what the model can be exported as."""
         exports = {"exports as": self.exportable_as}
         if not isinstance(self.attention, SparseAttentionConfig):
             return exports

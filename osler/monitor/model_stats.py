@@ -64,8 +64,13 @@ class ProbeRows(NamedTuple):
 
 
 def part_of(name: str) -> str:
-    """Return the part of the model that a parameter is in: the number of its layer, ``embed``, ``norm`` or ``head``."""
+    """Return the part of the model that a parameter is in: its layer's number, ``embed``, ``values``, ``norm`` or ``head``.
+
+    All value embeddings are one part, because they would outweigh the matrices of their layers.
+    """
     first, *rest = name.split(".")
+    if "value_embed" in rest:
+        return "values"
     return rest[0] if first == "layers" else {"embed_tokens": "embed", "embed_proj": "embed", "lm_head": "head"}.get(first, first)
 
 

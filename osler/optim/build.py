@@ -1,7 +1,7 @@
 """Builds the optimizer that a config describes, and sets what changes from step to step."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,10 +16,10 @@ from osler.optim.schedule import momentum_at, weight_decay_scale
 # Norms come first, because their names may match the other patterns too; everything that is left is a matrix.
 GROUPS = (
     ("vectors", re.compile(r"norm\.weight$")),
-    ("embeddings", re.compile(r"embed_tokens|embed_proj|value_embed|lm_head")),
+    ("tables", re.compile(r"embed_tokens|value_embed")),  # read by token id: a row has a gradient only where its token occurs
+    ("embeddings", re.compile(r"embed_proj|lm_head")),
     ("matrices", re.compile(r"")),
 )
-TABLES = re.compile(r"embed_tokens|value_embed")  # read by token id, so a row has a gradient only where its token occurs
 
 
 def group_of(parameter_name: str) -> str:
@@ -27,34 +27,36 @@ def group_of(parameter_name: str) -> str:
     return next(group for group, pattern in GROUPS if pattern.search(parameter_name))
 
 
-def grouped(
-    model: nn.Module, matrices: Mapping[str, Any], embeddings: Mapping[str, Any], vectors: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    """Return the groups that have trained parameters, each with its settings and its peak learning rate as ``base_lr``."""
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    groups = []
-    for name, settings in {"matrices": matrices, "embeddings": embeddings, "vectors": vectors}.items():
-        parameters = [parameter for parameter_name, parameter in trained if group_of(parameter_name) == name]
-        if parameters:
-            groups.append({"params": parameters, "name": name, "base_lr": settings["lr"], **settings})
-    return groups
+def grouped(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the groups that have trained parameters, each with its settings; without settings of their own, tables are embeddings.
+
+    ``base_lr`` and ``base_weight_decay`` are those of the peak of the schedules.
+    """
+    parameters: dict[str, list[nn.Parameter]] = {name: [] for name in settings}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameters[group if (group := group_of(name)) in settings else "embeddings"].append(parameter)
+    return [
+        {"params": each, "name": name, "base_lr": of["lr"], "base_weight_decay": of["weight_decay"], **of}
+        for (name, of), each in zip(settings.items(), parameters.values(), strict=True)
+        if each
+    ]
 
 
-def with_own_rate(groups: list[dict[str, Any]], parameters: Sequence[Any], lr: float) -> list[dict[str, Any]]:
-    """Return the groups with some parameters of a group taken out, as a group of their own with another peak learning rate."""
-    taken = {id(parameter) for parameter in parameters}
-    others = [group | {"params": [each for each in group["params"] if id(each) not in taken]} for group in groups]
-    (of_them,) = [group for group in groups if any(id(each) in taken for each in group["params"])]
-    own = of_them | {"name": "input embedding", "params": list(parameters), "lr": lr, "base_lr": lr}
-    return [*(group for group in others if group["params"]), own]
+def of_embeddings(lr: float, config: AdamWConfig | MuonConfig) -> dict[str, float]:
+    """Return settings with a learning rate of embeddings, and the decay that shrinks them as matrices shrink, if they decay."""
+    return {"lr": lr, "weight_decay": config.weight_decay * config.lr / lr if config.decay_embeddings else 0.0}
 
 
 def build_adamw(model: nn.Module, config: AdamWConfig, seed: int, _: dist.ProcessGroup | None) -> torch.optim.Optimizer:
     """Build fused AdamW, or the AdamW that rounds stochastically if weights are in bf16. Ranks share no work of either."""
     embedding_lr = config.lr if config.embedding_lr is None else config.embedding_lr
-    matrices = {"lr": config.lr, "weight_decay": config.weight_decay}
-    embeddings, vectors = {"lr": embedding_lr, "weight_decay": 0.0}, {"lr": config.lr, "weight_decay": 0.0}
-    groups = grouped(model, matrices, embeddings, vectors)
+    settings = {
+        "matrices": {"lr": config.lr, "weight_decay": config.weight_decay},
+        "embeddings": of_embeddings(embedding_lr, config),
+        "vectors": {"lr": config.lr, "weight_decay": 0.0},
+    }
+    groups = grouped(model, settings)
     betas = (config.beta1, config.beta2)
     if any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
         return Bf16AdamW(groups, betas=betas, eps=config.eps, seed=seed)
@@ -64,12 +66,14 @@ def build_adamw(model: nn.Module, config: AdamWConfig, seed: int, _: dist.Proces
 def build_muon(model: nn.Module, config: MuonConfig, _: int, process_group: dist.ProcessGroup | None) -> Muon:
     """Build Muon for the matrices with AdamW for the rest; Newton-Schulz runs in the model's compute dtype."""
     adamw = {"lr": config.adamw_lr, "weight_decay": 0.0, "betas": (config.beta1, config.beta2), "eps": config.eps}
-    matrices = {name: getattr(config, name) for name in ("lr", "weight_decay", "momentum", "newton_schulz_steps")}
-    groups = grouped(model, matrices, adamw, adamw)
-    tables = [parameter for name, parameter in model.named_parameters() if TABLES.search(name) and parameter.requires_grad]
-    if config.input_embedding_lr is not None and tables:
-        groups = with_own_rate(groups, tables, config.input_embedding_lr)
-    return Muon(groups, dtype=getattr(model, "compute_dtype", torch.float32), process_group=process_group)
+    settings = {
+        "matrices": {name: getattr(config, name) for name in ("lr", "weight_decay", "momentum", "newton_schulz_steps")},
+        "embeddings": adamw | of_embeddings(config.adamw_lr, config),
+        "vectors": adamw,
+    }
+    if config.input_embedding_lr is not None:
+        settings["tables"] = adamw | of_embeddings(config.input_embedding_lr, config)
+    return Muon(grouped(model, settings), dtype=getattr(model, "compute_dtype", torch.float32), process_group=process_group)
 
 
 OPTIMIZERS: dict[type, Callable[..., torch.optim.Optimizer]] = {AdamWConfig: build_adamw, MuonConfig: build_muon}
@@ -88,11 +92,10 @@ def build_optimizer(
 def set_hyperparameters(
     optimizer: torch.optim.Optimizer, config: AdamWConfig | MuonConfig, lr_scale: float, tokens: int, total_tokens: int
 ) -> None:
-    """Set what changes from step to step: learning rates, the weight decay of matrices, and Muon's momentum."""
+    """Set what changes from step to step: learning rates, weight decay, and Muon's momentum."""
+    decay_scale = weight_decay_scale(config.weight_decay_schedule, lr_scale, tokens, total_tokens)
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * lr_scale
-        if group["name"] == "matrices":
-            decay_scale = weight_decay_scale(config.weight_decay_schedule, lr_scale, tokens, total_tokens)
-            group["weight_decay"] = config.weight_decay * decay_scale
-            if isinstance(config, MuonConfig):
-                group["momentum"] = momentum_at(config.momentum_warmup, config.momentum, tokens)
+        group["weight_decay"] = group["base_weight_decay"] * decay_scale
+        if "momentum" in group:
+            group["momentum"] = momentum_at(config.momentum_warmup, config.momentum, tokens)

@@ -27,7 +27,7 @@ from osler.train.config import TrainConfig
 FILES = ("path", "shots_path", "ids")  # keys whose files are looked for in `root`
 OWN_FOLDERS = ("answers", "checkpoints", "trackers")  # folders of a pipeline, so no stage may have these names
 ACCURACY = "accuracy="
-SHOWN = ("steps", "completions", "parameters", "sparse attention")  # the numbers of a stage that are shown
+SHOWN = ("steps", "completions", "parameters", "sparse attention", "exports as")  # the numbers of a stage that are shown
 
 
 @config

@@ -16,6 +16,7 @@ from osler.plan.estimate import Estimate, combined, exact, total
 from osler.plan.memory import LOGIT_COPIES, MODES, Pass, logit_bytes, measured_memory, memory_of, most_rows, state_bytes
 from osler.plan.notes import notes_of
 from osler.plan.plan import Measured, Plan, Where
+from osler.plan.scaling import counted_parameters
 from osler.plan.speed import Arithmetic, Pace, Stretch, flops_per_second
 from osler.rl.config import GrpoConfig
 from osler.tasks.registry import ClinicTask
@@ -129,7 +130,7 @@ def sampling_seconds(config: GrpoConfig, model: ModelConfig, where: Where, arith
     rows = min(waiting, config.rollout_rows)
     rounds = -(-waiting // rows)
     over = DECODING[device.kind]
-    matrices = model.num_parameters
+    matrices = counted_parameters(model)
     if device.kind == "gpu":
         cache = model.kv_cache_bytes(rows, round(prompt.value) + algorithm.max_new_tokens // 2, arithmetic.width)
         once = (matrices * arithmetic.width + cache) / (device.bandwidth_gb * 1e9)
@@ -159,7 +160,7 @@ def sampler_memory(config: GrpoConfig, model: ModelConfig, one: Pass, where: Whe
     cache = model.kv_cache_bytes(rows, one.seq_len, one.width)
     weights = state_bytes(model, config.optim.type, "fp32")[0]
     return {
-        "sampler": exact(model.num_parameters * one.width, "computed: the weights in the layout of decoding"),
+        "sampler": exact(counted_parameters(model) * one.width, "computed: the weights in the layout of decoding"),
         "cache": Estimate(0.5 * cache, cache, cache, "computed: keys and values of all rows that are drawn together"),
         **({"reference": exact(weights)} if config.algorithm.beta > 0 else {}),
         "log-probabilities": LOGIT_COPIES.times(logit_bytes(model, one.tokens)),

@@ -27,6 +27,7 @@ INDEX_BYTES = 4  # the size of a chosen key's number
 UNTILED, WHOLE, TILED = (2048, 1 << 28), (1024, 400 << 20), (4096, 400 << 20)
 TILE_WORDS, CACHED_LOGITS = 12_800, 1 << 19
 COMPILED_AGAIN = {"selective": 0.5, "full": 2.0}  # layers that are whole at a time (by hand, two layers x 256 on a CPU)
+TABLES_OF_TWO = {"none": 0, "alternate": 1, "all": 2}  # value embeddings in two layers that follow each other
 ATTENTION_PIECE = 128  # queries that are computed at a time on a CPU (ops/attention.py)
 EVALUATED_TOKENS = 16_384  # tokens of a forward pass in an evaluation (eval/likelihood.py)
 
@@ -197,9 +198,9 @@ def memory_of(one: Pass, mode: Mode) -> dict[str, Estimate]:
     weights, gradients, moments = (
         number / one.shards for number in state_bytes(one.model, one.optimizer, one.arithmetic.precision)
     )
-    layers = one.model.num_layers
-    block = parameters_of(one.model)[0] / layers
-    gathered = 2 * block * (one.width + 4) if one.shards > 1 else 0.0  # a block computes while the next one comes
+    layers, padded = one.model.num_layers, one.model.padded_vocab_size
+    blocks = 2 * parameters_of(one.model)[0] / layers + TABLES_OF_TWO[one.model.value_embeddings] * padded * one.model.kv_size
+    gathered = blocks * (one.width + 4) if one.shards > 1 else 0.0  # a block computes while the next one comes
     kept, recomputed = activation_bytes(one, mode)
     copies, (logits, of_head) = copied_bytes(one), head_bytes(one)
     turning = {

@@ -33,7 +33,7 @@ from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
 from osler.checkpoint.store import write_tensors
-from osler.export.huggingface import WEIGHTS_FILE, qwen3_weights
+from osler.export.huggingface import WEIGHTS_FILE, dense_form, qwen3_weights
 from osler.inference.engine import InferenceEngine
 from osler.inference.rows import Continuation
 from osler.ops.sampling_params import SamplingParams
@@ -65,10 +65,14 @@ class _Server:
 
 
 class RolloutServers:
-    """Draws completions from the model of ``engine`` on servers. All ranks call ``generate``, and rank 0 asks the servers."""
+    """Draws completions from the model of ``engine`` on servers. All ranks call ``generate``, and rank 0 asks the servers.
+
+    Raises UserError for a model that the servers cannot hold, before anything is drawn.
+    """
 
     def __init__(self, config: ServerRollout, engine: InferenceEngine, folder: Path, world: World) -> None:
         self.config, self.engine, self.world = config, engine, world
+        dense_form(engine.model.config, engine.model.config.max_seq_len)
         self.servers = [_Server(url) for url in config.urls]
         self.folder = folder.absolute() / "rollout-weights"
         if config.weights_dir is not None:  # several runs may share it

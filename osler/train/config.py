@@ -335,5 +335,5 @@ class TrainConfig(RunConfig):
         if model is not None:
             more = ", and the teacher's forward passes" if self.teacher else ""
             numbers |= {"parameters": f"{model.num_parameters:,}", "FLOPs": f"{at_most}{self.training_flops(model):.3g}{more}"}
-            numbers |= model.words()
+            numbers |= model.consequences()
         return numbers

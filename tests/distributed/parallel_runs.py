@@ -308,7 +308,7 @@ def start_in_parts(checkpoint: Path) -> int:
     """FSDP's ranks start with the weights of one process to the bit, new or loaded, and new ones never lie on a rank whole."""
     shape = ModelConfig(
         num_layers=12, hidden_size=64, intermediate_size=128, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=512,
-        head_init="normal", residual_init="scaled", max_seq_len=32,
+        head_init="normal", residual_init="scaled", max_seq_len=32, value_embeddings="alternate",
     )  # fmt: skip
     machine = Machine(torch.device("cpu"), torch.float32, False)
     given = {"seq_len": 32, "batch_tokens": 64, "parallel": FsdpConfig(), "tokenizer": BPEConfig(vocab_size=512)}
@@ -364,7 +364,7 @@ def run_all(recipes: dict[str, list[str]], root: Path) -> None:
         name, settings = f"{strategy}-{recompute}-{compiled}", [f"recompute={recompute}", f"compile={compiled}"]
         report(name, same_run, [*pretrain, *settings], root / "pretrain-1", root / name, 2, strategy)
     compare("fp8", [*pretrain, "precision=fp8"], root, [(2, "ddp"), (2, "fsdp")], FP8_TOLERANCES)
-    muon = [*pretrain, "optim={type: muon}", "model.embedding_init=bigrams"]  # what rank 0 counts is sent and cut
+    muon = [*pretrain, "optim={type: muon, input_embedding_lr: 0.05}", "model.embedding_init=bigrams"]  # what rank 0 counts is sent and cut
     compare("muon", muon, root, [(2, "ddp"), (2, "fsdp")], MUON_TOLERANCES)
     if importlib.util.find_spec("deepspeed"):
         for stage in (1, 2, 3):
@@ -390,6 +390,7 @@ if __name__ == "__main__":
     # Eight rows a batch: two micro-batches on each of four ranks. In fine-tuning twelve rows, three on each of four ranks, in
     # micro-batches of two and one; whole documents, padded, share the learned tokens unevenly too.
     text = ["batch_tokens=512", "micro_batch_tokens=64", "total_tokens=6144", "exam={every_tokens: 3072, items: 7}"]
+    text += ["model.value_embeddings=alternate"]
     turns = ["batch_tokens=1536", "micro_batch_tokens=256", "total_tokens=18432"]
     pretrained = Path(folder) / "pretrain-1"
     # Graphs are what is tested; kernels of their own would take a minute of C++.

@@ -19,9 +19,16 @@ from osler.runtime.files import read_json
 from tests.models import tiny_model
 
 
+def small(**changes):
+    return tiny_model(**{"num_layers": 4, "norm_weight": True, "value_embeddings": "all", **changes}).eval()
+
+
 @pytest.fixture
 def model():
-    return tiny_model(num_layers=4, norm_weight=True).eval()
+    model = small()
+    for layer, block in enumerate(model.layers):  # they start at zero, where one of another layer would not be noticed
+        torch.nn.init.normal_(block.self_attn.value_embed.weight, generator=torch.Generator().manual_seed(layer))
+    return model
 
 
 @pytest.fixture
@@ -36,7 +43,7 @@ def test_the_layer_goes_without_which_the_loss_is_least(model, text):
     before = model.state_dict()
 
     def loss_without(*removed: int) -> float:
-        smaller = tiny_model(num_layers=4 - len(removed), norm_weight=True)
+        smaller = small(num_layers=4 - len(removed))
         smaller.load_state_dict(without_layers(before, removed))
         return measure(smaller, text, 1).loss
 
@@ -65,7 +72,7 @@ def test_a_neuron_is_worth_how_far_it_moves_the_residual_stream(model, text):
 
 def test_a_model_with_fewer_neurons_is_the_one_whose_other_neurons_do_nothing(model, text):
     kept = [torch.arange(layer % 2, 64, 2) for layer in range(4)]
-    narrow = tiny_model(num_layers=4, norm_weight=True, intermediate_size=32)
+    narrow = small(intermediate_size=32)
     narrow.load_state_dict(with_neurons(model.state_dict(), kept))
     for block, neurons in zip(model.layers, kept, strict=True):
         gone = torch.ones(64, dtype=torch.bool)

@@ -60,7 +60,8 @@ def test_a_scale_for_each_group_is_closer_than_torchao_with_one_for_each_row():
 
 @pytest.mark.parametrize("bits", (8, 4))
 def test_a_state_dict_comes_back_with_its_names_and_nearly_its_numbers(bits):
-    model = tiny_model(norm_weight=True)
+    model = tiny_model(norm_weight=True, value_embeddings="alternate")
+    torch.nn.init.normal_(model.layers[1].self_attn.value_embed.weight, generator=torch.Generator().manual_seed(3))
     weights = model.state_dict()
     stored = quantize_weights(weights, bits, 32)
     again = dequantize_weights(stored, weights, 32)

@@ -30,9 +30,9 @@ KINDS = pytest.mark.parametrize("kind", [SHARED, BY_GROUP], ids=["token", "per_k
 def build(attention: Any = SHARED, dtype: torch.dtype = torch.float64, **changes: Any) -> Transformer:
     shape = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "num_layers": 3, **changes}
     model = tiny_model(seed=1, attention=attention, compute_dtype=dtype, **shape).to(dtype)
-    for name, parameter in model.named_parameters():
+    for number, (name, parameter) in enumerate(model.named_parameters()):
         if "value_embed" in name:  # they start at zero, where a forgotten one would not be noticed
-            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(number))
     return model
 
 

@@ -38,9 +38,9 @@ def build(**changes: Any) -> Transformer:
     shape = {"num_layers": 3, "hidden_size": 64, "intermediate_size": 96, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 130}
     model = tiny_model(seed=1, **{**shape, "head_init": "zero", **changes})
     with torch.no_grad():  # norm weights start at one and value embeddings at zero, where a forgotten one would not be noticed
-        for name, parameter in model.named_parameters():
+        for number, (name, parameter) in enumerate(model.named_parameters()):
             if name.endswith(("norm.weight", "value_embed.weight")):
-                parameter.copy_(torch.rand(parameter.shape, generator=torch.Generator().manual_seed(len(name))) + 0.5)
+                parameter.copy_(torch.rand(parameter.shape, generator=torch.Generator().manual_seed(number)) + 0.5)
     return model.eval()
 
 

@@ -1,5 +1,7 @@
 """Schedules at round numbers, parameters in groups, and what every optimizer promises about skipped steps and resume."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -86,6 +88,24 @@ def test_a_step_has_its_learning_rates_and_the_decay_and_momentum_of_matrices(ki
         }
 
 
+@pytest.mark.parametrize(("config", "names"), [
+    (AdamWConfig(lr=2e-3, embedding_lr=1e-2, weight_decay=0.5, decay_embeddings=True), {"matrices", "embeddings"}),
+    (MuonConfig(weight_decay=0.5, input_embedding_lr=0.1, decay_embeddings=True), {"matrices", "embeddings", "tables"}),
+])  # fmt: skip
+def test_embeddings_can_shrink_as_matrices_do(config: AdamWConfig | MuonConfig, names: set[str]) -> None:
+    """Without gradients, every weight but those of norms is shorter by the same share after a step."""
+    model = tiny_model(norm_weight=True, value_embeddings="all")
+    for parameter in model.parameters():
+        torch.nn.init.ones_(parameter)
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = build_optimizer(model, config)
+    set_hyperparameters(optimizer, replace(config, weight_decay_schedule=LinearWeightDecay()), 1.0, 500, 1000)
+    optimizer.step()
+    left = {str(group["name"]): {round(float(value), 6) for each in group["params"] for value in each.detach().unique()}
+            for group in optimizer.param_groups}  # fmt: skip
+    assert left == {**dict.fromkeys(names, {round(1 - 0.5 * 0.5 * config.lr, 6)}), "vectors": {1.0}}
+
+
 def test_a_recipe_without_a_type_means_adamw_and_a_type_replaces_it() -> None:
     assert decode(TrainConfig, {"optim": {"lr": 0.5}}).optim == AdamWConfig(lr=0.5)
     assert decode(TrainConfig, {"optim": {"type": "muon", "lr": 0.5}}).optim == MuonConfig(lr=0.5)
@@ -95,8 +115,8 @@ def test_a_recipe_without_a_type_means_adamw_and_a_type_replaces_it() -> None:
 
 
 @pytest.mark.parametrize(("tied", "groups"), [
-    (False, {"matrices": 0.02, "embeddings": 0.0025, "vectors": 0.0025, "input embedding": 0.05}),
-    (True, {"matrices": 0.02, "vectors": 0.0025, "input embedding": 0.05}),
+    (False, {"matrices": 0.02, "embeddings": 0.0025, "vectors": 0.0025, "tables": 0.05}),
+    (True, {"matrices": 0.02, "vectors": 0.0025, "tables": 0.05}),
 ])  # fmt: skip
 def test_the_input_embedding_may_have_a_rate_of_its_own(tied: bool, groups: dict[str, float]) -> None:
     shape = ModelConfig(norm_weight=True, tie_embeddings=tied, head_init="normal", value_embeddings="alternate")
@@ -105,10 +125,10 @@ def test_the_input_embedding_may_have_a_rate_of_its_own(tied: bool, groups: dict
     found = {str(group["name"]): group for group in optimizer.param_groups}
     assert {name: group["base_lr"] for name, group in found.items()} == groups
     tables = [layer.self_attn.value_embed for layer in model.layers[1::2]]  # type: ignore[union-attr]
-    assert {*map(id, found["input embedding"]["params"])} == {id(table.weight) for table in (model.embed_tokens, *tables)}  # type: ignore[union-attr]
+    assert {*map(id, found["tables"]["params"])} == {id(table.weight) for table in (model.embed_tokens, *tables)}  # type: ignore[union-attr]
     assert sum(len(group["params"]) for group in found.values()) == len(list(model.parameters()))
     set_hyperparameters(optimizer, config, 0.5, 0, 1000)
-    assert found["input embedding"]["lr"] == 0.025
+    assert found["tables"]["lr"] == 0.025
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     model.init_weights(0)
@@ -117,14 +137,15 @@ def test_the_input_embedding_may_have_a_rate_of_its_own(tied: bool, groups: dict
     torch.testing.assert_close(model.embed_tokens.weight, before - 0.025)  # AdamW's first step has the size of the rate
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("embed" not in name)  # as in the warm-up of a sparse model's index
-    assert "input embedding" not in {group["name"] for group in build_optimizer(model, config).param_groups}
+    assert "tables" not in {group["name"] for group in build_optimizer(model, config).param_groups}
 
 
 def test_groups_first_match_wins() -> None:
     for name in ("layers.3.input_layernorm", "layers.3.self_attn.q_norm", "norm"):
         assert group_of(f"{name}.weight") == "vectors"
-    for name in ("embed_tokens", "lm_head", "embed_proj", "layers.3.self_attn.value_embed"):
-        assert group_of(f"{name}.weight") == "embeddings"
+    for name, group in {"embed_tokens": "tables", "layers.3.self_attn.value_embed": "tables", "lm_head": "embeddings"}.items():
+        assert group_of(f"{name}.weight") == group
+    assert group_of("embed_proj.weight") == "embeddings"
     assert group_of("layers.3.mlp.down_proj.weight") == "matrices"
 
 

@@ -37,13 +37,14 @@ def test_a_step_takes_about_what_was_measured(mode) -> None:
     assert total(parts.values()).value == pytest.approx(measured["median"][mode]["process_bytes"], rel=0.15)
 
 
+@pytest.mark.parametrize("values", ["none", "alternate"])
 @pytest.mark.parametrize("name", ["pure-tiny", "factorized-177m", "superbpe-270m", "synth-small"])
-def test_parameters_are_those_of_the_model(name) -> None:
+def test_parameters_are_those_of_the_model(name, values) -> None:
     import torch
 
     from osler.model.transformer import Transformer
 
-    model = replace(model_of(name), value_embeddings="alternate")
+    model = replace(model_of(name), value_embeddings=values)
     with torch.device("meta"):
         built = Transformer(model)
     parameters = sum(parameter.numel() for parameter in built.parameters())
@@ -86,11 +87,16 @@ def test_shards_share_the_state_and_a_checkpoint_copies_it() -> None:
         memory_of(replace(one, copies=True), "off"),
     )
     assert shared["optimizer"].value == alone["optimizer"].value / 8 and shared["weights"].value > alone["weights"].value / 8
+    tables = (ModelConfig(value_embeddings=kind) for kind in ("none", "alternate", "all"))
+    none, one_table, two_tables = (memory_of(Pass(model, 1, 512, COMPILED, shards=8), "off")["weights"].value for model in tables)
+    of_table = 2048 * 64 * (2 + 4)
+    assert one_table - none == of_table + 2 * 2048 * 64 * 4 / 8, "two layers lie whole in memory, and one of them has a table"
+    assert two_tables - none == 2 * of_table + 4 * 2048 * 64 * 4 / 8
     assert saving["saving"].value == alone["weights"].value + alone["optimizer"].value and "saving" not in alone
 
 
 def test_an_evaluation_on_a_cpu_comes_on_top_of_a_step() -> None:
-    measured = replace(model_of("text-10min"), num_heads=4, intermediate_size=704)  # as the recipe was
+    measured = replace(model_of("text-10min"), num_heads=4, intermediate_size=704, value_embeddings="none")  # as the recipe was
     one = Pass(measured, 16, 256, COMPILED, on_cpu=True)
     training, evaluating = (memory_of(each, "off") for each in (one, replace(one, evaluates=True)))
     grown = total(evaluating.values()).value - total(training.values()).value

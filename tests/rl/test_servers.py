@@ -22,6 +22,7 @@ from osler.rl.servers import RolloutServers
 from osler.runtime.errors import UserError
 from osler.runtime.stop import AskedToStop, StopFlag
 from osler.runtime.world import World
+from tests.models import tiny_model
 
 ALGORITHM = AlgorithmConfig(
     prompts_per_step=5, samples_per_prompt=3, max_new_tokens=8, temperature=0.8, dynamic_sampling=True, max_refills=1,
@@ -233,6 +234,12 @@ def test_what_is_no_answer_of_vllm_is_told(make_worker, raw, told):
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         with pytest.raises(UserError, match=told):
             make_worker(url, timeout_seconds=0.1, retry_seconds=0.1).step(0)
+
+
+def test_a_model_that_servers_cannot_hold_is_refused_before_anything_is_drawn(tmp_path):
+    engine = InferenceEngine(tiny_model(value_embeddings="all"))
+    with pytest.raises(UserError, match="value_embeddings=none"):
+        RolloutServers(ServerRollout(urls=("http://a:1",)), engine, tmp_path, World())
 
 
 def test_configs_that_cannot_be_meant_are_refused():
