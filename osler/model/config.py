@@ -218,8 +218,9 @@ class ModelConfig:
         """The longest rows in which Qwen3 can be the same model: those that sparse attention reads whole; 0 if it never can."""
         if self.value_embedding_size:
             return 0
-        sparse = isinstance(self.attention, SparseAttentionConfig)
-        return min(self.max_seq_len, self.attention.top_k) if sparse else self.max_seq_len
+        if isinstance(self.attention, SparseAttentionConfig):
+            return min(self.max_seq_len, self.attention.top_k)
+        return self.max_seq_len
 
     @property
     def exportable_as(self) -> str:

@@ -28,9 +28,9 @@ def group_of(parameter_name: str) -> str:
 
 
 def grouped(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the groups that have trained parameters, each with its settings; without settings of their own, tables are embeddings.
+    """Return the groups that have trained parameters, with their settings. Tables without settings of their own are embeddings.
 
-    ``base_lr`` and ``base_weight_decay`` are those of the peak of the schedules.
+    ``base_lr`` and ``base_weight_decay`` are what the schedules multiply.
     """
     parameters: dict[str, list[nn.Parameter]] = {name: [] for name in settings}
     for name, parameter in model.named_parameters():
@@ -97,5 +97,5 @@ def set_hyperparameters(
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * lr_scale
         group["weight_decay"] = group["base_weight_decay"] * decay_scale
-        if "momentum" in group:
+        if isinstance(config, MuonConfig) and group["name"] == "matrices":
             group["momentum"] = momentum_at(config.momentum_warmup, config.momentum, tokens)

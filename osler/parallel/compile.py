@@ -46,7 +46,7 @@ def should_compile(mode: str, device: torch.device, *, steps: int) -> bool:
 def compile_loss(loss: SummedLoss, *, by_block: bool) -> None:
     """Compile ``loss`` in place, once for every shape: as one graph, or ``by_block`` each block and what follows the last one.
 
-    Blocks of the same kind then share one graph, and ranks can exchange a block's gradient while the block before it still computes.
+    Blocks of the same kind then share a graph, and ranks exchange a block's gradient while the block before it still computes.
     """
 
     def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

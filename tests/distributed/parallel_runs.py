@@ -364,7 +364,8 @@ def run_all(recipes: dict[str, list[str]], root: Path) -> None:
         name, settings = f"{strategy}-{recompute}-{compiled}", [f"recompute={recompute}", f"compile={compiled}"]
         report(name, same_run, [*pretrain, *settings], root / "pretrain-1", root / name, 2, strategy)
     compare("fp8", [*pretrain, "precision=fp8"], root, [(2, "ddp"), (2, "fsdp")], FP8_TOLERANCES)
-    muon = [*pretrain, "optim={type: muon, input_embedding_lr: 0.05}", "model.embedding_init=bigrams"]  # what rank 0 counts is sent and cut
+    of_muon = "optim={type: muon, input_embedding_lr: 0.05, decay_embeddings: true}"
+    muon = [*pretrain, of_muon, "model.embedding_init=bigrams"]  # what rank 0 counts is sent and cut
     compare("muon", muon, root, [(2, "ddp"), (2, "fsdp")], MUON_TOLERANCES)
     if importlib.util.find_spec("deepspeed"):
         for stage in (1, 2, 3):
