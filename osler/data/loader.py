@@ -134,6 +134,13 @@ class Loader:
             **source_metrics(tokens=tokens, consumed=tokens, of_epoch=of_epoch, target=target),
         }
 
+    def repeated(self, step: int, skipped_tokens: int = 0) -> float:
+        """Return the share of a step's tokens that come from sources in a later epoch than their first."""
+        packing, start = self.packing(step, skipped_tokens), self.timeline.rows_at(step).start
+        tokens, of_epoch = packing.tokens(start), packing.epoch_tokens
+        shares = zip(tokens, packing.mixture.fractions, strict=True)
+        return sum(share for name, share in shares if (size := of_epoch[name]) and tokens[name] >= size)
+
     def check_prepared(self, step: int, skipped_tokens: int = 0) -> None:
         """Raise NotPreparedYet while some rank's data of a step are not prepared."""
         self.packing(step, skipped_tokens).check_prepared(self.timeline.rows_at(step).stop)

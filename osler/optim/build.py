@@ -90,10 +90,18 @@ def build_optimizer(
 
 
 def set_hyperparameters(
-    optimizer: torch.optim.Optimizer, config: AdamWConfig | MuonConfig, lr_scale: float, tokens: int, total_tokens: int
+    optimizer: torch.optim.Optimizer,
+    config: AdamWConfig | MuonConfig,
+    lr_scale: float,
+    tokens: int,
+    total_tokens: int,
+    repeated: float = 0.0,
 ) -> None:
-    """Set what changes from step to step: learning rates, weight decay, and Muon's momentum."""
-    decay_scale = weight_decay_scale(config.weight_decay_schedule, lr_scale, tokens, total_tokens)
+    """Set what changes from step to step: learning rates, weight decay, and Muon's momentum.
+
+    ``repeated`` is the share of the step's tokens that have been learned before, in an earlier epoch.
+    """
+    decay_scale = weight_decay_scale(config.weight_decay_schedule, lr_scale, tokens, total_tokens, repeated)
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * lr_scale
         group["weight_decay"] = group["base_weight_decay"] * decay_scale

@@ -68,7 +68,17 @@ class LrWeightDecay:
     type: Literal["follow_lr"] = "follow_lr"
 
 
-WeightDecayConfig = Annotated[ConstantWeightDecay | LinearWeightDecay | LrWeightDecay, TAGGED]
+@config
+class RepeatsWeightDecay:
+    """No decay while text is new, and the full decay where it is repeated, which keeps a model from learning it by heart.
+
+    Where only some sources of data are in a later epoch, decay has their share of the tokens.
+    """
+
+    type: Literal["repeats"] = "repeats"
+
+
+WeightDecayConfig = Annotated[ConstantWeightDecay | LinearWeightDecay | LrWeightDecay | RepeatsWeightDecay, TAGGED]
 
 
 @config
@@ -100,10 +110,17 @@ def lr_scale(schedule: ScheduleConfig, tokens: int, total_tokens: int) -> float:
     return schedule.final_fraction + (1 - schedule.final_fraction) * shape
 
 
-def weight_decay_scale(schedule: WeightDecayConfig, lr_scale: float, tokens: int, total_tokens: int) -> float:
-    """Return the factor in [0, 1] on the weight decay after ``tokens``, where the factor on the learning rate is ``lr_scale``."""
+def weight_decay_scale(
+    schedule: WeightDecayConfig, lr_scale: float, tokens: int, total_tokens: int, repeated: float = 0.0
+) -> float:
+    """Return the factor in [0, 1] on the weight decay after ``tokens``.
+
+    ``lr_scale`` is the factor on the learning rate, and ``repeated`` the share of tokens that have been learned before.
+    """
     if isinstance(schedule, ConstantWeightDecay):
         return 1.0
+    if isinstance(schedule, RepeatsWeightDecay):
+        return repeated
     return lr_scale if isinstance(schedule, LrWeightDecay) else 1 - _progress(tokens, 0, total_tokens)
 
 

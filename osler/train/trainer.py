@@ -219,7 +219,8 @@ class SupervisedTrainer(Trainer):
 
     def advance(self) -> dict[str, float] | None:
         middle, scale = self._schedule(self.step)
-        set_hyperparameters(self.learner.optimizer, self.config.optim, scale, middle, self.total)
+        repeated = self.loader.repeated(self.step, self.incidents.data_offset)
+        set_hyperparameters(self.learner.optimizer, self.config.optim, scale, middle, self.total, repeated)
         assert self.iterator is not None
         self.on_device.append(self.train_step(self.collector.fetch(self.iterator, self.step + 1)))
         self.step += 1

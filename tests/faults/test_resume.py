@@ -52,6 +52,7 @@ def test_stopped_and_resumed(kind, fault, saved, evaluations, launch, finish, tm
 
 
 MUON = ["optim.type=muon", "optim.momentum_warmup.tokens=2304", "optim.weight_decay_schedule.type=linear"]
+MUON += ["optim.decay_embeddings=true", "optim.input_embedding_lr=0.01"]
 
 
 @pytest.mark.parametrize("options", [["precision=pure-bf16"], ["precision=fp8"], MUON], ids=lambda options: options[0])

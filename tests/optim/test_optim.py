@@ -20,6 +20,7 @@ from osler.optim.schedule import (
     LinearWeightDecay,
     LrWeightDecay,
     MomentumWarmup,
+    RepeatsWeightDecay,
     ScheduleConfig,
     WarmupStableDecayConfig,
     WeightDecayConfig,
@@ -55,11 +56,12 @@ def test_schedules_at_round_numbers(schedule: ScheduleConfig, points: dict[int, 
         (ConstantWeightDecay(), {0: 1.0, 500: 1.0, 1000: 1.0, 2000: 1.0}),
         (LinearWeightDecay(), {0: 1.0, 250: 0.75, 999: 0.001, 1000: 0.0, 2000: 0.0}),
         (LrWeightDecay(), {0: 0.3, 1000: 0.3}),
+        (RepeatsWeightDecay(), {0: 0.25, 1000: 0.25}),
     ],
 )
 def test_weight_decay_schedules_at_round_numbers(schedule: WeightDecayConfig, points: dict[int, float]) -> None:
     for tokens, expected in points.items():
-        assert weight_decay_scale(schedule, 0.3, tokens, 1000) == pytest.approx(expected), tokens
+        assert weight_decay_scale(schedule, 0.3, tokens, 1000, 0.25) == pytest.approx(expected), tokens
 
 
 def test_momentum_warmup_at_round_numbers() -> None:

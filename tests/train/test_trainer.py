@@ -23,6 +23,8 @@ from osler.data.exams import EXAMS_FILE, ExamsInData
 from osler.inference.load import load_model
 from osler.monitor.config import MonitorConfig
 from osler.monitor.metrics import declared_name
+from osler.optim.config import AdamWConfig
+from osler.optim.schedule import RepeatsWeightDecay
 from osler.records.jsonl import EARLY_STOP, read_events
 from osler.report.page import build_report
 from osler.report.read import read_run
@@ -62,6 +64,16 @@ def test_steps_without_a_token_to_learn_count_nowhere(make_trainer, tmp_path):
     assert len(trainer.incidents.spikes.usual) == len([step for step in learned if step <= 36])
     events = read_events(trainer.run.folder.events)
     assert {event.name for event in events} == {"begun", "nothing-to-learn", "finished"}
+
+
+def test_decay_of_repeats_begins_with_the_second_epoch(make_trainer, tmp_path):
+    optim, decays = AdamWConfig(weight_decay=0.5, weight_decay_schedule=RepeatsWeightDecay()), []
+    trainer = make_trainer(tmp_path / "first", optim=optim)
+    (size,) = trainer.loader.packings[0].epoch_tokens.values()
+    trainer = make_trainer(tmp_path / "second", optim=optim, total_tokens=-(-size // 256) * 256 + 1024)
+    trainer.learner.optimizer.register_step_pre_hook(lambda each, *_: decays.append(each.param_groups[0]["weight_decay"]))
+    assert Loop(trainer).fit()
+    assert decays == [0.0] * -(-size // 256) + [0.5] * 4
 
 
 @pytest.mark.parametrize(
