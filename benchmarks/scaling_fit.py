@@ -52,6 +52,7 @@ def recipe_of(width: int, tokens: int, work: Path) -> Path:
         "seq_len": SEQ_LEN,
         "batch_tokens": BATCH_TOKENS,
         "total_tokens": tokens,
+        "optim": {"weight_decay": 0.01, "weight_decay_schedule": {"type": "constant"}, "decay_embeddings": False},
         "schedule": {"warmup_tokens": max(BATCH_TOKENS, tokens // 20)},
         "eval_every_tokens": tokens,
         "checkpoint": {"every_tokens": tokens},

@@ -134,8 +134,11 @@ class Loader:
             **source_metrics(tokens=tokens, consumed=tokens, of_epoch=of_epoch, target=target),
         }
 
-    def repeated(self, step: int, skipped_tokens: int = 0) -> float:
-        """Return the share of a step's tokens that come from sources in a later epoch than their first."""
+    def repeated_share(self, step: int, skipped_tokens: int = 0) -> float:
+        """Return the share of a step's tokens that come from sources in a later epoch than their first.
+
+        The size of such a source is known on all ranks once they have agreed on the step's data. Skipped tokens count as read.
+        """
         packing, start = self.packing(step, skipped_tokens), self.timeline.rows_at(step).start
         tokens, of_epoch = packing.tokens(start), packing.epoch_tokens
         shares = zip(tokens, packing.mixture.fractions, strict=True)

@@ -92,13 +92,12 @@ def dense_form(config: ModelConfig, max_tokens: int) -> ModelConfig:
     Sparse attention is dense in rows of at most ``top_k`` tokens. Raises UserError for longer rows and for value embeddings,
     which Qwen3 cannot hold.
     """
-    tokens = config.qwen3_tokens
-    if tokens == 0:
+    if config.value_embedding_size:
         raise UserError(
             f"The model has value embeddings (value_embeddings={config.value_embeddings}), which Qwen3's form cannot hold. Train "
             "a model with model.value_embeddings=none to export it; `--to safetensors` writes this one as it is."
         )
-    if tokens < max_tokens:
+    if (tokens := config.qwen3_tokens) < min(max_tokens, config.max_seq_len):
         raise UserError(
             f"The model has sparse attention, to {tokens} of at most {max_tokens:,} tokens, which Qwen3's form cannot hold. In "
             f"rows of at most {tokens} tokens it is dense attention: `--max-tokens {tokens}` writes that model, without its "

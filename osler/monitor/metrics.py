@@ -58,7 +58,7 @@ METRICS: dict[str, Metric] = {
     "grad/zero_frac": Metric("fraction", "elements of the gradient that are zero, rows of tokens not seen included", GRADIENTS),
     "grad/nonfinite_frac": Metric("fraction", "elements of the gradient that are infinite or no number", GRADIENTS),
     "update/ratio": Metric("ratio", "length of one update over that of the weights before it", WEIGHTS),
-    "update/part_ratio/<part>": Metric("ratio", "the update of such a part over its weights", WEIGHTS),
+    "update/part_ratio/<part>": Metric("ratio", "update over weights of one layer, or of embed, values, norm, head", WEIGHTS),
     # the model's health
     "model/weight_norm/<part>": Metric("norm", "length of the weights of one layer, or of embed, values, norm or head", WEIGHTS),
     "model/effective_rank/<matrix>": Metric("directions", "directions that share a matrix's energy, (Σs²)² / Σs⁴", WEIGHTS),

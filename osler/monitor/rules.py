@@ -132,7 +132,7 @@ def memorising(past: History) -> Iterator[str]:
     if len(losses) >= 4 and min(losses[-2:]) > 1.02 * lowest:
         yield (
             f"the held-out loss is {losses[-1]:.3f}, and it was lowest, {lowest:.3f}, at step {step:,}: the model learns its "
-            "data by heart. Keep the checkpoint of that step, and give more, or more varied, data."
+            "data by heart. Keep the checkpoint of that step, and give more, or more varied, data, or more optim.weight_decay."
         )
 
 
@@ -161,10 +161,14 @@ def dead_units(past: History) -> Iterator[str]:
 
 
 def cut_off(past: History) -> Iterator[str]:
-    """No gradient reaches a layer while others get some. (A head that begins at zero lets none through in the first step.)"""
+    """No gradient reaches a layer while others get some.
+
+    A head that begins at zero lets none through in the first step, and then an output projection at zero none to the values.
+    """
     parts = [name.rpartition("/")[2] for name, norm in past.line.items() if name.startswith("grad/norm/") and norm == 0.0]
-    unreached = [f"layer {part}" if part.isdigit() else part for part in parts]
-    if unreached and past.line.get("train/grad_norm", 0.0) > 0.0 and past.step > 1:
+    late = [part for part in parts if past.step > (2 if part == "values" else 1)]
+    unreached = [f"layer {part}" if part.isdigit() else part for part in late]
+    if unreached and past.line.get("train/grad_norm", 0.0) > 0.0:
         yield (
             f"no gradient reaches {', '.join(unreached[:4])}{' and others' if len(unreached) > 4 else ''}, while the rest learns "
             f"(norm {past.line['train/grad_norm']:.3g}). What gets none is dead or cut off: look at the weights, and at what "

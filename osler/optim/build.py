@@ -23,19 +23,23 @@ GROUPS = (
 
 
 def group_of(parameter_name: str) -> str:
-    """Return the group of a parameter: the first of ``GROUPS`` whose pattern matches its name."""
+    """Return the group of a parameter: the first of ``GROUPS`` whose pattern matches its name.
+
+    Where tables have no settings of their own, they are among the embeddings.
+    """
     return next(group for group, pattern in GROUPS if pattern.search(parameter_name))
 
 
 def grouped(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the groups that have trained parameters, with their settings. Tables without settings of their own are embeddings.
+    """Return the groups that have trained parameters, with their settings.
 
     ``base_lr`` and ``base_weight_decay`` are what the schedules multiply.
     """
     parameters: dict[str, list[nn.Parameter]] = {name: [] for name in settings}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            parameters[group if (group := group_of(name)) in settings else "embeddings"].append(parameter)
+            group = group_of(name)
+            parameters[group if group in settings else "embeddings"].append(parameter)
     return [
         {"params": each, "name": name, "base_lr": of["lr"], "base_weight_decay": of["weight_decay"], **of}
         for (name, of), each in zip(settings.items(), parameters.values(), strict=True)
@@ -43,8 +47,8 @@ def grouped(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) -> list
     ]
 
 
-def of_embeddings(lr: float, config: AdamWConfig | MuonConfig) -> dict[str, float]:
-    """Return settings with a learning rate of embeddings, and the decay that shrinks them as matrices shrink, if they decay."""
+def embedding_settings(lr: float, config: AdamWConfig | MuonConfig) -> dict[str, float]:
+    """Return a learning rate for embeddings, and the weight decay with which they shrink as much as matrices if they decay."""
     return {"lr": lr, "weight_decay": config.weight_decay * config.lr / lr if config.decay_embeddings else 0.0}
 
 
@@ -53,7 +57,7 @@ def build_adamw(model: nn.Module, config: AdamWConfig, seed: int, _: dist.Proces
     embedding_lr = config.lr if config.embedding_lr is None else config.embedding_lr
     settings = {
         "matrices": {"lr": config.lr, "weight_decay": config.weight_decay},
-        "embeddings": of_embeddings(embedding_lr, config),
+        "embeddings": embedding_settings(embedding_lr, config),
         "vectors": {"lr": config.lr, "weight_decay": 0.0},
     }
     groups = grouped(model, settings)
@@ -68,11 +72,11 @@ def build_muon(model: nn.Module, config: MuonConfig, _: int, process_group: dist
     adamw = {"lr": config.adamw_lr, "weight_decay": 0.0, "betas": (config.beta1, config.beta2), "eps": config.eps}
     settings = {
         "matrices": {name: getattr(config, name) for name in ("lr", "weight_decay", "momentum", "newton_schulz_steps")},
-        "embeddings": adamw | of_embeddings(config.adamw_lr, config),
+        "embeddings": adamw | embedding_settings(config.adamw_lr, config),
         "vectors": adamw,
     }
     if config.input_embedding_lr is not None:
-        settings["tables"] = adamw | of_embeddings(config.input_embedding_lr, config)
+        settings["tables"] = adamw | embedding_settings(config.input_embedding_lr, config)
     return Muon(grouped(model, settings), dtype=getattr(model, "compute_dtype", torch.float32), process_group=process_group)
 
 
@@ -95,13 +99,13 @@ def set_hyperparameters(
     lr_scale: float,
     tokens: int,
     total_tokens: int,
-    repeated: float = 0.0,
+    repeated_share: float,
 ) -> None:
     """Set what changes from step to step: learning rates, weight decay, and Muon's momentum.
 
-    ``repeated`` is the share of the step's tokens that have been learned before, in an earlier epoch.
+    ``repeated_share`` is the share of the step's tokens that come from sources in a later epoch than their first.
     """
-    decay_scale = weight_decay_scale(config.weight_decay_schedule, lr_scale, tokens, total_tokens, repeated)
+    decay_scale = weight_decay_scale(config.weight_decay_schedule, lr_scale, tokens, total_tokens, repeated_share)
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * lr_scale
         group["weight_decay"] = group["base_weight_decay"] * decay_scale

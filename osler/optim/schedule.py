@@ -1,4 +1,4 @@
-"""Schedules of learning rate, weight decay and momentum: their settings, and pure functions of the tokens seen. Torch-free."""
+"""Schedules of learning rate, weight decay and momentum: their settings, and what they are at a token. Torch-free."""
 
 import math
 from typing import Annotated, Literal
@@ -70,9 +70,10 @@ class LrWeightDecay:
 
 @config
 class RepeatsWeightDecay:
-    """No decay while text is new, and the full decay where it is repeated, which keeps a model from learning it by heart.
+    """No decay in the first epoch of the run, and the full decay later, which keeps a model from learning text by heart.
 
-    Where only some sources of data are in a later epoch, decay has their share of the tokens.
+    Where only some sources of data are in a later epoch, the decay is multiplied by their share of the tokens. Text that the run
+    of ``init_from`` has read counts as new.
     """
 
     type: Literal["repeats"] = "repeats"
@@ -111,16 +112,16 @@ def lr_scale(schedule: ScheduleConfig, tokens: int, total_tokens: int) -> float:
 
 
 def weight_decay_scale(
-    schedule: WeightDecayConfig, lr_scale: float, tokens: int, total_tokens: int, repeated: float = 0.0
+    schedule: WeightDecayConfig, lr_scale: float, tokens: int, total_tokens: int, repeated_share: float
 ) -> float:
     """Return the factor in [0, 1] on the weight decay after ``tokens``.
 
-    ``lr_scale`` is the factor on the learning rate, and ``repeated`` the share of tokens that have been learned before.
+    ``lr_scale`` is the factor on the learning rate, and ``repeated_share`` what ``Loader.repeated_share`` says of the step.
     """
     if isinstance(schedule, ConstantWeightDecay):
         return 1.0
     if isinstance(schedule, RepeatsWeightDecay):
-        return repeated
+        return repeated_share
     return lr_scale if isinstance(schedule, LrWeightDecay) else 1 - _progress(tokens, 0, total_tokens)
 
 

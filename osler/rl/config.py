@@ -27,7 +27,7 @@ from osler.config.schema import (
 from osler.model.config import ModelConfig
 from osler.ops.sampling_params import SamplingParams
 from osler.optim.config import AdamWConfig, OptimConfig
-from osler.optim.schedule import ConstantConfig, ScheduleConfig
+from osler.optim.schedule import ConstantConfig, RepeatsWeightDecay, ScheduleConfig
 from osler.parallel.config import DdpConfig, FsdpConfig, NoParallelConfig
 from osler.runs.config import CheckpointConfig, RunConfig
 from osler.tasks.registry import ClinicTask, TaskConfig
@@ -236,6 +236,8 @@ class GrpoConfig(RunConfig):
             )
         if self.early_stopping_patience is not None and self.eval_task is None:
             raise ValueError("early_stopping_patience counts exams: give an eval_task, or leave early_stopping_patience out")
+        if isinstance(self.optim.weight_decay_schedule, RepeatsWeightDecay):
+            raise ValueError("optim.weight_decay_schedule.type=repeats counts epochs of text, and GRPO reads none: use constant")
 
     @property
     def budget_tokens_per_step(self) -> int:

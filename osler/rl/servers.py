@@ -72,7 +72,10 @@ class RolloutServers:
 
     def __init__(self, config: ServerRollout, engine: InferenceEngine, folder: Path, world: World) -> None:
         self.config, self.engine, self.world = config, engine, world
-        dense_form(engine.model.config, engine.model.config.max_seq_len)
+        try:
+            dense_form(engine.model.config, engine.model.config.max_seq_len)
+        except UserError as error:
+            raise UserError(f"rollout.type=server: {error} rollout.type=engine samples from every model.") from error
         self.servers = [_Server(url) for url in config.urls]
         self.folder = folder.absolute() / "rollout-weights"
         if config.weights_dir is not None:  # several runs may share it

@@ -85,7 +85,7 @@ class GrpoTrainer(Trainer):
         optimizer = self.learner.optimizer
         middle = self.step * budget + budget // 2  # in tokens; as in train/, so that first and last step have a rate above 0
         scale = lr_scale(config.schedule, middle, config.budget_tokens)
-        set_hyperparameters(optimizer, config.optim, scale, middle, config.budget_tokens)
+        set_hyperparameters(optimizer, config.optim, scale, middle, config.budget_tokens, 0.0)
         algorithm = replace(algorithm, beta=algorithm.beta * lr_scale(algorithm.beta_schedule, middle, config.budget_tokens))
         rows = training_rows(groups, algorithm)
         self.collector.begin(self.step + 1)

@@ -23,7 +23,7 @@ from osler.config.schema import decode
 from osler.export.run import run as write_model
 from osler.inference.load import load_model, load_start
 from osler.optim.config import AdamWConfig
-from osler.optim.schedule import ConstantConfig, CosineConfig, warmup_of
+from osler.optim.schedule import ConstantConfig, ConstantWeightDecay, CosineConfig, warmup_of
 from osler.rl.config import GrpoConfig
 from osler.rl.rollout import Prompt, RlTask, step_prompts
 from osler.rl.run import check_held_out, check_start, load_exam, load_tasks
@@ -176,6 +176,7 @@ def without_counterpart(config: GrpoConfig) -> list[str]:
         (algorithm.kl == "unbiased", "algorithm.kl=unbiased: k2 has its gradient in the first update on a batch"),
         (algorithm.aggregate == "constant", "algorithm.aggregate=constant: the scale of the loss differs"),
         (not isinstance(config.optim, AdamWConfig), f"optim.type={config.optim.type}: AdamW trains everything"),
+        (config.optim.weight_decay_schedule != ConstantWeightDecay(), "optim.weight_decay_schedule: constant weight decay"),
         (not isinstance(config.schedule, (ConstantConfig, CosineConfig)), f"schedule.type={config.schedule.type}: constant lr"),
         (config.early_stopping_patience is not None, "early_stopping_patience"),
         (len({task.reasoning for task in config.tasks}) > 1, "tasks with and without reasoning: all are asked like the first"),

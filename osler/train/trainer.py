@@ -33,7 +33,7 @@ from osler.monitor.collect import has_learned, step_stats
 from osler.monitor.history import RunSettings
 from osler.monitor.model_stats import ProbeRows
 from osler.optim.build import set_hyperparameters
-from osler.optim.schedule import lr_scale, warmup_of
+from osler.optim.schedule import RepeatsWeightDecay, lr_scale, warmup_of
 from osler.runs.loop import Due, Trainer
 from osler.runs.micro_batch import MicroBatchLimit
 from osler.runs.process import Learner, Run
@@ -173,6 +173,7 @@ class SupervisedTrainer(Trainer):
         )
         self.collector.forward_only = None if teacher is None else teacher.model.config
         self.train_loss: float | None = None  # the loss of the last line
+        self.decays_repeats = isinstance(config.optim.weight_decay_schedule, RepeatsWeightDecay)
         self.window: list[list[float]] = []  # loss, gradient norm, skip flag and parts of each step since the last line
         self.on_device: list[StepResult] = []  # results of steps that are not fetched yet
         self.first_step = 0  # the first step of this process
@@ -219,10 +220,11 @@ class SupervisedTrainer(Trainer):
 
     def advance(self) -> dict[str, float] | None:
         middle, scale = self._schedule(self.step)
-        repeated = self.loader.repeated(self.step, self.incidents.data_offset)
-        set_hyperparameters(self.learner.optimizer, self.config.optim, scale, middle, self.total, repeated)
         assert self.iterator is not None
-        self.on_device.append(self.train_step(self.collector.fetch(self.iterator, self.step + 1)))
+        batch = self.collector.fetch(self.iterator, self.step + 1)
+        repeated = self.loader.repeated_share(self.step, self.incidents.data_offset) if self.decays_repeats else 0.0
+        set_hyperparameters(self.learner.optimizer, self.config.optim, scale, middle, self.total, repeated)
+        self.on_device.append(self.train_step(batch))
         self.step += 1
         # A step that compiles says nothing about the speed or the time left.
         stage, model = self.timeline.at_step(self.step - 1), self.learner.model

@@ -74,12 +74,12 @@ def test_tokens_of_a_later_epoch_are_repeats(make_shards) -> None:  # type: igno
     """Of two sources the short one is repeated first; its share counts from there on, and all from where both are."""
     parts = {name: StreamPacking(Order(make_shards(lengths), 1), 16) for name, lengths in (("long", LENGTHS), ("short", [3, 25]))}
     loader = loader_of(MixedPacking(parts, Mixture([3, 1])), 1)
-    shares = [loader.repeated(step) for step in range(30)]
+    shares = [loader.repeated_share(step) for step in range(30)]
     assert shares == sorted(shares) and set(shares) == {0, 0.25, 1.0}
     for share, name, size in ((0.25, "short", 28), (1.0, "long", 250)):
         first = shares.index(share)
         assert loader.tokens_before(first - 1)[name] < size <= loader.tokens_before(first)[name]
-    assert loader.repeated(0, skipped_tokens=1000) == 1.0, "what is skipped counts as consumed"
+    assert loader.repeated_share(0, skipped_tokens=1000) == 1.0, "what is skipped counts as consumed"
 
 
 def test_only_the_loader_knows_torch() -> None:

@@ -208,8 +208,9 @@ def test_a_policy_that_got_worse_was_trained_too_fast_and_one_that_began_so_was_
 
 def test_a_head_that_begins_at_zero_lets_no_gradient_through_in_the_first_step():
     line = {GRAD_NORM: 0.3, f"{LAYER_NORM}embed": 0.0, f"{LAYER_NORM}0": 0.0, f"{LAYER_NORM}head": 0.3}
-    alerter = Alerter(SETTINGS)
-    assert alerter.observe(1, TOKENS, line) == []
+    alerter, values = Alerter(SETTINGS), {GRAD_NORM: 0.3, f"{LAYER_NORM}values": 0.0}
+    assert alerter.observe(1, TOKENS, line) == Alerter(SETTINGS).observe(2, TOKENS, values) == []
+    assert [alert.name for alert in Alerter(SETTINGS).observe(3, TOKENS, values)] == ["dead-layer-gradient"]
     assert [alert.name for alert in alerter.observe(2, 2 * TOKENS, line)] == ["dead-layer-gradient"]
 
 

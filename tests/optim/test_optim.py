@@ -80,7 +80,7 @@ def test_a_step_has_its_learning_rates_and_the_decay_and_momentum_of_matrices(ki
     groups = {str(group["name"]): group for group in optimizer.param_groups}
     assert sum(len(group["params"]) for group in groups.values()) == len(list(model.parameters()))
     for scale, tokens, decay in ((0.5, 0, 0.2), (1.0, 500, 0.1), (0.1, 1000, 0.0), (0.25, 250, 0.15)):
-        set_hyperparameters(optimizer, config, scale, tokens, 1000)
+        set_hyperparameters(optimizer, config, scale, tokens, 1000, 0.0)
         vectors = 1e-2 if kind is AdamWConfig else 5e-3
         found = {name: (group["lr"], group["weight_decay"], group.get("momentum")) for name, group in groups.items()}
         assert found == {
@@ -101,7 +101,7 @@ def test_embeddings_can_shrink_as_matrices_do(config: AdamWConfig | MuonConfig, 
         torch.nn.init.ones_(parameter)
         parameter.grad = torch.zeros_like(parameter)
     optimizer = build_optimizer(model, config)
-    set_hyperparameters(optimizer, replace(config, weight_decay_schedule=LinearWeightDecay()), 1.0, 500, 1000)
+    set_hyperparameters(optimizer, replace(config, weight_decay_schedule=LinearWeightDecay()), 1.0, 500, 1000, 0.0)
     optimizer.step()
     left = {
         str(group["name"]): {round(float(value), 6) for each in group["params"] for value in each.detach().unique()}
@@ -132,7 +132,7 @@ def test_the_input_embedding_may_have_a_rate_of_its_own(tied: bool, groups: dict
     tables = [layer.self_attn.value_embed for layer in model.layers[1::2]]  # type: ignore[union-attr]
     assert {*map(id, found["tables"]["params"])} == {id(table.weight) for table in (model.embed_tokens, *tables)}  # type: ignore[union-attr]
     assert sum(len(group["params"]) for group in found.values()) == len(list(model.parameters()))
-    set_hyperparameters(optimizer, config, 0.5, 0, 1000)
+    set_hyperparameters(optimizer, config, 0.5, 0, 1000, 0.0)
     assert found["tables"]["lr"] == 0.025
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -170,7 +170,7 @@ def make(kind: str) -> tuple[Transformer, torch.optim.Optimizer]:
 
 def advance(kind: str, model: Transformer, optimizer: torch.optim.Optimizer, *steps: int, bad: float | None = None) -> None:
     for step in steps:
-        set_hyperparameters(optimizer, OPTIMIZERS[kind], 1 / (1 + step), step, 10)
+        set_hyperparameters(optimizer, OPTIMIZERS[kind], 1 / (1 + step), step, 10, 0.0)
         generator = torch.Generator().manual_seed(step)
         for parameter in model.parameters():
             parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)

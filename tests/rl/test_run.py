@@ -153,6 +153,7 @@ def test_a_preflight_changes_nothing_in_the_run_and_is_not_made_again(grpo, tmp_
         ({"algorithm": {"top_k": 1}}, "top_k: must be at least 2"),
         ({"algorithm": {"top_p": 1e-6}}, "top_p: must be at least 0.1"),
         ({"algorithm": {"clip": {"low": 0.0}}}, "clip.low"),
+        ({"optim": {"weight_decay_schedule": {"type": "repeats"}}}, "counts epochs of text, and GRPO reads none"),
         ({"tasks": []}, "tasks need at least one"),
         ({"tasks": [{}, {}]}, "its own name"),
         ({"tasks": [{"rewards": {"corect": 1.0}}]}, "corect.*MODULE:FUNCTION"),

@@ -238,7 +238,7 @@ def test_what_is_no_answer_of_vllm_is_told(make_worker, raw, told):
 
 def test_a_model_that_servers_cannot_hold_is_refused_before_anything_is_drawn(tmp_path):
     engine = InferenceEngine(tiny_model(value_embeddings="all"))
-    with pytest.raises(UserError, match="value_embeddings=none"):
+    with pytest.raises(UserError, match=r"value_embeddings=none.*rollout\.type=engine"):
         RolloutServers(ServerRollout(urls=("http://a:1",)), engine, tmp_path, World())
 
 

@@ -51,11 +51,12 @@ def test_options_without_a_counterpart_are_named(tmp_path):
         "opsm_delta": 0.1, "overlong": "mask", "kl": "k3", "quality": {"action": "off"}, "aggregate": "token_mean",
         "advantage": "leave_one_out", "ratio": "sequence",
     }  # fmt: skip
-    sections = {"algorithm": algorithm, "schedule": {"type": "linear"}, "optim": {"type": "muon"}}
+    sections = {"algorithm": algorithm, "schedule": {"type": "linear"}}
+    sections["optim"] = {"type": "muon", "weight_decay_schedule": {"type": "linear"}}
     config = decode(GrpoConfig, {"init_from": "x", **sections})
     lost = without_counterpart(config)
     assert [words.split(":")[0] for words in lost] == [
-        "algorithm.opsm_delta", "algorithm.overlong", "optim.type=muon", "schedule.type=linear"
+        "algorithm.opsm_delta", "algorithm.overlong", "optim.type=muon", "optim.weight_decay_schedule", "schedule.type=linear"
     ]  # fmt: skip
     options = verl_options(config, tmp_path, 256)
     assert options["algorithm.adv_estimator"] == "rloo" and options["actor_rollout_ref.actor.policy_loss.loss_mode"] == "gspo"
