@@ -54,6 +54,17 @@ def test_stopped_and_resumed(kind, fault, saved, evaluations, launch, finish, tm
 MUON = ["optim.type=muon", "optim.momentum_warmup.tokens=2304", "optim.weight_decay_schedule.type=linear"]
 MUON += ["optim.decay_embeddings=true", "optim.input_embedding_lr=0.01"]
 
+REPEATS = ["optim.weight_decay_schedule.type=repeats", "optim.decay_embeddings=true", "data.passages=5", "data.examples=2"]
+
+
+def test_a_run_that_decays_repeats_resumes_exactly_in_a_later_epoch(launch, tmp_path):
+    assert launch("pretrain", tmp_path / "whole", *REPEATS) == 0
+    assert launch("pretrain", tmp_path / "cut", *REPEATS, fault="train-step:sigterm:9") == STOPPED
+    epochs = {line["step"]: line["data/epoch"] for line in logged(tmp_path / "whole") if "data/epoch" in line}
+    assert epochs[5] > 1 and saved_steps(tmp_path / "cut")[-1] > 5, "the first epoch was not over"
+    assert launch("pretrain", tmp_path / "cut", *REPEATS) == 0
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
 
 @pytest.mark.parametrize("options", [["precision=pure-bf16"], ["precision=fp8"], MUON], ids=lambda options: options[0])
 def test_every_precision_and_optimizer_resumes_exactly_and_loads_as_usual(options, launch, tmp_path):
