@@ -61,17 +61,18 @@ def label_logprobs(
     device = model.embed_tokens.weight.device
     row_N, place_N = (labels_BT != IGNORED).nonzero(as_tuple=True)
     documents = None if document_BT is None else to_device(document_BT, device)
-    hidden_BTD, measured_BTM = model.with_index(to_device(ids_BT, device), documents)
+    ids = to_device(ids_BT, device)
+    hidden_BTD, measured_BTM = model.with_index(ids, documents)
     at = to_device(row_N, device), to_device(place_N, device)
-    features_NR, weight_VR = model.head(hidden_BTD[at])
+    copies = model.copies(hidden_BTD, ids, documents)
     logp_N, found_N = linear_logprobs(
-        features_NR,
-        weight_VR,
+        model.head(hidden_BTD[at]),
         to_device(labels_BT[row_N, place_N], device),
         statistic,
         vocab_size=model.config.vocab_size,
         temperature=temperature,
         mask_NV=mask_NV,
+        copies=None if copies is None else copies.of(at[0] * ids.shape[1] + at[1]),
     )
     return row_N, logp_N, found_N, None if measured_BTM is None else measured_BTM[at]
 
@@ -96,11 +97,13 @@ def sum_logprobs(decoder: Decoder, rows: Sequence[list[int]], start: int) -> lis
     for ids in rows:
         warn_of_untrained(decoder.trained_seq_len, len(ids) - 1)  # the last token is predicted, but not read
     past = decoder.read([rows[0][: start - 1]])[0] if start > 1 else None
-    _, hidden_BTD = decoder.read([ids[:-1] for ids in rows], past)
+    cache, hidden_BTD = decoder.read([ids[:-1] for ids in rows], past)
     sums, is_greedy = [], []
-    for ids, hidden_TD in zip(rows, hidden_BTD, strict=True):  # one at a time, because logits are large
+    for row, (ids, hidden_TD) in enumerate(zip(rows, hidden_BTD, strict=True)):  # one at a time, because logits are large
         labels_T1 = torch.tensor(ids[start:], device=decoder.device)[:, None]
-        logp_TV = decoder.logits(hidden_TD[: len(labels_T1)]).log_softmax(-1)
+        place_T = torch.arange(start - 1, len(ids) - 1, device=decoder.device)
+        logits_1TV = decoder.logits(hidden_TD[None, : len(labels_T1)], cache, place_T[None], slice(row, row + 1))
+        logp_TV = logits_1TV[0].log_softmax(-1)
         sums.append(logp_TV.gather(1, labels_T1).double().sum())
         is_greedy.append((logp_TV.argmax(-1, keepdim=True) == labels_T1).all())
     return list(zip(torch.stack(sums).tolist(), torch.stack(is_greedy).tolist(), strict=True))

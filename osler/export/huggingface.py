@@ -92,10 +92,10 @@ def dense_form(config: ModelConfig, max_tokens: int) -> ModelConfig:
     Sparse attention is dense in rows of at most ``top_k`` tokens. Raises UserError for longer rows and for value embeddings,
     which Qwen3 cannot hold.
     """
-    if config.value_embedding_size:
+    if config.beyond_qwen3:
         raise UserError(
-            f"The model has value embeddings (value_embeddings={config.value_embeddings}), which Qwen3's form cannot hold. Train "
-            "a model with model.value_embeddings=none to export it; `--to safetensors` writes this one as it is."
+            f"The model has {' and '.join(config.beyond_qwen3)}, which Qwen3's form cannot hold. Train a model with "
+            f"{' '.join(config.beyond_qwen3.values())} to export it; `--to safetensors` writes this one as it is."
         )
     if (tokens := config.qwen3_tokens) < min(max_tokens, config.max_seq_len):
         raise UserError(

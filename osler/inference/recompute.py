@@ -42,7 +42,8 @@ def generate_by_recompute(
         width = max(len(row) for row in rows)
         ids_BT = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
         length_B = torch.tensor([len(row) for row in rows], device=device)
-        logits_BV = model.logits(model(ids_BT)[row_B, length_B - 1])
+        hidden_BTD = model(ids_BT)
+        logits_BV = model.logits(hidden_BTD, model.copies(hidden_BTD, ids_BT))[row_B, length_B - 1]
         seen_BV = None
         if parameters.penalises:
             seen_BV = torch.tensor([[token in row for token in range(vocab_size)] for row in map(set, rows)], device=device)

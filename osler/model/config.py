@@ -98,6 +98,9 @@ class ModelConfig:
     # which layers add an embedding of the token to its attention values (arXiv 2410.17897), which costs parameters and no FLOPs;
     # alternate: the last layer and every second one before it. Such a model has no standard form to export to
     value_embeddings: Literal["none", "alternate", "all"] = "none"
+    # width of a copy head, by which each token can also be predicted as a repetition of one in its row (model/copy_head.py);
+    # null: none. Such a model has no standard form to export to
+    copy_head_dim: PositiveInt | None = None
     residual_init: Literal["zero", "scaled"] = "zero"  # what the output projections of a block start as (model/init.py)
     head_init: Literal["zero", "normal"] = "zero"  # what the head starts as
     # bigrams: a new run lets embedding and head start from how often tokens of its data follow each other (model/bigrams.py)
@@ -184,7 +187,8 @@ class ModelConfig:
         norms = (2 * self.num_layers + 1) * self.hidden_size if self.norm_weight else 0
         qk_norms = 2 * self.head_dim * self.num_layers if self.qk_norm_weight else 0
         values = self.vocab_size * self.value_embedding_size
-        return self._matrix_parameters + self._embedding_parameters + values + head + norms + qk_norms
+        copying = 2 * self.hidden_size * (self.copy_head_dim or 0)
+        return self._matrix_parameters + self._embedding_parameters + values + head + norms + qk_norms + copying
 
     def weight_bytes(self, bits: float = 32) -> int:
         """Return the bytes of all parameters with ``bits`` bits each; `osler quantize` writes 8.5 or 4.5, scales included."""
@@ -200,7 +204,8 @@ class ModelConfig:
         attention, keys = 0, seq_len
         if isinstance(self.attention, SparseAttentionConfig):
             attention, keys = self.attention.flops_per_token(seq_len), min(seq_len, self.attention.top_k)
-        return 6 * (self._matrix_parameters + head) + self.num_layers * (attention + 12 * self.query_size * keys)
+        copying = (self.copy_head_dim or 0) * (12 * self.hidden_size + 6 * seq_len)
+        return 6 * (self._matrix_parameters + head) + self.num_layers * (attention + 12 * self.query_size * keys) + copying
 
     @property
     def sparse_wins_from(self) -> int | None:
@@ -214,9 +219,17 @@ class ModelConfig:
         return start + extra // gain + 1 if gain > 0 else None
 
     @property
+    def beyond_qwen3(self) -> dict[str, str]:
+        """The parts of the model that Qwen3 does not have, and the setting that leaves each out."""
+        return {
+            **({"value embeddings": "model.value_embeddings=none"} if self.value_embedding_size else {}),
+            **({"copy head": "model.copy_head_dim=null"} if self.copy_head_dim else {}),
+        }
+
+    @property
     def qwen3_tokens(self) -> int:
         """The longest rows in which Qwen3 can be the same model: those that sparse attention reads whole; 0 if it never can."""
-        if self.value_embedding_size:
+        if self.beyond_qwen3:
             return 0
         if isinstance(self.attention, SparseAttentionConfig):
             return min(self.max_seq_len, self.attention.top_k)
@@ -226,7 +239,7 @@ class ModelConfig:
     def exportable_as(self) -> str:
         """Return in words which form a model of this shape can take in other programs."""
         if self.qwen3_tokens == 0:
-            return "safetensors alone, because of its value embeddings"
+            return f"safetensors alone, because of its {' and its '.join(self.beyond_qwen3)}"
         return "Qwen3" if self.qwen3_tokens == self.max_seq_len else f"Qwen3, in rows of at most {self.qwen3_tokens:,} tokens"
 
     def consequences(self) -> dict[str, str]:
@@ -242,7 +255,8 @@ class ModelConfig:
     def kv_cache_bytes(self, batch: int, seq_len: int, dtype_bytes: int = 2) -> int:
         """Return the bytes of the keys and values of ``batch`` rows of ``seq_len`` tokens, and of the keys of a sparse index."""
         index = self.attention.index_head_dim if isinstance(self.attention, SparseAttentionConfig) else 0
-        return self.num_layers * batch * seq_len * (2 * self.kv_size + index) * dtype_bytes
+        copying = 0 if self.copy_head_dim is None else self.copy_head_dim * dtype_bytes + 8
+        return batch * seq_len * (self.num_layers * (2 * self.kv_size + index) * dtype_bytes + copying)
 
 
 def model_in(recipe: Mapping[str, Any], source: str) -> ModelConfig | None:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from osler.model.copy_head import DecodeCopyHead
 from osler.model.kv_cache import KVCache
 from osler.model.layers import DecodeFeedForward, DecodeLinear, Layout
 from osler.model.rope import rolled_tables
@@ -37,6 +38,7 @@ class Decoder:
             self._head = [DecodeLinear(layout, model.embed_proj.weight.T, norm=model.norm), DecodeLinear(layout, head)]
         else:
             self._head = [DecodeLinear(layout, head, norm=model.norm)]
+        self._copy_head = None if model.copy_head is None else DecodeCopyHead(model.copy_head, model.norm, layout)
         self._rope = [table.to(self.dtype) for table in rolled_tables(model.rope_cos, model.rope_sin)]
 
     def new_cache(self, rows: int, slots: int) -> KVCache:
@@ -48,7 +50,8 @@ class Decoder:
         """Return a cache filled by prompts, for ``KVCache.put``, and the logits after their last tokens, [P, V] fp32."""
         cache, x_PTD = self.read(prompts, past)
         last_P = cache.length_B - (0 if past is None else past.filled) - 1
-        return cache, self.logits(x_PTD[torch.arange(len(prompts), device=self.device), last_P])
+        x_P1D = x_PTD[torch.arange(len(prompts), device=self.device), last_P][:, None]
+        return cache, self.logits(x_P1D, cache, cache.length_B[:, None] - 1)[:, 0]
 
     def read(self, prompts: Sequence[Sequence[int]], past: KVCache | None = None) -> tuple[KVCache, Tensor]:
         """Return a cache filled by prompts, and the hidden states after each token that follows ``past``, [P, T, D].
@@ -68,6 +71,8 @@ class Decoder:
         for attention, feed_forward in self._layers:
             x_PTD = x_PTD + attention.prefill(x_PTD, rope, ids_PT, mask_11TS, cache)
             x_PTD = x_PTD + feed_forward(x_PTD)
+        if self._copy_head is not None:
+            self._copy_head.read(x_PTD, ids_PT, cache)
         cache.length_B.copy_(length_P)
         cache.filled = width
         return cache, x_PTD
@@ -82,8 +87,11 @@ class Decoder:
         for attention, feed_forward in self._layers:
             x_BD = x_BD + attention.step(x_BD, rope, token_B, cached)
             x_BD = x_BD + feed_forward(x_BD)
+        if self._copy_head is not None:
+            self._copy_head.step(x_BD, token_B, cache)
+        logits_BV = self.logits(x_BD[:, None], cache, cache.length_B[:, None])[:, 0]
         cache.length_B += running_B  # a row that has ended writes into the same slot again
-        return self.logits(x_BD)
+        return logits_BV
 
     def _rope_at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return cosines and sines at positions [...], each [..., 1, H]."""
@@ -94,8 +102,13 @@ class Decoder:
         x = F.embedding(ids, self._embed).to(self.dtype)
         return x if self._embed_proj is None else self._embed_proj(x)
 
-    def logits(self, x_BD: Tensor) -> Tensor:
-        """Return the logits of hidden states, [B, V] fp32."""
+    def logits(self, x_BTD: Tensor, cache: KVCache, place_BT: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Return the logits of hidden states at places of some rows of the cache, [B, T, V] fp32."""
+        logits = x_BTD
         for layer in self._head:
-            x_BD = layer(x_BD)
-        return x_BD.float()[:, : self.config.vocab_size]
+            logits = layer(logits)
+        logits = logits.float()[..., : self.config.vocab_size]
+        if self._copy_head is not None:
+            logits = logits.contiguous()
+            self._copy_head.add_(logits, x_BTD, cache, place_BT, rows)
+        return logits

@@ -41,6 +41,10 @@ class KVCache:
         self.config, self.slots = config, slots
         shape = (config.num_layers, rows, config.num_kv_heads, slots, config.head_dim)
         self.k, self.v = self.stored = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)]  # [L, B, K, S, H]
+        if config.copy_head_dim is not None:  # of a copy head: keys, and the token after each place
+            self.copy_k = torch.zeros(1, rows, 1, slots, config.copy_head_dim, dtype=dtype, device=device)
+            self.next_ids = torch.zeros(1, rows, 1, slots, 1, dtype=torch.int64, device=device)
+            self.stored += [self.copy_k, self.next_ids]
         self.bias_BKS = torch.full(shape[1:4], -torch.inf, dtype=dtype, device=device)
         self.length_B = torch.zeros(rows, dtype=torch.int64, device=device)  # tokens of a row, and the position of its next token
         self._first_BK = torch.arange(0, rows * shape[2] * slots, slots, device=device).view(rows, shape[2])

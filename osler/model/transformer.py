@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from osler.model.attention import Attention
 from osler.model.config import DenseAttentionConfig, ModelConfig, SparseAttentionConfig
+from osler.model.copy_head import CopyHead
 from osler.model.init import init_weights, is_of_indexer
 from osler.model.layers import FeedForward, Linear, RMSNorm
 from osler.model.rope import rope_tables
 from osler.model.sparse_attention import SparseAttention
+from osler.ops.copies import Copies, copied_logits_reference, log_masses
 from osler.ops.cross_entropy import linear_cross_entropy
 from osler.ops.labels import IGNORED
 from osler.runtime.faults import poisoned
@@ -63,6 +65,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps, weight=config.norm_weight)
         self.lm_head = None if config.tie_embeddings else Linear(config.hidden_size, config.padded_vocab_size)
+        self.copy_head = None if config.copy_head_dim is None else CopyHead(config)
         self.make_tables(torch.get_default_device())
 
     def make_tables(self, device: torch.device) -> None:
@@ -126,10 +129,25 @@ class Transformer(nn.Module):
             features = features @ self.embed_proj.weight.to(features.dtype)
         return features, self.embed_tokens.weight
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Return logits over the true vocabulary in fp32, [..., vocab_size]; training never computes all of them at once."""
+    def copies(self, hidden_BTD: Tensor, ids_BT: Tensor, document_BT: Tensor | None = None) -> Copies | None:
+        """Return what each of the B * T tokens can copy from its row; None for a model without a copy head."""
+        if self.copy_head is None:
+            return None
+        next_ids_BS, score_BTS = self.copy_head(hidden_BTD, ids_BT, document_BT)
+        row_N = torch.arange(len(ids_BT), device=ids_BT.device).repeat_interleave(ids_BT.shape[1])
+        return Copies(next_ids_BS, row_N, score_BTS.flatten(0, 1))
+
+    def logits(self, hidden: Tensor, copies: Copies | None = None) -> Tensor:
+        """Return logits over the true vocabulary in fp32, [..., vocab_size]; training never computes all of them at once.
+
+        ``copies`` are those of the same tokens. Raises ValueError if a model with a copy head gets none.
+        """
+        if self.copy_head is not None and copies is None:
+            raise ValueError("a model with a copy head needs copies: model.logits(hidden, model.copies(hidden, ids))")
         features, weight = self.head(hidden)
         logits = (features @ weight.to(features.dtype).T)[:, : self.config.vocab_size].float()
+        if copies is not None:
+            logits = copied_logits_reference(logits, *copies.part(0, len(logits)))
         return logits.view(*hidden.shape[:-1], -1)
 
 
@@ -150,13 +168,18 @@ class SummedLoss(ModelLoss):
 
     def forward(self, ids_BT: Tensor, labels_BT: Tensor, document_BT: Tensor | None, *teacher: Tensor) -> Tensor:
         hidden_BTD, measured_BTM = self.model.with_index(ids_BT, document_BT)
-        losses = self.of_hidden(hidden_BTD, labels_BT, *teacher)
+        losses = self.of_hidden(hidden_BTD, ids_BT, labels_BT, document_BT, *teacher)
         return losses if measured_BTM is None else self.with_measured(losses, measured_BTM, labels_BT)
 
-    def of_hidden(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
+    def of_hidden(self, hidden_BTD: Tensor, ids_BT: Tensor, labels_BT: Tensor, document_BT: Tensor | None) -> Tensor:
         """Compute the part after the last block, which can be compiled by itself."""
-        features, weight = self.model.head(hidden_BTD)
-        return linear_cross_entropy(features, weight, labels_BT.flatten(), vocab_size=self.model.config.vocab_size)
+        model, masses = self.model, None
+        if model.copy_head is not None:
+            next_ids_BS, score_BTS = model.copy_head(hidden_BTD, ids_BT, document_BT)
+            masses = log_masses(next_ids_BS, score_BTS, labels_BT)
+        features, weight = model.head(hidden_BTD)
+        vocab_size = model.config.vocab_size
+        return linear_cross_entropy(features, weight, labels_BT.flatten(), vocab_size=vocab_size, log_masses=masses)
 
     def with_measured(self, losses: Tensor, measured_BTM: Tensor, labels_BT: Tensor) -> Tensor:
         """Put the sums of the measurements before the last loss, and add the KL of all layers to it."""

@@ -217,9 +217,11 @@ def prediction_stats(model: Transformer, hidden_BTD: Tensor, rows: ProbeRows) ->
     """Return accuracy, entropy and confidence of the model at the learned tokens; logits are computed a chunk at a time."""
     chunk = default_chunk_tokens(model.config.padded_vocab_size)
     flat = (hidden_BTD.flatten(0, 1), rows.labels_BT.flatten(), rows.counts_BT.flatten())
-    sums, peaks = [], []
+    copies = model.copies(hidden_BTD, rows.ids_BT)
+    sums, peaks, start = [], [], 0
     for hidden_CD, label_C, place_C in zip(*(part.split(chunk) for part in flat), strict=True):
-        logits_CV = model.logits(hidden_CD)
+        logits_CV = model.logits(hidden_CD, None if copies is None else copies.of(slice(start, start + chunk)))
+        start += chunk
         peaks.append(logits_CV.masked_fill(~place_C[:, None], float("-inf")).amax())
         log_CV = logits_CV.log_softmax(-1)
         top_C, word_C = log_CV.max(-1)

@@ -8,13 +8,16 @@ Matmuls run in the dtype of the features, the log-sum-exp and sums of weight gra
 Shape legend: N tokens, R features per token, V rows of the head (padding included), C tokens of one chunk.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from osler.ops.copies import Copies, add_copies_, copied_logits_reference
 from osler.ops.labels import IGNORED
 
 WEIGHT_PIECE = 1 << 25  # elements of a weight gradient that are widened to fp32 at a time: 128 MB
@@ -26,23 +29,36 @@ TILE_WORDS = 12_800
 WHOLE_CHUNK_TOKENS = 1024  # of a vocabulary of one tile: more of its logits stay in the cache between the passes over them
 TILED_CHUNK_TOKENS, TILED_CHUNK_BYTES = 4096, 400 << 20  # larger, because exponentials replace logits tile by tile
 
-Chunks = list[tuple[Tensor, Tensor, Tensor]]  # features [C, R], labels [C] and the scale of each label's loss [C]
+# Features [C, R], labels [C], the scale of each label's loss [C], and the log-masses of all copies and of the label's [C].
+Chunks = list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # the loss; its gradients for features, head, and both log-masses
 Tiles = list[tuple[int, Tensor]]  # the first word of each tile, and its rows of the head
 Statistic = Callable[[Tensor, Tensor], Tensor]  # [C] from log-softmax [C, V], which it may overwrite, and labels [C]
 
 
-def cross_entropy_reference(features_NR: Tensor, weight_VR: Tensor, labels_N: Tensor, *, vocab_size: int | None = None) -> Tensor:
+def cross_entropy_reference(
+    features_NR: Tensor, weight_VR: Tensor, labels_N: Tensor, *, vocab_size: int | None = None, copies: Copies | None = None
+) -> Tensor:
     """Compute :func:`linear_cross_entropy` by its definition: full logits, and the sum of ``F.cross_entropy``."""
     logits = wide(features_NR @ weight_VR[:vocab_size].to(features_NR.dtype).T)
+    if copies is not None:
+        logits = copied_logits_reference(logits, *copies.part(0, len(logits)))
     return F.cross_entropy(logits, labels_N, ignore_index=IGNORED, reduction="sum")
 
 
 def linear_cross_entropy(
-    features_NR: Tensor, weight_VR: Tensor, labels_N: Tensor, *, vocab_size: int | None = None, chunk_tokens: int | None = None
+    features_NR: Tensor,
+    weight_VR: Tensor,
+    labels_N: Tensor,
+    *,
+    vocab_size: int | None = None,
+    log_masses: tuple[Tensor, Tensor] | None = None,
+    chunk_tokens: int | None = None,
 ) -> Tensor:
     """Return the sum over tokens of -log softmax(features @ weight.T)[label], fp32 scalar, in nats.
 
-    Labels equal to -100 count nothing; weight rows from ``vocab_size`` on are padding and take no probability.
+    Labels equal to -100 count nothing; weight rows from ``vocab_size`` on are padding and take no probability. ``log_masses``
+    (``copies.log_masses``, [N] each) are the copies that stand beside the vocabulary in the softmax; they get gradients, too.
     """
     scale_N = wide((labels_N != IGNORED).to(features_NR.dtype))  # in the dtype of every sum
     words, logit_bytes = weight_VR.shape[0], features_NR.element_size()
@@ -50,33 +66,40 @@ def linear_cross_entropy(
         most_tokens = TILED_CHUNK_TOKENS if words > TILE_WORDS else WHOLE_CHUNK_TOKENS
         chunk_tokens = default_chunk_tokens(words, logit_bytes, most_tokens, TILED_CHUNK_BYTES)
     numbers = (vocab_size or words, chunk_tokens or default_chunk_tokens(words, logit_bytes))
-    loss: Tensor = _LinearCrossEntropy.apply(features_NR, weight_VR, labels_N.clamp_min(0), scale_N, numbers)
+    # Two tensors, because a compiler refuses the same one twice.
+    of_all_N, of_label_N = log_masses or [torch.full_like(scale_N, -torch.inf) for _ in range(2)]
+    loss: Tensor = _LinearCrossEntropy.apply(
+        features_NR, weight_VR, labels_N.clamp_min(0), scale_N, of_all_N, of_label_N, numbers
+    )
     return loss
 
 
 def linear_logprobs(
-    features_NR: Tensor,
-    weight_VR: Tensor,
+    head: tuple[Tensor, Tensor],
     labels_N: Tensor,
     statistic: Statistic,
     *,
     vocab_size: int | None = None,
     temperature: float = 1.0,
     mask_NV: Tensor | None = None,
+    copies: Copies | None = None,
     chunk_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return for each label its log-probability, and the ``statistic`` of its distribution, each [N].
 
     The log-probability is fp32 in nats, at ``temperature``, and has a gradient. ``mask_NV`` (bool, [N, vocab_size]) is a sampling
-    mask to renormalise over, with the labels in it.
+    mask to renormalise over, with the labels in it. ``copies`` become part of the logits before both. ``head`` is features
+    [N, R] and weight [V, R].
     """
+    features_NR, weight_VR = head
     words = weight_VR.shape[0]
     backward_tokens = chunk_tokens or default_chunk_tokens(words)
     # The forward pass reads the logits of a chunk several times, so on a CPU they are few enough to stay in the cache.
     is_cached = chunk_tokens is None and features_NR.device.type in CACHED_LOGITS and not torch.compiler.is_compiling()
     forward_tokens = max(64, CACHED_LOGITS[features_NR.device.type] // words) if is_cached else backward_tokens
     numbers = (vocab_size or words, temperature, forward_tokens, backward_tokens)
-    logp, found = _LinearLogprobs.apply(features_NR, weight_VR, labels_N, mask_NV, statistic, numbers)
+    copied = copies or (None, None, None)
+    logp, found = _LinearLogprobs.apply(features_NR, weight_VR, labels_N, (statistic, numbers), mask_NV, *copied)
     return logp, found
 
 
@@ -124,40 +147,65 @@ def without_padding(logits_CV: Tensor, vocab_size: int) -> Tensor:
     return logits_CV.masked_fill(torch.arange(logits_CV.shape[1], device=logits_CV.device) >= vocab_size, float("-inf"))
 
 
-def _eager_gradients(chunks: Chunks, head_VR: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss, and its gradients with respect to features and head, the latter in the dtype it was summed in.
+class WithCopies(NamedTuple):
+    """What a token's copies change about its loss, each [C]."""
+
+    loss_C: Tensor  # before its scale
+    share_C: Tensor  # of the softmax that the vocabulary has: 1 without copies
+    label_share_C: Tensor  # of the label's probability that comes from the vocabulary: 1 without copies
+
+    @classmethod
+    def of(cls, log_sum_C: Tensor, label_logit_C: Tensor, of_all_C: Tensor, of_label_C: Tensor) -> WithCopies:
+        """Return it for the log-sum-exp of the vocabulary, the label's logit and the log-masses of the copies."""
+        total_C, label_C = torch.logaddexp(log_sum_C, of_all_C), torch.logaddexp(label_logit_C, of_label_C)
+        return cls(total_C - label_C, (log_sum_C - total_C).exp(), (label_logit_C - label_C).exp())
+
+    def gradients(self, scale_C: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradients for both log-masses."""
+        return (1 - self.share_C) * scale_C, (self.label_share_C - 1) * scale_C
+
+
+def _eager_gradients(chunks: Chunks, head_VR: Tensor, vocab_size: int) -> Gradients:
+    """Return the loss, and its gradients; that of the head is in the dtype it was summed in.
 
     This goes chunk by chunk and overwrites the logits of each with their gradient.
     """
     grad_head = torch.zeros_like(head_VR, dtype=chunks[0][2].dtype)
-    losses, grad_chunks = [], []
-    for x, label, scale in chunks:
+    losses, grad_chunks, grad_all, grad_label = [], [], [], []
+    for x, *of_tokens in chunks:
         logits = x @ head_VR.T
-        loss, share_C = _into_gradient(logits, label, scale, vocab_size)
+        loss, share_C, of_all_C, of_label_C = _into_gradient(logits, of_tokens, vocab_size)
         losses.append(loss)
         grad_chunks.append((wide(logits @ head_VR) * share_C[:, None]).to(x.dtype))
         add_weight_gradient(grad_head, logits, (x * share_C[:, None]).to(x.dtype))
+        grad_all.append(of_all_C)
+        grad_label.append(of_label_C)
         del logits  # else the logits of two chunks would be in memory
-    return torch.stack(losses).sum(), torch.cat(grad_chunks), grad_head
+    return torch.stack(losses).sum(), torch.cat(grad_chunks), grad_head, torch.cat(grad_all), torch.cat(grad_label)
 
 
-def _into_gradient(logits_CV: Tensor, label_C: Tensor, scale_C: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Return the summed loss of one chunk and a factor for each token; write the gradient but for this factor over the logits.
+def _into_gradient(logits_CV: Tensor, of_tokens: list[Tensor], vocab_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return a chunk's summed loss, a factor for each token, and the gradients of its log-masses.
 
-    A whole chunk would go through memory once for every operator; a block of its rows stays in the cache.
+    The gradient of the logits but for this factor overwrites them. A whole chunk would go through memory once for every operator;
+    a block of its rows stays in the cache.
     """
     rows = max(1, BLOCK_LOGITS.get(logits_CV.device.type, logits_CV.numel()) // logits_CV.shape[1])
-    losses, shares = [], []
-    for block, label, scale in zip(logits_CV.split(rows), label_C.split(rows), scale_C.split(rows), strict=True):
+    losses, shares, grad_all, grad_label = [], [], [], []
+    for block, label, scale, *masses in zip(*(each.split(rows) for each in (logits_CV, *of_tokens)), strict=True):
         label_logit, logits = wide(block.gather(1, label[:, None])).squeeze(1), without_padding(wide(block), vocab_size)
         most = logits.amax(-1)
         exp = (logits - most[:, None]).exp_().to(block.dtype)
         total = wide(exp).sum(-1)
-        losses.append(((total.log() + most - label_logit) * scale).sum())
-        shares.append(scale / total)
-        label_error = ((label_logit - most).exp() - total).to(block.dtype)
+        copied = WithCopies.of(total.log() + most, label_logit, *masses)
+        losses.append((copied.loss_C * scale).sum())
+        shares.append(scale * copied.share_C / total)
+        of_all, of_label = copied.gradients(scale)
+        grad_all.append(of_all)
+        grad_label.append(of_label)
+        label_error = ((label_logit - most).exp() - total * copied.label_share_C / copied.share_C).to(block.dtype)
         block.copy_(exp.scatter_(1, label[:, None], label_error[:, None]))
-    return torch.stack(losses).sum(), torch.cat(shares)
+    return torch.stack(losses).sum(), torch.cat(shares), torch.cat(grad_all), torch.cat(grad_label)
 
 
 def add_weight_gradient(grad_weight_VR: Tensor, grad_logits_CV: Tensor, x_CR: Tensor) -> None:
@@ -170,7 +218,7 @@ def add_weight_gradient(grad_weight_VR: Tensor, grad_logits_CV: Tensor, x_CR: Te
         sum_PR += part_CP.T @ x_CR
 
 
-def _compiled_gradients(chunks: Chunks, head_VR: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
+def _compiled_gradients(chunks: Chunks, head_VR: Tensor, vocab_size: int) -> Gradients:
     """Compute the same as ``_eager_gradients``, in a form for a compiler, which fuses the operations on a logit.
 
     On a CPU it goes by tiles of the vocabulary, whose exponentials take the place of their logits one tile after the other. A
@@ -181,7 +229,8 @@ def _compiled_gradients(chunks: Chunks, head_VR: Tensor, vocab_size: int) -> tup
     loss = chunks[0][2].new_zeros(())
     grad_chunks: list[Tensor] = []
     grad_tiles: list[Tensor] = []
-    for x, label, scale in chunks:
+    grad_masses: list[tuple[Tensor, Tensor]] = []
+    for x, label, scale, *masses in chunks:
         if grad_chunks:
             x = in_turn(x, [grad_chunks[-1], *grad_tiles])
         tile_logits, most_C, label_logit_C = _tile_logits(x, tiles, label, vocab_size)
@@ -191,15 +240,18 @@ def _compiled_gradients(chunks: Chunks, head_VR: Tensor, vocab_size: int) -> tup
             largest_C = in_turn(most_C, exps[-1:] or [label_logit_C]) if len(tiles) > 1 else most_C
             exps.append((without_padding(wide(logits), vocab_size - start) - largest_C[:, None]).exp().to(x.dtype))
         sum_C = torch.stack([wide(exp).sum(-1) for exp in exps]).sum(0)  # of what was written: summing fp32 would write that too
-        loss = loss + ((sum_C.log() + most_C - label_logit_C) * scale).sum()
-        share_C1 = (scale / sum_C)[:, None]
+        copied = WithCopies.of(sum_C.log() + most_C, label_logit_C, *masses)
+        loss = loss + (copied.loss_C * scale).sum()
+        grad_masses.append(copied.gradients(scale))
+        share_C1 = (scale * copied.share_C / sum_C)[:, None]
         scaled_x = (x * share_C1).to(x.dtype)
         grad_x = torch.zeros_like(x, dtype=scale.dtype)
         parts: list[Tensor] = []
         for (start, tile), exp in zip(tiles, exps, strict=True):
             if parts:
                 sum_C = in_turn(sum_C, [grad_x, parts[-1]])
-            error = _minus_at_label(exp, label - start, (label_logit_C - most_C).exp(), sum_C)
+            of_label_C = sum_C * copied.label_share_C / copied.share_C
+            error = _minus_at_label(exp, label - start, (label_logit_C - most_C).exp(), of_label_C)
             grad_x = grad_x + error @ tile
             parts.append(error.T @ scaled_x)
         grad_chunks.append((grad_x * share_C1).to(x.dtype))
@@ -207,14 +259,15 @@ def _compiled_gradients(chunks: Chunks, head_VR: Tensor, vocab_size: int) -> tup
             grad_tiles = [whole + part for whole, part in zip(grad_tiles, parts, strict=True)]
         else:
             grad_tiles = parts if len(chunks) == 1 else [wide(part) for part in parts]
-    return loss, torch.cat(grad_chunks), torch.cat(grad_tiles)
+    grad_all, grad_label = (torch.cat(parts) for parts in zip(*grad_masses, strict=True))
+    return loss, torch.cat(grad_chunks), torch.cat(grad_tiles), grad_all, grad_label
 
 
-def _minus_at_label(exp_CV: Tensor, label_C: Tensor, label_exp_C: Tensor, sum_C: Tensor) -> Tensor:
-    """Return the exponentials with ``sum_C`` subtracted at each label that is among these words."""
+def _minus_at_label(exp_CV: Tensor, label_C: Tensor, label_exp_C: Tensor, less_C: Tensor) -> Tensor:
+    """Return the exponentials with ``less_C`` subtracted at each label that is among these words."""
     is_here_C = (label_C >= 0) & (label_C < exp_CV.shape[1])
     place = torch.arange(exp_CV.shape[0], device=exp_CV.device), label_C * is_here_C
-    return exp_CV.index_put(place, torch.where(is_here_C, (label_exp_C - sum_C).to(exp_CV.dtype), exp_CV[place]))
+    return exp_CV.index_put(place, torch.where(is_here_C, (label_exp_C - less_C).to(exp_CV.dtype), exp_CV[place]))
 
 
 def _tile_logits(x_CR: Tensor, tiles: Tiles, label_C: Tensor, vocab_size: int) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -234,26 +287,35 @@ def _tile_logits(x_CR: Tensor, tiles: Tiles, label_C: Tensor, vocab_size: int) -
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, features: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, numbers: tuple[int, int]) -> Tensor:
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        scale: Tensor,
+        of_all: Tensor,
+        of_label: Tensor,
+        numbers: tuple[int, int],
+    ) -> Tensor:
         (vocab_size, chunk_tokens), head = numbers, weight.to(features.dtype)
-        chunks = list(zip(*(each.split(chunk_tokens) for each in (features, labels, scale)), strict=True))
+        chunks = list(zip(*(each.split(chunk_tokens) for each in (features, labels, scale, of_all, of_label)), strict=True))
         gradients = _compiled_gradients if torch.compiler.is_compiling() else _eager_gradients
-        loss, grad_features, grad_head = gradients(chunks, head, vocab_size)
-        ctx.save_for_backward(grad_features, grad_head)
+        loss, *to_save = gradients(chunks, head, vocab_size)
+        ctx.save_for_backward(*to_save)
         ctx.weight_dtype = weight.dtype
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        grad_features, grad_head = ctx.saved_tensors
+        grad_features, grad_head, grad_all, grad_label = ctx.saved_tensors
         grad_weight = (grad_head.to(grad_loss.dtype) * grad_loss).to(ctx.weight_dtype)
-        return grad_features * grad_loss.to(grad_features.dtype), grad_weight, None, None, None
+        grad_features = grad_features * grad_loss.to(grad_features.dtype)
+        return grad_features, grad_weight, None, None, grad_all * grad_loss, grad_label * grad_loss, None
 
 
-def _scaled_logits(x_CR: Tensor, head_VR: Tensor, mask_CV: Tensor | None, vocab_size: int, temperature: float) -> Tensor:
-    logits_CV = without_padding(wide(x_CR @ head_VR.T), vocab_size)
+def _scaled(logits_CV: Tensor, mask_CV: Tensor | None, temperature: float) -> Tensor:
     if mask_CV is not None:
-        mask_CV = F.pad(mask_CV, (0, head_VR.shape[0] - mask_CV.shape[1]))
+        mask_CV = F.pad(mask_CV, (0, logits_CV.shape[1] - mask_CV.shape[1]))
         logits_CV = logits_CV.masked_fill(~mask_CV, float("-inf"))
     return logits_CV if temperature == 1 else logits_CV / temperature
 
@@ -265,20 +327,23 @@ class _LinearLogprobs(torch.autograd.Function):
         features: Tensor,
         weight: Tensor,
         labels: Tensor,
+        how: tuple[Statistic, tuple[int, float, int, int]],
         mask: Tensor | None,
-        statistic: Statistic,
-        numbers: tuple[int, float, int, int],
+        *copied: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(features, weight, labels, mask)
-        ctx.numbers = (vocab_size, temperature, chunk_tokens, _) = numbers
-        head = weight.to(features.dtype)
+        ctx.save_for_backward(features, weight, labels, mask, *copied)
+        statistic, ctx.numbers = how
+        vocab_size, temperature, chunk_tokens, _ = ctx.numbers
+        head, copies = weight.to(features.dtype), _copies(*copied)
         # Small results that stay between the large logits of two chunks would let the C library take new memory for each chunk.
         logp_N = features.new_empty(features.shape[0], dtype=torch.promote_types(features.dtype, torch.float32))
         found_N: Tensor | None = None
         for start in range(0, features.shape[0], chunk_tokens):
             part = slice(start, start + chunk_tokens)
-            logits = _scaled_logits(features[part], head, None if mask is None else mask[part], vocab_size, temperature)
-            log_softmax = logits.log_softmax(-1)
+            logits = without_padding(wide(features[part] @ head.T), vocab_size)
+            if copies is not None:
+                add_copies_(logits, *copies.part(start, chunk_tokens))
+            log_softmax = _scaled(logits, None if mask is None else mask[part], temperature).log_softmax(-1)
             logp_N[part] = log_softmax.gather(1, labels[part, None]).squeeze(1)
             found_C = statistic(log_softmax, labels[part])
             found_N = found_C.new_empty(features.shape[0]) if found_N is None else found_N
@@ -289,17 +354,34 @@ class _LinearLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_logp: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        features, weight, labels, mask = ctx.saved_tensors
+        features, weight, labels, mask, *copied = ctx.saved_tensors
         vocab_size, temperature, _, chunk_tokens = ctx.numbers
-        head = weight.to(features.dtype)
+        head, copies = weight.to(features.dtype), _copies(*copied)
         grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(features.dtype, torch.float32))
         grad_chunks: list[Tensor] = []
+        grad_scores: list[Tensor] = []
         for start in range(0, features.shape[0], chunk_tokens):
             part = slice(start, start + chunk_tokens)
-            logits = _scaled_logits(features[part], head, None if mask is None else mask[part], vocab_size, temperature)
+            logits = without_padding(wide(features[part] @ head.T), vocab_size)
+            copied = None
+            if copies is not None:
+                ids_CS, score_CS = copies.part(start, chunk_tokens)
+                copied = ids_CS, score_CS, *add_copies_(logits, ids_CS, score_CS)
+            logits = _scaled(logits, None if mask is None else mask[part], temperature)
             one_hot = labels[part, None] == torch.arange(head.shape[0], device=head.device)
             grad_logits = (one_hot.to(logits.dtype) - logits.softmax(-1)) * (grad_logp[part, None] / temperature)
+            if copied is not None:  # a word's gradient goes to its logit and to its places by their shares of its probability
+                ids_CS, score_CS, before_CS, after_CS = copied
+                grad_CS = grad_logits.gather(1, ids_CS)
+                grad_scores.append(grad_CS * (score_CS - after_CS).exp())
+                grad_logits.scatter_(1, ids_CS, grad_CS * (before_CS - after_CS).exp())
             grad_logits = grad_logits.to(features.dtype)
             grad_chunks.append(grad_logits @ head)
             add_weight_gradient(grad_weight, grad_logits, features[part])
-        return torch.cat(grad_chunks), grad_weight.to(weight.dtype), None, None, None, None
+        grad_score = torch.cat(grad_scores) if grad_scores else None
+        return torch.cat(grad_chunks), grad_weight.to(weight.dtype), None, None, None, None, None, grad_score
+
+
+def _copies(ids_BS: Tensor | None, row_N: Tensor | None, score_NS: Tensor | None) -> Copies | None:
+    """Put the parts together again that ``apply`` takes one by one, because it only sees gradients of plain tensors."""
+    return None if ids_BS is None or row_N is None or score_NS is None else Copies(ids_BS, row_N, score_NS)

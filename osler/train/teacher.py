@@ -36,7 +36,9 @@ class DistilledLoss(SummedLoss):
         super().__init__(model)
         self.mix = Mix(config.weight, config.temperature, model.config.vocab_size)
 
-    def of_hidden(self, hidden_BTD: Tensor, labels_BT: Tensor, *teacher: Tensor) -> Tensor:
+    def of_hidden(
+        self, hidden_BTD: Tensor, ids_BT: Tensor, labels_BT: Tensor, document_BT: Tensor | None, *teacher: Tensor
+    ) -> Tensor:
         features, head = teacher
         return linear_distillation(*self.model.head(hidden_BTD), labels_BT.flatten(), (features, head), self.mix)
 
@@ -104,6 +106,11 @@ def check_teacher(teacher: store.Loaded, student: ModelConfig, tokenizer: str, s
             f"The teacher {teacher.path} has a vocabulary of {shape.vocab_size:,} tokens and the model to train one of "
             f"{student.vocab_size:,}: set model.vocab_size={shape.vocab_size}."
         )
+    for whose, config in ((f"The teacher {teacher.path}", shape), ("The model to train", student)):
+        if config.copy_head_dim is not None:
+            raise UserError(
+                f"{whose} has a copy head (copy_head_dim), which distillation does not compare: take a model without."
+            )
     if shape.max_seq_len < seq_len:
         raise UserError(
             f"The teacher {teacher.path} reads {shape.max_seq_len:,} tokens (max_seq_len), and a row has seq_len {seq_len:,}: "

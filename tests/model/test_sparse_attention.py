@@ -210,8 +210,10 @@ def test_export_is_refused_but_for_rows_in_which_the_model_is_dense():
     model = build()
     with pytest.raises(UserError, match="--max-tokens 12"):
         qwen3_weights(model.config, model.state_dict())
-    with pytest.raises(UserError, match=r"value_embeddings=all.*value_embeddings=none to export it"):
+    with pytest.raises(UserError, match=r"value embeddings, which.*value_embeddings=none to export it"):
         dense_form(replace(model.config, value_embeddings="all"), 12)
+    with pytest.raises(UserError, match=r"copy head, which.*copy_head_dim=null to export it"):
+        dense_form(replace(model.config, copy_head_dim=16), 12)
     short = dense_form(model.config, 12)
     dense = Transformer(short, compute_dtype=torch.float64).to(torch.float64)
     names = {name.removeprefix("model."): weight for name, weight in qwen3_weights(short, model.state_dict()).items()}

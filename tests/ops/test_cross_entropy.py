@@ -57,8 +57,8 @@ def test_logprobs_entropy_and_gradient_equal_log_softmax(masked: bool) -> None:
     mask[torch.arange(40), y] = True
     mask_NV = mask if masked else None
     how = {"vocab_size": 20, "temperature": 0.7, "mask_NV": mask_NV, "chunk_tokens": 11}
-    logp, entropies = linear_logprobs(x, w, y, entropy, **how)
-    same, is_top = linear_logprobs(x, w, y, is_likeliest, **how)
+    logp, entropies = linear_logprobs((x, w), y, entropy, **how)
+    same, is_top = linear_logprobs((x, w), y, is_likeliest, **how)
     logits = (x @ w[:20].T) / 0.7
     if masked:
         logits = logits.masked_fill(~mask, float("-inf"))
@@ -78,7 +78,7 @@ def test_no_tensor_of_tokens_times_vocabulary_is_made(largest_tensor) -> None:
     x, w, y = make(tokens, 8, words, words)
     with largest_tensor:
         linear_cross_entropy(x, w, y, chunk_tokens=chunk).backward()
-        linear_logprobs(x, w, y, entropy, chunk_tokens=chunk)[0].sum().backward()
+        linear_logprobs((x, w), y, entropy, chunk_tokens=chunk)[0].sum().backward()
     assert largest_tensor.elements <= chunk * words < tokens * words
 
 
@@ -92,7 +92,7 @@ from osler.runtime.machine import peak_process_bytes
 keep_freed_memory()
 x, w, y = torch.randn(4096, 16), torch.randn(50_304, 16), torch.randint(50_000, (4096,))
 before = peak_process_bytes()
-linear_logprobs(x, w, y, is_likeliest)
+linear_logprobs((x, w), y, is_likeliest)
 print(peak_process_bytes() - before)
 """
     told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -180,7 +180,7 @@ def test_both_compile_as_one_graph(chunk: int | None, tile_words: int, monkeypat
 
     def both(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         loss = linear_cross_entropy(x, w, y, vocab_size=60, chunk_tokens=chunk)
-        logp, entropies = linear_logprobs(x, w, y.clamp_min(0), entropy, vocab_size=60, chunk_tokens=chunk)
+        logp, entropies = linear_logprobs((x, w), y.clamp_min(0), entropy, vocab_size=60, chunk_tokens=chunk)
         return loss + (logp.square() * entropies).sum()
 
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")  # the graph is the question, not the C++ compiler

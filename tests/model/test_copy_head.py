@@ -1,0 +1,54 @@
+"""A model with a copy head: training, likelihoods and decoding are the same function."""
+
+import pytest
+import torch
+
+from osler.eval.likelihood import label_logprobs
+from osler.inference.engine import InferenceEngine
+from osler.inference.recompute import generate_by_recompute
+from osler.model.config import ModelConfig
+from osler.model.transformer import SummedLoss, Transformer
+from osler.ops.sampling_params import SamplingParams
+
+
+def build() -> Transformer:
+    model = Transformer(ModelConfig(vocab_size=130, copy_head_dim=16, head_init="normal", residual_init="scaled"))
+    model.init_weights(3)
+    with torch.no_grad():
+        model.copy_head.k_proj.weight.mul_(4)  # type: ignore[union-attr]  # so that copies weigh as much as words
+    return model
+
+
+def test_loss_likelihood_and_logits_agree() -> None:
+    model, draw = build(), torch.Generator().manual_seed(1)
+    ids = torch.randint(20, (3, 24), generator=draw)
+    document = (torch.arange(24) >= 9).long().expand(3, -1)
+    for documents in (None, document):
+        hidden = model(ids[:, :-1], document_BT=None if documents is None else documents[:, :-1])
+        copies = model.copies(hidden, ids[:, :-1], None if documents is None else documents[:, :-1])
+        logp = model.logits(hidden, copies).log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+        without = torch.cat([(model.head(hidden)[0] @ model.head(hidden)[1].T)[:, :130]]).log_softmax(-1)
+        assert (logp.flatten() - without.gather(1, ids[:, 1:].reshape(-1, 1)).squeeze(1)).abs().max() > 0.1
+        of = None if documents is None else documents[:, :-1]
+        torch.testing.assert_close(SummedLoss(model)(ids[:, :-1], ids[:, 1:], of), -logp.sum())
+        torch.testing.assert_close(label_logprobs(model, ids[:, :-1], ids[:, 1:], of)[1], logp.flatten())
+
+
+def test_documents_do_not_copy_from_each_other() -> None:
+    model, ids = build(), torch.randint(20, (1, 24), generator=torch.Generator().manual_seed(2))
+    document = (torch.arange(23) >= 9).long()[None]
+    both = label_logprobs(model, ids[:, :-1], ids[:, 1:], document)[1]
+    alone = label_logprobs(model, ids[:, 9:-1], ids[:, 10:])[1]
+    torch.testing.assert_close(both[9:], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_decoding_equals_recomputation(temperature: float) -> None:
+    model = build()
+    prompts = [[5], [7, 8, 9, 7, 8], list(range(20)) * 2, [7, 8, 9, 7, 8, 9]]
+    sampling = SamplingParams(max_new_tokens=12, temperature=temperature)
+    found = InferenceEngine(model).generate(prompts, sampling, samples_per_prompt=2)
+    expected = generate_by_recompute(model, prompts, sampling, samples_per_prompt=2)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.ids == theirs.ids
+        torch.testing.assert_close(torch.tensor(ours.logprobs), torch.tensor(theirs.logprobs), atol=1e-5, rtol=1e-4)

@@ -1,0 +1,91 @@
+"""Copies beside the vocabulary in the softmax: every fast form against the definition."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from osler.ops.copies import NEVER, Copies, add_copies_, copied_logits_reference, log_masses
+from osler.ops.cross_entropy import cross_entropy_reference, entropy, linear_cross_entropy, linear_logprobs
+
+ROWS, LENGTH, WORDS, WIDTH = 3, 11, 40, 8
+
+
+def case(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return features, head, tokens at places, scores (the first token of a row can copy nothing) and labels."""
+    draw = torch.Generator().manual_seed(5)
+    features = torch.randn(ROWS * LENGTH, WIDTH, generator=draw).to(dtype)
+    head = torch.randn(64, WIDTH, generator=draw).to(dtype)
+    ids = torch.randint(7, (ROWS, LENGTH), generator=draw)  # few words, so that most stand at several places
+    score = 2 * torch.randn(ROWS, LENGTH, LENGTH, generator=draw).to(dtype)
+    score = score.masked_fill(torch.ones(LENGTH, LENGTH).triu().bool(), NEVER)
+    labels = torch.where(torch.rand(ROWS, LENGTH, generator=draw) < 0.6, ids.roll(3, 1), WORDS - 1)
+    return features, head, ids, score, labels
+
+
+def test_copied_logits_are_a_softmax_over_words_and_places() -> None:
+    _, _, ids, score, _ = case()
+    logits = torch.randn(LENGTH, WORDS, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    expected = logits.exp()
+    for token in range(LENGTH):
+        for place in range(LENGTH):
+            expected[token, ids[0, place]] += score[0, token, place].exp()
+    found = logits.clone()
+    before, after = add_copies_(found, ids[:1].expand(LENGTH, -1), score[0])
+    torch.testing.assert_close(found, expected.log())
+    torch.testing.assert_close(copied_logits_reference(logits, ids[:1].expand(LENGTH, -1), score[0]), expected.log())
+    torch.testing.assert_close(before, logits[:, ids[0]])
+    torch.testing.assert_close(after, found[:, ids[0]])
+
+
+@pytest.mark.parametrize("chunk_tokens", [4, 64])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_cross_entropy_with_copies_is_that_of_the_definition(chunk_tokens: int, compiled: bool) -> None:
+    features, head, ids, score, labels = case()
+    labels[1, 4:6] = -100
+    row = torch.arange(ROWS).repeat_interleave(LENGTH)
+    found = []
+    for is_fast in (True, False):
+        learned = [each.clone().requires_grad_() for each in (features, head, score)]
+        if is_fast:
+
+            def function(x: Tensor, weight: Tensor, of: Tensor) -> Tensor:
+                masses = log_masses(ids, of, labels)
+                return linear_cross_entropy(
+                    x, weight, labels.flatten(), vocab_size=WORDS, log_masses=masses, chunk_tokens=chunk_tokens
+                )
+
+            loss = (torch.compile(function, fullgraph=True) if compiled else function)(*learned)
+        else:
+            copies = Copies(ids, row, learned[2].flatten(0, 1))
+            loss = cross_entropy_reference(learned[0], learned[1], labels.flatten(), vocab_size=WORDS, copies=copies)
+        found.append([loss, *torch.autograd.grad(3 * loss, learned)])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("masked", [False, True])
+def test_log_probabilities_with_copies_are_those_of_the_definition(temperature: float, masked: bool) -> None:
+    features, head, ids, score, labels = case()
+    row, label_N = torch.arange(ROWS).repeat_interleave(LENGTH), labels.flatten()
+    mask = torch.rand(ROWS * LENGTH, WORDS, generator=torch.Generator().manual_seed(7)) < 0.5
+    mask[torch.arange(len(mask)), label_N] = True
+    weight_N = torch.linspace(-1, 2, len(label_N), dtype=torch.float64)
+    found = []
+    for is_fast in (True, False):
+        learned = [each.clone().requires_grad_() for each in (features, head, score)]
+        copies = Copies(ids, row, learned[2].flatten(0, 1))
+        if is_fast:
+            logp, spread = linear_logprobs(
+                (learned[0], learned[1]), label_N, entropy, vocab_size=WORDS, temperature=temperature,
+                mask_NV=mask if masked else None, copies=copies, chunk_tokens=5,
+            )  # fmt: skip
+        else:
+            logits = copied_logits_reference(learned[0] @ learned[1][:WORDS].T, *copies.part(0, len(label_N)))
+            logits = logits.masked_fill(~mask, -torch.inf) if masked else logits
+            log_NV = (logits / temperature).log_softmax(-1)
+            logp = log_NV.gather(1, label_N[:, None]).squeeze(1)
+            spread = entropy(log_NV.detach().clone(), label_N)
+        found.append([logp, spread, *torch.autograd.grad((logp * weight_N).sum(), learned)])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-9, rtol=1e-9)
