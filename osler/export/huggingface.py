@@ -89,8 +89,8 @@ def write(export: Export, folder: Path) -> str:
 def dense_form(config: ModelConfig, max_tokens: int) -> ModelConfig:
     """Return the config of the same model for rows of ``max_tokens``, with dense attention.
 
-    Sparse attention is dense in rows of at most ``top_k`` tokens. Raises UserError for longer rows and for value embeddings,
-    which Qwen3 cannot hold.
+    Sparse attention is dense in rows of at most ``top_k`` tokens. Raises UserError for longer rows, and for value embeddings
+    and a copy head, which Qwen3 cannot hold.
     """
     if config.beyond_qwen3:
         raise UserError(

@@ -253,7 +253,10 @@ class ModelConfig:
         return {"sparse attention": costs, **exports}
 
     def kv_cache_bytes(self, batch: int, seq_len: int, dtype_bytes: int = 2) -> int:
-        """Return the bytes of the keys and values of ``batch`` rows of ``seq_len`` tokens, and of the keys of a sparse index."""
+        """Return the bytes of the cache of ``batch`` rows of ``seq_len`` tokens.
+
+        It holds keys and values, the keys of a sparse index, and of a copy head the keys and a token for each place.
+        """
         index = self.attention.index_head_dim if isinstance(self.attention, SparseAttentionConfig) else 0
         copying = 0 if self.copy_head_dim is None else self.copy_head_dim * dtype_bytes + 8
         return batch * seq_len * (self.num_layers * (2 * self.kv_size + index) * dtype_bytes + copying)

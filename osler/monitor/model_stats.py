@@ -64,9 +64,10 @@ class ProbeRows(NamedTuple):
 
 
 def part_of(name: str) -> str:
-    """Return the part of the model that a parameter is in: its layer's number, ``embed``, ``values``, ``norm`` or ``head``.
+    """Return the part of the model that a parameter is in: its layer's number, or another name.
 
-    All value embeddings are one part, because they would outweigh the matrices of their layers.
+    The others are ``embed``, ``values``, ``norm``, ``head`` and ``copy_head``. All value embeddings are one part, because they
+    would outweigh the matrices of their layers.
     """
     first, *rest = name.split(".")
     if "value_embed" in rest:
@@ -217,7 +218,7 @@ def prediction_stats(model: Transformer, hidden_BTD: Tensor, rows: ProbeRows) ->
     """Return accuracy, entropy and confidence of the model at the learned tokens; logits are computed a chunk at a time."""
     chunk = default_chunk_tokens(model.config.padded_vocab_size)
     flat = (hidden_BTD.flatten(0, 1), rows.labels_BT.flatten(), rows.counts_BT.flatten())
-    copies = model.copies(hidden_BTD, rows.ids_BT)
+    copies = model.copies(hidden_BTD, rows.ids_BT, rows.document_BT)
     sums, peaks, start = [], [], 0
     for hidden_CD, label_C, place_C in zip(*(part.split(chunk) for part in flat), strict=True):
         logits_CV = model.logits(hidden_CD, None if copies is None else copies.of(slice(start, start + chunk)))

@@ -66,10 +66,9 @@ class Served:
 
     @property
     def cache_bytes(self) -> int:
-        """The memory of keys and values when all rows run."""
-        config, decoder = self.ready.model.config, self.batch.decoder
-        row = 2 * config.num_layers * config.num_kv_heads * config.head_dim * self.batch.slots
-        return self.batch.max_rows * row * decoder.new_cache(1, 1).k.element_size()
+        """The memory of the cache when all rows run."""
+        number_bytes = self.batch.decoder.new_cache(1, 1).k.element_size()
+        return self.ready.model.config.kv_cache_bytes(self.batch.max_rows, self.batch.slots, number_bytes)
 
     def room(self, prompt: Sequence[int]) -> int:
         """Return how many tokens can follow a prompt, at least 1."""

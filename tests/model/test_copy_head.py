@@ -8,6 +8,7 @@ from osler.inference.engine import InferenceEngine
 from osler.inference.recompute import generate_by_recompute
 from osler.model.config import ModelConfig
 from osler.model.transformer import SummedLoss, Transformer
+from osler.monitor.model_stats import ProbeRows, prediction_stats
 from osler.ops.sampling_params import SamplingParams
 
 
@@ -22,16 +23,23 @@ def build() -> Transformer:
 def test_loss_likelihood_and_logits_agree() -> None:
     model, draw = build(), torch.Generator().manual_seed(1)
     ids = torch.randint(20, (3, 24), generator=draw)
-    document = (torch.arange(24) >= 9).long().expand(3, -1)
-    for documents in (None, document):
-        hidden = model(ids[:, :-1], document_BT=None if documents is None else documents[:, :-1])
-        copies = model.copies(hidden, ids[:, :-1], None if documents is None else documents[:, :-1])
-        logp = model.logits(hidden, copies).log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-        without = torch.cat([(model.head(hidden)[0] @ model.head(hidden)[1].T)[:, :130]]).log_softmax(-1)
-        assert (logp.flatten() - without.gather(1, ids[:, 1:].reshape(-1, 1)).squeeze(1)).abs().max() > 0.1
-        of = None if documents is None else documents[:, :-1]
-        torch.testing.assert_close(SummedLoss(model)(ids[:, :-1], ids[:, 1:], of), -logp.sum())
-        torch.testing.assert_close(label_logprobs(model, ids[:, :-1], ids[:, 1:], of)[1], logp.flatten())
+    ids, labels = ids[:, :-1], ids[:, 1:]
+    for document in (None, (torch.arange(23) >= 9).long().expand(3, -1)):
+        hidden = model(ids, document_BT=document)
+        with pytest.raises(ValueError, match=r"model\.copies"):
+            model.logits(hidden)
+        log_BTV = model.logits(hidden, model.copies(hidden, ids, document)).log_softmax(-1)
+        logp = log_BTV.gather(-1, labels[..., None]).squeeze(-1)
+        features, weight = model.head(hidden)
+        without = (features @ weight.T)[:, :130].log_softmax(-1).gather(1, labels.reshape(-1, 1)).squeeze(1)
+        assert (logp.flatten() - without).abs().max() > 0.1
+        torch.testing.assert_close(SummedLoss(model)(ids, labels, document), -logp.sum())
+        torch.testing.assert_close(label_logprobs(model, ids, labels, document)[1], logp.flatten())
+        rows = ProbeRows(ids, labels, document)
+        right = prediction_stats(model, hidden, rows)["train/token_accuracy"]
+        assert right.item() == pytest.approx((log_BTV.argmax(-1) == labels).float().mean().item())
+        sure = prediction_stats(model, hidden, rows)["train/label_probability"]
+        assert sure.item() == pytest.approx(logp.exp().mean().item(), rel=1e-4)
 
 
 def test_documents_do_not_copy_from_each_other() -> None:

@@ -10,13 +10,13 @@ from osler.ops.cross_entropy import cross_entropy_reference, entropy, linear_cro
 ROWS, LENGTH, WORDS, WIDTH = 3, 11, 40, 8
 
 
-def case(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def case() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return features, head, tokens at places, scores (the first token of a row can copy nothing) and labels."""
     draw = torch.Generator().manual_seed(5)
-    features = torch.randn(ROWS * LENGTH, WIDTH, generator=draw).to(dtype)
-    head = torch.randn(64, WIDTH, generator=draw).to(dtype)
+    features = torch.randn(ROWS * LENGTH, WIDTH, generator=draw).double()
+    head = torch.randn(64, WIDTH, generator=draw).double()
     ids = torch.randint(7, (ROWS, LENGTH), generator=draw)  # few words, so that most stand at several places
-    score = 2 * torch.randn(ROWS, LENGTH, LENGTH, generator=draw).to(dtype)
+    score = 2 * torch.randn(ROWS, LENGTH, LENGTH, generator=draw).double()
     score = score.masked_fill(torch.ones(LENGTH, LENGTH).triu().bool(), NEVER)
     labels = torch.where(torch.rand(ROWS, LENGTH, generator=draw) < 0.6, ids.roll(3, 1), WORDS - 1)
     return features, head, ids, score, labels
