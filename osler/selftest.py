@@ -32,7 +32,7 @@ from osler.runtime.world import require_one_process
 from osler.train.config import TrainConfig
 from osler.train.run import train
 
-SHAPE = ModelConfig(vocab_size=512, max_seq_len=256, head_init="normal", residual_init="scaled")
+SHAPE = ModelConfig(vocab_size=512, max_seq_len=256, copy_head_dim=16, head_init="normal", residual_init="scaled")
 ROWS, LENGTH = 4, 192
 NEW_TOKENS = 24
 STEPS, RESUMED_FROM = 12, 8
@@ -116,7 +116,13 @@ def check_forward(device: torch.device) -> None:
     """Logits of the model against fp64."""
     model, ids_BT = model_and_ids(device)
     reference = exact(model)
-    compare("logits", model.logits(model(ids_BT)), reference.logits(reference(ids_BT.cpu())))
+    compare("logits", logits_of(model, ids_BT), logits_of(reference, ids_BT.cpu()))
+
+
+def logits_of(model: Transformer, ids_BT: Tensor) -> Tensor:
+    """Return the logits of every token, [B, T, V]."""
+    hidden_BTD = model(ids_BT)
+    return model.logits(hidden_BTD, model.copies(hidden_BTD, ids_BT))
 
 
 def check_backward(device: torch.device) -> None:
@@ -170,8 +176,8 @@ def check_sampling(device: torch.device) -> None:
         sampling = SamplingParams(max_new_tokens=NEW_TOKENS, temperature=temperature)
         for prompt, drawn in zip(prompts, InferenceEngine(model).generate(prompts, sampling), strict=True):
             with torch.no_grad():
-                hidden = reference(torch.tensor([[*prompt, *drawn.ids[:-1]]]))
-                logp_TV = reference.logits(hidden)[0, len(prompt) - 1 :].log_softmax(-1)
+                logits_1TV = logits_of(reference, torch.tensor([[*prompt, *drawn.ids[:-1]]]))
+                logp_TV = logits_1TV[0, len(prompt) - 1 :].log_softmax(-1)
             own = logp_TV.gather(1, torch.tensor(drawn.ids)[:, None])[:, 0]
             compare("log-probabilities of drawn tokens", torch.tensor(drawn.logprobs), own)
             if temperature == 0 and bool((logp_TV.max(-1).values - own).max() > LARGEST_ERROR[torch.float32]):

@@ -8,6 +8,7 @@
 | value_embed                   | zero                                                                                        |
 | o_proj, down_proj             | zero (each block starts as the identity), or normal scaled by 1 / sqrt(2 * num_layers)      |
 | lm_head                       | zero (first loss is exactly ln(vocab_size)), or normal, std 1 / sqrt(hidden_size)           |
+| copy_head                     | k_proj uniform, std 1 / sqrt(hidden_size); q_proj equals k_proj: alike states match          |
 | indexer                       | uniform, std 1 / sqrt(hidden_size); drawn after all others, which start as in a dense model  |
 | norm weights                  | one; those of QK-norm ``qk_norm_init``                                                      |
 
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from osler.model.attention import Attention
 from osler.model.config import ModelConfig
+from osler.model.copy_head import CopyHead
 from osler.model.rope import apply_rope, rope_tables
 from osler.runtime.sharded import put_whole, whole
 
@@ -46,6 +48,9 @@ def init_weights(model: nn.Module, config: ModelConfig, seed: int) -> None:
         if config.attention_init != "independent":
             for layer in layers:
                 _mirror(layer, config)
+        for module in model.modules():
+            if isinstance(module, CopyHead):
+                put_whole(module.q_proj.weight, whole(module.k_proj.weight))
         if config.attention_init == "induction":
             _wire_induction(model.get_parameter("embed_tokens.weight"), layers[0], layers[1], config, generator)
     init_indexers(model, config, seed)

@@ -28,6 +28,7 @@ UNTILED, WHOLE, TILED = (2048, 1 << 28), (1024, 400 << 20), (4096, 400 << 20)
 TILE_WORDS, CACHED_LOGITS = 12_800, 1 << 19
 COMPILED_AGAIN = {"selective": 0.5, "full": 2.0}  # layers that are whole at a time (by hand, two layers x 256 on a CPU)
 TABLES_OF_TWO = {"none": 0, "alternate": 1, "all": 2}  # value embeddings in two layers that follow each other
+COPY_SCORE = (22.0, 2.5)  # bytes of a copy head's score of a place: uncompiled, and compiled beside its size in the compute dtype
 ATTENTION_PIECE = 128  # queries that are computed at a time on a CPU (ops/attention.py)
 EVALUATED_TOKENS = 16_384  # tokens of a forward pass in an evaluation (eval/likelihood.py)
 
@@ -41,6 +42,7 @@ LOGIT_COPIES = Estimate(4, 5, 6, "computed: 4 to 6 tensors of a chunk's fp32 log
 LOOSE = {
     "activations": Estimate(0.9, 1.0, 1.15, "computed from the operators of a layer, give or take 15 %"),
     "loss head": Estimate(0.8, 1.0, 1.2, "computed: a chunk of logits, the head and its gradient, give or take 20 %"),
+    "copy head": Estimate(0.9, 1.0, 1.2, "computed: 4 to 26 bytes for each place that a token can copy (by hand, on a CPU)"),
 }
 
 
@@ -175,6 +177,15 @@ def head_bytes(one: Pass) -> tuple[float, float]:
     return chunk * rows * (one.width + wide), rows * rank * (8 + one.width % 4) + 2 * one.tokens * rank * one.width
 
 
+def copy_bytes(one: Pass) -> float:
+    """Return the bytes of a copy head's scores of all places for all tokens, and of what is computed from them."""
+    if one.model.copy_head_dim is None:
+        return 0.0
+    uncompiled, compiled = COPY_SCORE
+    each = compiled + one.width if one.compiled else uncompiled
+    return one.tokens * one.seq_len * (each + (4 if one.document_mask else 0))
+
+
 def evaluation_bytes(one: Pass) -> float:
     """Return the bytes of a forward pass of an evaluation, which is not compiled, and on a CPU in fp32."""
     model, width = one.model, 4 if one.on_cpu else one.width
@@ -183,7 +194,8 @@ def evaluation_bytes(one: Pass) -> float:
     scores = 3 * model.num_heads * keys_of(one.seq_len, one.on_cpu)
     attention = 3 * model.hidden_size + 3 * (model.query_size + 2 * model.kv_size) + scores
     logits = LOGIT_COPIES.value * logit_bytes(model, tokens, cached=one.on_cpu)
-    return max(tokens * max(feed_forward, attention) * width, logits)
+    copying = 0.0 if model.copy_head_dim is None else COPY_SCORE[0] * tokens * one.seq_len
+    return max(tokens * max(feed_forward, attention) * width, logits + copying)
 
 
 def logit_bytes(model: ModelConfig, tokens: int, *, cached: bool = False) -> float:
@@ -209,6 +221,7 @@ def memory_of(one: Pass, mode: Mode) -> dict[str, Estimate]:
         "activations": kept + max(0.0, recomputed - logits),  # the logits are gone when a layer is recomputed
         "mask": float(mask_bytes(one, mode)),
         "loss head": logits + of_head,
+        "copy head": copy_bytes(one),
     }
     ending = {"gradients": gradients, "weight copies": copies / layers, "activations": kept / layers + recomputed}
     step = max(turning, ending, key=lambda parts: sum(parts.values()))

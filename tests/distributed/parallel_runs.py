@@ -308,7 +308,7 @@ def start_in_parts(checkpoint: Path) -> int:
     """FSDP's ranks start with the weights of one process to the bit, new or loaded, and new ones never lie on a rank whole."""
     shape = ModelConfig(
         num_layers=12, hidden_size=64, intermediate_size=128, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=512,
-        head_init="normal", residual_init="scaled", max_seq_len=32, value_embeddings="alternate",
+        head_init="normal", residual_init="scaled", max_seq_len=32, value_embeddings="alternate", copy_head_dim=16,
     )  # fmt: skip
     machine = Machine(torch.device("cpu"), torch.float32, False)
     given = {"seq_len": 32, "batch_tokens": 64, "parallel": FsdpConfig(), "tokenizer": BPEConfig(vocab_size=512)}
@@ -390,7 +390,7 @@ if __name__ == "__main__":
     pretrain, sft, folder = sys.argv[1:]
     # Eight rows a batch: two micro-batches on each of four ranks. In fine-tuning twelve rows, three on each of four ranks, in
     # micro-batches of two and one; whole documents, padded, share the learned tokens unevenly too.
-    text = ["batch_tokens=512", "micro_batch_tokens=64", "total_tokens=6144", "model.value_embeddings=alternate"]
+    text = ["batch_tokens=512", "micro_batch_tokens=64", "total_tokens=6144", "model.value_embeddings=alternate", "model.copy_head_dim=16"]
     text += ["exam={every_tokens: 3072, items: 7}"]
     turns = ["batch_tokens=1536", "micro_batch_tokens=256", "total_tokens=18432"]
     pretrained = Path(folder) / "pretrain-1"

@@ -199,6 +199,12 @@ def test_mirrored_attention_starts_as_look_at_alike_and_copy() -> None:
         torch.testing.assert_close(o[:, group], 0.25 * v)
 
 
+def test_a_copy_head_starts_as_match_what_is_alike() -> None:
+    model = build(copy_head_dim=16)
+    assert model.copy_head is not None and torch.equal(model.copy_head.q_proj.weight, model.copy_head.k_proj.weight)
+    assert model.copy_head.k_proj.weight.std().item() == pytest.approx(64**-0.5, rel=0.1)
+
+
 @pytest.mark.parametrize("changes", [*SHAPES.values(), {"norm_weight": True}])
 def test_config_counts_what_the_model_has(changes: dict[str, Any]) -> None:
     model = build(**changes, vocab_size=128)  # a multiple of 64: no padding rows

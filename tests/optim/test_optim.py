@@ -124,7 +124,7 @@ def test_a_recipe_without_a_type_means_adamw_and_a_type_replaces_it() -> None:
     (True, {"matrices": 0.02, "vectors": 0.0025, "tables": 0.05}),
 ])  # fmt: skip
 def test_the_input_embedding_may_have_a_rate_of_its_own(tied: bool, groups: dict[str, float]) -> None:
-    shape = ModelConfig(norm_weight=True, tie_embeddings=tied, head_init="normal", value_embeddings="alternate")
+    shape = ModelConfig(norm_weight=True, tie_embeddings=tied, head_init="normal", value_embeddings="alternate", copy_head_dim=16)
     model, config = Transformer(shape), MuonConfig(input_embedding_lr=0.05)
     optimizer = build_optimizer(model, config)
     found = {str(group["name"]): group for group in optimizer.param_groups}

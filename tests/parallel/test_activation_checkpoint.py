@@ -15,7 +15,7 @@ MODES = ("off", "selective", "full")
 
 
 def build(mode: str, num_layers: int = 3) -> Transformer:
-    model = tiny_model(num_layers=num_layers, vocab_size=256, norm_weight=True, value_embeddings="alternate")
+    model = tiny_model(num_layers=num_layers, vocab_size=256, norm_weight=True, value_embeddings="alternate", copy_head_dim=16)
     set_recompute(model, mode)
     return model
 

@@ -44,7 +44,7 @@ def test_parameters_are_those_of_the_model(name, values) -> None:
 
     from osler.model.transformer import Transformer
 
-    model = replace(model_of(name), value_embeddings=values)
+    model = replace(model_of(name), value_embeddings=values, copy_head_dim=None if values == "none" else 32)
     with torch.device("meta"):
         built = Transformer(model)
     parameters = sum(parameter.numel() for parameter in built.parameters())
@@ -102,6 +102,27 @@ def test_an_evaluation_on_a_cpu_comes_on_top_of_a_step() -> None:
     grown = total(evaluating.values()).value - total(training.values()).value
     assert grown == pytest.approx(0.326e9, rel=0.2), "what a run of text-10min grew by at its first evaluation"
     assert total(training.values()).value == pytest.approx(1.013e9, rel=0.15), "and what it had before"
+
+
+def test_the_scores_of_a_copy_head_grow_with_rows_and_are_most_of_what_it_keeps() -> None:
+    import torch
+
+    from osler.model.transformer import SummedLoss, Transformer
+
+    shape, rows, length = ModelConfig(num_layers=1, vocab_size=64, copy_head_dim=16), 2, 512
+    one = Pass(shape, rows, length, EAGER)
+    planned = memory_of(one, "off")["copy head"].value
+    assert memory_of(replace(one, seq_len=2 * length), "off")["copy head"].value == 4 * planned
+    assert memory_of(replace(one, arithmetic=COMPILED), "off")["copy head"].value < planned / 4
+    assert "copy head" not in memory_of(replace(one, model=replace(shape, copy_head_dim=None)), "off")
+    model, kept = Transformer(shape), {}
+    model.init_weights(0)
+    ids = torch.arange(length).remainder(64).expand(rows, -1)
+    hidden = model(ids).detach().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.setdefault(x.data_ptr(), x), lambda x: x):
+        SummedLoss(model).of_hidden(hidden, ids, ids, None)
+    scores = [x for x in kept.values() if x.numel() == rows * length**2]
+    assert planned / 3 < sum(x.nbytes for x in scores) < planned / 2, "and as much again while gradients are computed"
 
 
 def test_chunks_of_logits_are_those_of_the_loss() -> None:

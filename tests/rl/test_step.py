@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from osler.inference.engine import InferenceEngine
 from osler.model.config import SparseAttentionConfig
 from osler.model.init import is_of_indexer
 from osler.optim.build import build_optimizer
@@ -108,6 +109,21 @@ def test_the_index_of_a_sparse_policy_learns_from_completions_in_the_same_pass()
     assert torch.equal(weight, before), "rows that are not trained teach the index nothing"
     update_policy(learner_of(model), [row(20, 14), row(12, 3, advantage=-1.0)], AlgorithmConfig(beta=0.0))
     assert not torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7, "top_k": 9}])
+def test_a_policy_that_copies_is_trained_on_the_probabilities_it_was_sampled_with(sampling):
+    model, algorithm = tiny_model(copy_head_dim=8), AlgorithmConfig(beta=0.0, max_new_tokens=12, **sampling)
+    with torch.no_grad():
+        model.copy_head.k_proj.weight.mul_(8.0)
+    prompts = [[5, 6, 7, 8, 5, 6], [9, 10, 9]]
+    drawn = InferenceEngine(model).generate(prompts, algorithm.sampling, samples_per_prompt=2)
+    rows = [TrainingRow(prompts[n // 2], one.ids, one.logprobs, (-1.0) ** n, one.packed_masks) for n, one in enumerate(drawn)]
+    logp_BT, *_ = completion_logprobs(model, rows, temperature=algorithm.temperature)
+    torch.testing.assert_close(logp_BT, torch.tensor([one.logprobs for one in drawn]), atol=1e-5, rtol=1e-5)
+    before = {name: weight.detach().clone() for name, weight in model.copy_head.named_parameters()}
+    update_policy(learner_of(model), rows, algorithm)
+    assert not any(torch.equal(weight, before[name]) for name, weight in model.copy_head.named_parameters())
 
 
 @pytest.mark.parametrize(("most", "updates"), [(None, 6), (0.9, 6), (0.2, 1)])
