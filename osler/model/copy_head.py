@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from osler.model.config import ModelConfig
 from osler.model.kv_cache import KVCache
 from osler.model.layers import DecodeLinear, Layout, Linear, RMSNorm, joint_linear
-from osler.ops.copies import NEVER, add_copies_
-from osler.ops.cross_entropy import wide
+from osler.ops.copies import NEVER, add_copies_, copy_scores, log_masses
+from osler.ops.precision import wide
 
 
 class CopyHead(nn.Module):
@@ -28,18 +28,21 @@ class CopyHead(nn.Module):
         self.k_proj = Linear(config.hidden_size, self.size)
 
     def forward(self, hidden_BTD: Tensor, ids_BT: Tensor, document_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the token that each place predicts, [B, S], and for each token the scores of all places, [B, T, S] in fp32.
-
-        Place s predicts the token after it, so token t can copy from the places before t, of its own document alone.
-        """
+        """Return the token that each place predicts, [B, S], and for each token the scores of all places, [B, T, S] in fp32."""
         q_BTP, k_BSP = joint_linear(hidden_BTD, self.q_proj, self.k_proj)
-        score_BTS = wide(q_BTP @ k_BSP.transpose(1, 2)) * self.size**-0.5
-        place_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
-        is_copied = place_T[:, None] > place_T
-        if document_BT is not None:
-            is_copied = is_copied & (document_BT[:, :, None] == document_BT[:, None, :])
-        # The last place predicts a token that is not in the row; no token can copy it, so what stands there does not matter.
-        return ids_BT.roll(-1, 1), score_BTS.masked_fill(~is_copied, NEVER)
+        return predicted_ids(ids_BT), copy_scores(q_BTP, k_BSP, document_BT)
+
+    def log_masses(
+        self, hidden_BTD: Tensor, ids_BT: Tensor, labels_BT: Tensor, document_BT: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return what a loss needs to know of these scores; see ``ops/copies.py``."""
+        q_BTP, k_BSP = joint_linear(hidden_BTD, self.q_proj, self.k_proj)
+        return log_masses(q_BTP, k_BSP, predicted_ids(ids_BT), labels_BT, document_BT)
+
+
+def predicted_ids(ids_BT: Tensor) -> Tensor:
+    """Return the token that each place predicts. That of the last one is not in the row; no token can copy it."""
+    return ids_BT.roll(-1, 1)
 
 
 class DecodeCopyHead:

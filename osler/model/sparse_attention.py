@@ -24,7 +24,7 @@ from osler.model.kv_cache import CacheStep, KVCache
 from osler.model.layers import DecodeLinear, Layout, Linear, RMSNorm, joint_linear
 from osler.model.rope import apply_rope, thinned_tables
 from osler.ops.attention import attention
-from osler.ops.cross_entropy import wide
+from osler.ops.precision import wide
 from osler.ops.sparse_attention import (
     Choice,
     Index,

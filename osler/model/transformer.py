@@ -19,7 +19,7 @@ from osler.model.init import init_weights, is_of_indexer
 from osler.model.layers import FeedForward, Linear, RMSNorm
 from osler.model.rope import rope_tables
 from osler.model.sparse_attention import SparseAttention
-from osler.ops.copies import Copies, copied_logits_reference, log_masses
+from osler.ops.copies import Copies, copied_logits_reference
 from osler.ops.cross_entropy import linear_cross_entropy
 from osler.ops.labels import IGNORED
 from osler.runtime.faults import poisoned
@@ -175,8 +175,7 @@ class SummedLoss(ModelLoss):
         """Compute the part after the last block, which can be compiled by itself."""
         model, masses = self.model, None
         if model.copy_head is not None:
-            next_ids_BS, score_BTS = model.copy_head(hidden_BTD, ids_BT, document_BT)
-            masses = log_masses(next_ids_BS, score_BTS, labels_BT)
+            masses = model.copy_head.log_masses(hidden_BTD, ids_BT, labels_BT, document_BT)
         features, weight = model.head(hidden_BTD)
         vocab_size = model.config.vocab_size
         return linear_cross_entropy(features, weight, labels_BT.flatten(), vocab_size=vocab_size, log_masses=masses)

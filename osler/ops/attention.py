@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from osler.ops.precision import wide
+
 CAUSAL_PIECE = 128  # queries at a time on a CPU; 64 was a little slower (6 layers x 256, rows of 256 tokens)
 
 
@@ -66,25 +68,25 @@ class _GroupedAttention(torch.autograd.Function):
     def forward(ctx: Any, q_BKMH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, queries: int, mask: Tensor | None) -> Tensor:
         keys, scale = k_BKSH.shape[2], q_BKMH.shape[-1] ** -0.5
         scores = (q_BKMH @ k_BKSH.transpose(-1, -2)).unflatten(2, (-1, queries))
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
+        scores = wide(scores) * scale
         if mask is None:
             row_T, column_S = (torch.arange(n, dtype=torch.int32, device=scores.device) for n in (queries, keys))
             mask = column_S <= row_T[:, None] + (keys - queries)
         scores = scores.masked_fill(~mask, float("-inf"))
         weights_BKMS = (scores - scores.amax(-1, keepdim=True)).exp().to(v_BKSH.dtype).flatten(2, 3)
-        sum_BKM1 = weights_BKMS.to(scores.dtype).sum(-1, keepdim=True)
-        out_BKMH = ((weights_BKMS @ v_BKSH).to(scores.dtype) / sum_BKM1).to(v_BKSH.dtype)
+        sum_BKM1 = wide(weights_BKMS).sum(-1, keepdim=True)
+        out_BKMH = (wide(weights_BKMS @ v_BKSH) / sum_BKM1).to(v_BKSH.dtype)
         ctx.save_for_backward(q_BKMH, k_BKSH, v_BKSH, weights_BKMS, sum_BKM1, out_BKMH)
         return out_BKMH
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q_BKMH, k_BKSH, v_BKSH, weights_BKMS, sum_BKM1, out_BKMH = ctx.saved_tensors
-        wide, dtype = sum_BKM1.dtype, q_BKMH.dtype
-        grad_wide = grad_out.to(wide) / sum_BKM1
-        shift_BKM1 = (grad_wide * out_BKMH.to(wide)).sum(-1, keepdim=True)
+        dtype = q_BKMH.dtype
+        grad_wide = wide(grad_out) / sum_BKM1
+        shift_BKM1 = (grad_wide * wide(out_BKMH)).sum(-1, keepdim=True)
         grad_out = grad_wide.to(dtype)
-        grad_weights = (grad_out @ v_BKSH.transpose(-1, -2)).to(wide)
-        grad_scores = (weights_BKMS.to(wide) * (grad_weights - shift_BKM1) * q_BKMH.shape[-1] ** -0.5).to(dtype)
+        grad_weights = wide(grad_out @ v_BKSH.transpose(-1, -2))
+        grad_scores = (wide(weights_BKMS) * (grad_weights - shift_BKM1) * q_BKMH.shape[-1] ** -0.5).to(dtype)
         grad_q, grad_k = grad_scores @ k_BKSH, grad_scores.transpose(-1, -2) @ q_BKMH
         return grad_q, grad_k, weights_BKMS.transpose(-1, -2) @ grad_out, None, None

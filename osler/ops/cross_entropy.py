@@ -19,6 +19,7 @@ from torch import Tensor
 
 from osler.ops.copies import Copies, add_copies_, copied_logits_reference
 from osler.ops.labels import IGNORED
+from osler.ops.precision import wide
 
 WEIGHT_PIECE = 1 << 25  # elements of a weight gradient that are widened to fp32 at a time: 128 MB
 CHUNK_BYTES = 1 << 28  # the most in a chunk of logits: in fp32 1,280 tokens with 50k words, or 320 with 200k
@@ -133,11 +134,6 @@ def in_turn(x: Tensor, after: list[Tensor]) -> Tensor:
 @in_turn.register_fake
 def _(x: Tensor, after: list[Tensor]) -> Tensor:
     return torch.empty_like(x)
-
-
-def wide(x: Tensor) -> Tensor:
-    """Return ``x`` in fp32 at least: bf16 is widened, fp64 (numerical tests) stays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def without_padding(logits_CV: Tensor, vocab_size: int) -> Tensor:

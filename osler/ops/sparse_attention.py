@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from osler.ops.cross_entropy import wide
+from osler.ops.precision import wide
 
 # Elements of the largest tensor of a chunk. On a CPU larger ones leave its caches. On a GPU, where no size was measured, small
 # ones cost more in calls than in arithmetic.

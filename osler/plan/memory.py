@@ -28,7 +28,7 @@ UNTILED, WHOLE, TILED = (2048, 1 << 28), (1024, 400 << 20), (4096, 400 << 20)
 TILE_WORDS, CACHED_LOGITS = 12_800, 1 << 19
 COMPILED_AGAIN = {"selective": 0.5, "full": 2.0}  # layers that are whole at a time (by hand, two layers x 256 on a CPU)
 TABLES_OF_TWO = {"none": 0, "alternate": 1, "all": 2}  # value embeddings in two layers that follow each other
-COPY_SCORE = (22.0, 2.5)  # bytes of a copy head's score of a place: uncompiled, and compiled beside its size in the compute dtype
+COPY_SCORE = 8.0, 5.5  # bytes of a copy head for each token and place: uncompiled and compiled (by hand, rows of 2,048)
 ATTENTION_PIECE = 128  # queries that are computed at a time on a CPU (ops/attention.py)
 EVALUATED_TOKENS = 16_384  # tokens of a forward pass in an evaluation (eval/likelihood.py)
 
@@ -42,7 +42,7 @@ LOGIT_COPIES = Estimate(4, 5, 6, "computed: 4 to 6 tensors of a chunk's fp32 log
 LOOSE = {
     "activations": Estimate(0.9, 1.0, 1.15, "computed from the operators of a layer, give or take 15 %"),
     "loss head": Estimate(0.8, 1.0, 1.2, "computed: a chunk of logits, the head and its gradient, give or take 20 %"),
-    "copy head": Estimate(0.9, 1.0, 1.2, "computed: 4 to 26 bytes for each place that a token can copy (by hand, on a CPU)"),
+    "copy head": Estimate(0.9, 1.0, 1.2, "computed: 5 to 10 bytes for each token and place of its row"),
 }
 
 
@@ -181,9 +181,7 @@ def copy_bytes(one: Pass) -> float:
     """Return the bytes of a copy head's scores of all places for all tokens, and of what is computed from them."""
     if one.model.copy_head_dim is None:
         return 0.0
-    uncompiled, compiled = COPY_SCORE
-    each = compiled + one.width if one.compiled else uncompiled
-    return one.tokens * one.seq_len * (each + (4 if one.document_mask else 0))
+    return one.tokens * one.seq_len * COPY_SCORE[one.compiled]
 
 
 def evaluation_bytes(one: Pass) -> float:

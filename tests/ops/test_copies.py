@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from osler.ops.copies import NEVER, Copies, add_copies_, copied_logits_reference, log_masses
+from osler.ops.copies import NEVER, Copies, add_copies_, copied_logits_reference, copy_scores, log_masses, log_masses_reference
 from osler.ops.cross_entropy import cross_entropy_reference, entropy, linear_cross_entropy, linear_logprobs
 
 ROWS, LENGTH, WORDS, WIDTH = 3, 11, 40, 8
@@ -49,7 +49,7 @@ def test_cross_entropy_with_copies_is_that_of_the_definition(chunk_tokens: int, 
         if is_fast:
 
             def function(x: Tensor, weight: Tensor, of: Tensor) -> Tensor:
-                masses = log_masses(ids, of, labels)
+                masses = log_masses_reference(ids, of, labels)
                 return linear_cross_entropy(
                     x, weight, labels.flatten(), vocab_size=WORDS, log_masses=masses, chunk_tokens=chunk_tokens
                 )
@@ -59,6 +59,28 @@ def test_cross_entropy_with_copies_is_that_of_the_definition(chunk_tokens: int, 
             copies = Copies(ids, row, learned[2].flatten(0, 1))
             loss = cross_entropy_reference(learned[0], learned[1], labels.flatten(), vocab_size=WORDS, copies=copies)
         found.append([loss, *torch.autograd.grad(3 * loss, learned)])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("piece", [4, LENGTH])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_log_masses_in_pieces_are_those_of_all_scores(monkeypatch, documents: bool, piece: int, compiled: bool) -> None:
+    monkeypatch.setattr("osler.ops.copies.PIECE", {"cpu": piece})
+    _, _, ids, _, labels = case()
+    labels[1, 4:6] = -100
+    document = (torch.arange(LENGTH) >= 5).long().expand(ROWS, -1) if documents else None
+    draw = torch.Generator().manual_seed(8)
+    q, k = (torch.randn(ROWS, LENGTH, WIDTH, generator=draw).double().requires_grad_() for _ in range(2))
+    fast = torch.compile(log_masses, fullgraph=True, dynamic=False) if compiled else log_masses
+    found = []
+    for of_all, of_label in (
+        fast(q, k, ids, labels, document), log_masses_reference(ids, copy_scores(q, k, document), labels)
+    ):  # fmt: skip
+        shares = of_all.exp(), of_label.exp()  # as the softmax has them, where a place that cannot be copied is 0
+        found.append([*shares, *torch.autograd.grad(shares[0].sum() - 3 * shares[1].sum(), (q, k))])
+    assert 0 < (found[0][1] == 0).sum() < ROWS * LENGTH
     for ours, expected in zip(*found, strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-9, rtol=1e-9)
 
