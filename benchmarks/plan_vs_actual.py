@@ -52,7 +52,7 @@ RUNS: dict[str, tuple[str, str, list[str], str]] = {
     "text-10min": ("text-10min", "", ["max_minutes=null"], ""),
     "text-adamw": ("text-10min", "", ["max_minutes=null", "optim={type: adamw, lr: 1e-3}", "batch_tokens=16384"], ""),
     "text-eager": ("text-10min", "", ["max_minutes=null", "compile=never", "precision=fp32", "micro_batch_tokens=2048"], ""),
-    "text-long": ("text-10min", "", ["max_minutes=null", "seq_len=512", "batch_tokens=16384", "recompute=full"], ""),
+    "text-long": ("text-10min", "", ["max_minutes=null", "batch_tokens=16384", "recompute=full"], ""),
     "debug": ("debug", "", [], ""),
     "debug-recompute": ("debug", "", ["recompute=selective"], ""),
 }

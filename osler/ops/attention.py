@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from osler.ops.pieces import causal_pieces
 from osler.ops.precision import wide
-
-CAUSAL_PIECE = 128  # queries at a time on a CPU; 64 was a little slower (6 layers x 256, rows of 256 tokens)
 
 
 def attention_reference(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -34,11 +33,10 @@ def attention(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, *, mask: Tensor | 
         return F.scaled_dot_product_attention(
             q_BNTH, k_BKTH, v_BKTH, attn_mask=mask, is_causal=mask is None, enable_gqa=mask is None and groups > 1
         )
-    length = q_BNTH.shape[2]
-    if mask is not None or length < 2 * CAUSAL_PIECE:
+    pieces = causal_pieces(q_BNTH.shape[2])
+    if mask is not None or len(pieces) == 1:
         return _grouped_attention(q_BNTH, k_BKTH, v_BKTH, mask)
     # No query of a piece sees a key after the last query, so the scores of those keys are not computed.
-    pieces = [slice(start, min(start + CAUSAL_PIECE, length)) for start in range(0, length, CAUSAL_PIECE)]
     out = [_grouped_attention(q_BNTH[:, :, p], k_BKTH[:, :, : p.stop], v_BKTH[:, :, : p.stop], None) for p in pieces]
     return torch.cat(out, dim=2)
 

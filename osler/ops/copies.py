@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from osler.ops.pieces import causal_pieces
 from osler.ops.precision import wide
 
 NEVER = -1e4  # score of a place that cannot be copied: its exponential is 0, and unlike -inf it makes no gradient NaN
-PIECE = {"cpu": 128}  # tokens whose scores are computed at a time; those of later places are not computed
 
 
 class Copies(NamedTuple):
@@ -68,15 +68,12 @@ def log_masses(
     q_BTP: Tensor, k_BTP: Tensor, ids_BT: Tensor, labels_BT: Tensor, document_BT: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Compute :func:`log_masses_reference` of the scores of whole rows in less time and memory."""
-    length = q_BTP.shape[1]
     ids_BT, labels_BT = ids_BT.int(), labels_BT.int()  # compared in the forward and in the backward pass
-    parts = []
-    for start in range(0, length, PIECE.get(q_BTP.device.type, length)):
-        stop = min(start + PIECE.get(q_BTP.device.type, length), length)
-        places, tokens = (slice(None), slice(stop)), (slice(None), slice(start, stop))
-        parts.append(
-            _LogMasses.apply(q_BTP[tokens], k_BTP[places], ids_BT[places], labels_BT[tokens], document_BT, start)
-        )
+    length, parts = q_BTP.shape[1], []
+    for tokens in causal_pieces(length) if q_BTP.device.type == "cpu" else [slice(0, length)]:
+        places = slice(tokens.stop)  # no token of a piece copies from a place after the last of them
+        ids_BS, own_labels_BT = ids_BT[:, places], labels_BT[:, tokens]
+        parts.append(_LogMasses.apply(q_BTP[:, tokens], k_BTP[:, places], ids_BS, own_labels_BT, document_BT, tokens.start))
     of_all_BT, of_label_BT = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
     return of_all_BT.flatten(), of_label_BT.flatten()
 

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from osler.model.config import ModelConfig, SparseAttentionConfig
+from osler.ops.pieces import causal_pieces
 from osler.plan.estimate import Estimate, exact, total
 from osler.plan.speed import Arithmetic, Mode
 
@@ -29,7 +30,6 @@ TILE_WORDS, CACHED_LOGITS = 12_800, 1 << 19
 COMPILED_AGAIN = {"selective": 0.5, "full": 2.0}  # layers that are whole at a time (by hand, two layers x 256 on a CPU)
 TABLES_OF_TWO = {"none": 0, "alternate": 1, "all": 2}  # value embeddings in two layers that follow each other
 COPY_SCORE = 8.0, 5.5  # bytes of a copy head for each token and place: uncompiled and compiled (by hand, rows of 2,048)
-ATTENTION_PIECE = 128  # queries that are computed at a time on a CPU (ops/attention.py)
 EVALUATED_TOKENS = 16_384  # tokens of a forward pass in an evaluation (eval/likelihood.py)
 
 CUDA = Estimate(0.5e9, 0.8e9, 1.6e9, "assumed: CUDA's context, libraries and code; not measured by Osler")
@@ -102,7 +102,7 @@ def keys_of(seq_len: int, on_cpu: bool) -> float:
     """Return how many attention weights a head keeps for a token, on average, on a CPU; a GPU's kernel keeps none."""
     if not on_cpu:
         return 0.0
-    return seq_len if seq_len < 2 * ATTENTION_PIECE else (seq_len + ATTENTION_PIECE) / 2
+    return sum((piece.stop - piece.start) * piece.stop for piece in causal_pieces(seq_len)) / seq_len
 
 
 def layer_elements(model: ModelConfig, mode: Mode, *, compiled: bool, weights_of_head: float = 0.0) -> float:

@@ -14,7 +14,7 @@ from osler.model.config import ModelConfig, YarnConfig
 from osler.model.decoder import Decoder
 from osler.model.layers import Layout, Linear, joint_linear
 from osler.model.transformer import SummedLoss, Transformer
-from osler.ops import attention, cross_entropy
+from osler.ops import cross_entropy, pieces
 from osler.parallel.compile import compile_works
 from tests.models import tiny_model
 
@@ -297,10 +297,11 @@ def test_compiled_gradients_are_the_plain_ones(dtype: torch.dtype, near: float, 
     """In several pieces of the queries, chunks of the tokens and tiles of the vocabulary, of which the last ends in padding."""
     if not compile_works(torch.device("cpu"))[0]:
         pytest.skip("no C++ compiler here")
-    monkeypatch.setattr(attention, "CAUSAL_PIECE", 16)
+    monkeypatch.setattr(pieces, "FEWEST", 16)
+    monkeypatch.setattr(pieces, "MOST", 16)
     monkeypatch.setattr(cross_entropy, "TILE_WORDS", 64)
     monkeypatch.setattr(cross_entropy, "TILED_CHUNK_TOKENS", 128)
-    model = build(num_layers=2, vocab_size=300, head_init="normal")
+    model = build(num_layers=2, vocab_size=300, head_init="normal", copy_head_dim=16)
     ids = random_ids(3, 65, below=300, seed=1)
     plain, compiled = SummedLoss(model), torch.compile(SummedLoss(model), fullgraph=True, dynamic=False)
     found = []

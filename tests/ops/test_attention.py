@@ -3,13 +3,22 @@
 import pytest
 import torch
 
-from osler.ops.attention import CAUSAL_PIECE, attention, attention_reference
+from osler.ops.attention import attention, attention_reference
+from osler.ops.pieces import FEWEST, MOST, causal_pieces
+
+
+@pytest.mark.parametrize("length", [1, 255, 256, 293, 1000, 1024, 5000])
+def test_pieces_hold_every_query_once(length: int) -> None:
+    pieces = causal_pieces(length)
+    assert [place for piece in pieces for place in range(piece.start, piece.stop)] == list(range(length))
+    assert max(piece.stop - piece.start for piece in pieces) <= (MOST if length >= 2 * FEWEST else length)
+    assert len(pieces) <= max(8, length // MOST + 1)
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "size", "length"),
-    [(4, 4, 8, 9), (4, 2, 8, 9), (6, 1, 72, 9), (4, 2, 8, 2 * CAUSAL_PIECE), (4, 2, 8, 2 * CAUSAL_PIECE + 37)],
+    [(4, 4, 8, 9), (4, 2, 8, 9), (6, 1, 72, 9), (4, 2, 8, 2 * FEWEST), (4, 2, 8, 2 * FEWEST + 37)],
 )
 def test_equal_to_the_reference(heads: int, kv_heads: int, size: int, length: int, masked: bool) -> None:
     """Long rows are computed in pieces of the queries."""

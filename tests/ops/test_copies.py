@@ -67,7 +67,8 @@ def test_cross_entropy_with_copies_is_that_of_the_definition(chunk_tokens: int, 
 @pytest.mark.parametrize("piece", [4, LENGTH])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_log_masses_in_pieces_are_those_of_all_scores(monkeypatch, documents: bool, piece: int, compiled: bool) -> None:
-    monkeypatch.setattr("osler.ops.copies.PIECE", {"cpu": piece})
+    monkeypatch.setattr("osler.ops.pieces.FEWEST", piece)
+    monkeypatch.setattr("osler.ops.pieces.MOST", piece)
     _, _, ids, _, labels = case()
     labels[1, 4:6] = -100
     document = (torch.arange(LENGTH) >= 5).long().expand(ROWS, -1) if documents else None
