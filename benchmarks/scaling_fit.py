@@ -46,7 +46,7 @@ def recipe_of(width: int, tokens: int, work: Path) -> Path:
             "num_layers": LAYERS, "hidden_size": width, "intermediate_size": 32 * round(2.75 * width / 32), "num_heads": heads,
             "num_kv_heads": heads // 2 or 1 if heads % 2 == 0 else heads, "head_dim": HEAD_DIM, "vocab_size": VOCABULARY,
             "max_seq_len": SEQ_LEN, "attention_init": "mirrored", "embedding_init": "normal",
-            "copy_head_dim": None,
+            "value_embeddings": "none", "copy_head_dim": None,
         },
         "data": {"type": "prepared", "path": str(work / "shards")},
         "seq_len": SEQ_LEN,
