@@ -96,7 +96,8 @@ def test_shards_share_the_state_and_a_checkpoint_copies_it() -> None:
 
 
 def test_an_evaluation_on_a_cpu_comes_on_top_of_a_step() -> None:
-    measured = replace(model_of("text-10min"), num_heads=4, intermediate_size=704, value_embeddings="none", copy_head_dim=None)  # as the recipe was
+    as_it_was = {"num_heads": 4, "intermediate_size": 704, "value_embeddings": "none", "copy_head_dim": None}
+    measured = replace(model_of("text-10min"), **as_it_was)
     one = Pass(measured, 16, 256, COMPILED, on_cpu=True)
     training, evaluating = (memory_of(each, "off") for each in (one, replace(one, evaluates=True)))
     grown = total(evaluating.values()).value - total(training.values()).value
