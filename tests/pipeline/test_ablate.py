@@ -34,12 +34,12 @@ def test_a_grid_is_one_change_for_each_value():
 
 
 def test_a_value_that_the_recipe_has_is_no_change():
-    changes = [("optim.lr=0.03",), ("optim.lr=0.04",), ("seq_len=256",), ("total_tokens=4096",), ("max_minutes=2",)]
+    changes = [("optim.lr=0.03",), ("optim.lr=0.04",), ("seq_len=1024",), ("total_tokens=4096",), ("max_minutes=2",)]
     fitted = partial(within, minutes=None, flops=None, tokens=512)
     configs = configs_of("text-10min", ["data.path=x"], changes, fitted)
     assert list(configs) == [RECIPE, "optim.lr=0.04"] and configs["optim.lr=0.04"].optim.lr == 0.04
     for recipe, changes, told in (
-        ("text-10min", [("seq_len=256",)], "nothing to compare"),
+        ("text-10min", [("seq_len=1024",)], "nothing to compare"),
         ("grpo-medqa", [("steps=3",)], "is of kind grpo"),
         ("text-10min", [("optim.lrr=3",)], "text-10min with optim.lrr=3: 1 error"),
     ):
