@@ -72,4 +72,4 @@ class DecodeCopyHead:
         score_BTS = wide(self._q(x_BTD).to(k_BSP.dtype) @ k_BSP.transpose(1, 2)) * self.size**-0.5
         is_later_BTS = torch.arange(filled, device=x_BTD.device) >= place_BT[..., None]
         ids_NS = ids_BS[:, None].expand(-1, x_BTD.shape[1], -1).flatten(0, 1)
-        add_copies_(logits_BTV.flatten(0, 1), ids_NS, score_BTS.masked_fill_(is_later_BTS, NEVER).flatten(0, 1))
+        add_copies_(logits_BTV.view(-1, logits_BTV.shape[-1]), ids_NS, score_BTS.masked_fill_(is_later_BTS, NEVER).flatten(0, 1))

@@ -107,8 +107,7 @@ class Decoder:
         logits = x_BTD
         for layer in self._head:
             logits = layer(logits)
-        logits = logits.float()[..., : self.config.vocab_size]
+        logits = logits.float()
         if self._copy_head is not None:
-            logits = logits.contiguous()
             self._copy_head.add_(logits, x_BTD, cache, place_BT, rows)
-        return logits
+        return logits[..., : self.config.vocab_size]

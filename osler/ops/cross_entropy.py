@@ -28,6 +28,7 @@ CACHED_LOGITS = {"cpu": 1 << 19}  # logits in fp32 that stay in a core's cache
 TILES = {"cpu": 4}  # parts of the vocabulary that compiled code takes one after another, each at least TILE_WORDS wide
 TILE_WORDS = 12_800
 WHOLE_CHUNK_TOKENS = 1024  # of a vocabulary of one tile: more of its logits stay in the cache between the passes over them
+LEAST_SHARE = 1e-30  # of the softmax that the vocabulary has beside copies
 TILED_CHUNK_TOKENS, TILED_CHUNK_BYTES = 4096, 400 << 20  # larger, because exponentials replace logits tile by tile
 
 # Features [C, R], labels [C], the scale of each label's loss [C], and the log-masses of all copies and of the label's [C].
@@ -154,7 +155,8 @@ class WithCopies(NamedTuple):
     def of(cls, log_sum_C: Tensor, label_logit_C: Tensor, of_all_C: Tensor, of_label_C: Tensor) -> WithCopies:
         """Return it for the log-sum-exp of the vocabulary, the label's logit and the log-masses of the copies."""
         total_C, label_C = torch.logaddexp(log_sum_C, of_all_C), torch.logaddexp(label_logit_C, of_label_C)
-        return cls(total_C - label_C, (log_sum_C - total_C).exp(), (label_logit_C - label_C).exp())
+        # The gradients divide by the vocabulary's share, which would be 0 where copies weigh some 90 nats more than all words.
+        return cls(total_C - label_C, (log_sum_C - total_C).exp().clamp_min(LEAST_SHARE), (label_logit_C - label_C).exp())
 
     def gradients(self, scale_C: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gradients for both log-masses."""

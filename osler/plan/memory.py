@@ -29,7 +29,7 @@ UNTILED, WHOLE, TILED = (2048, 1 << 28), (1024, 400 << 20), (4096, 400 << 20)
 TILE_WORDS, CACHED_LOGITS = 12_800, 1 << 19
 COMPILED_AGAIN = {"selective": 0.5, "full": 2.0}  # layers that are whole at a time (by hand, two layers x 256 on a CPU)
 TABLES_OF_TWO = {"none": 0, "alternate": 1, "all": 2}  # value embeddings in two layers that follow each other
-COPY_SCORE = 8.0, 5.5  # bytes of a copy head for each token and place: uncompiled and compiled (by hand, rows of 2,048)
+COPY_SCORE, COMPILED_COPY_SCORE = 8.0, 5.5  # bytes of a copy head for each token and place (by hand, rows of 2,048)
 EVALUATED_TOKENS = 16_384  # tokens of a forward pass in an evaluation (eval/likelihood.py)
 
 CUDA = Estimate(0.5e9, 0.8e9, 1.6e9, "assumed: CUDA's context, libraries and code; not measured by Osler")
@@ -181,7 +181,7 @@ def copy_bytes(one: Pass) -> float:
     """Return the bytes of a copy head's scores of all places for all tokens, and of what is computed from them."""
     if one.model.copy_head_dim is None:
         return 0.0
-    return one.tokens * one.seq_len * COPY_SCORE[one.compiled]
+    return one.tokens * one.seq_len * (COMPILED_COPY_SCORE if one.compiled else COPY_SCORE)
 
 
 def evaluation_bytes(one: Pass) -> float:
@@ -192,7 +192,7 @@ def evaluation_bytes(one: Pass) -> float:
     scores = 3 * model.num_heads * keys_of(one.seq_len, one.on_cpu)
     attention = 3 * model.hidden_size + 3 * (model.query_size + 2 * model.kv_size) + scores
     logits = LOGIT_COPIES.value * logit_bytes(model, tokens, cached=one.on_cpu)
-    copying = 0.0 if model.copy_head_dim is None else COPY_SCORE[0] * tokens * one.seq_len
+    copying = 0.0 if model.copy_head_dim is None else COPY_SCORE * tokens * one.seq_len
     return max(tokens * max(feed_forward, attention) * width, logits + copying)
 
 

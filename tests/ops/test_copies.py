@@ -63,6 +63,18 @@ def test_cross_entropy_with_copies_is_that_of_the_definition(chunk_tokens: int, 
         torch.testing.assert_close(ours, expected, atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_copies_that_weigh_far_more_than_all_words_have_finite_gradients(compiled: bool) -> None:
+    learned = [each.float().requires_grad_() for each in case()[:2]]
+    labels = case()[4].flatten()
+    masses = [torch.full((len(labels),), value, requires_grad=True) for value in (250.0, 3.0)]
+    fast = torch.compile(linear_cross_entropy, fullgraph=True) if compiled else linear_cross_entropy
+    loss = fast(*learned, labels, vocab_size=WORDS, log_masses=tuple(masses))
+    found = torch.autograd.grad(loss, [*learned, *masses])
+    assert loss.isfinite() and all(grad.isfinite().all() for grad in found)
+    torch.testing.assert_close(found[2], torch.ones(len(labels)))
+
+
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("piece", [4, LENGTH])
 @pytest.mark.parametrize("compiled", [False, True])
