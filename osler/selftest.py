@@ -152,19 +152,20 @@ def check_loss(device: torch.device) -> None:
 
 
 def check_attention(device: torch.device) -> None:
-    """The attention kernels against the formula: two lengths, causal and with a mask of documents, fp32 and bf16."""
+    """The attention kernels against the formula: two lengths, causal, with a mask of documents, with a window; fp32 and bf16."""
     generator = torch.Generator().manual_seed(3)
     for length in (48, 320):
         q, k, v = (torch.randn(2, heads, length, 32, generator=generator) for heads in (4, 2, 2))
         document_BT = (torch.arange(length) >= length // 3).long().expand(2, -1)
         same = document_BT[:, :, None] == document_BT[:, None, :]
-        for mask in (None, (same & torch.ones_like(same[0]).tril())[:, None]):
+        in_document = (same & torch.ones_like(same[0]).tril())[:, None]
+        for mask, window in ((None, None), (in_document, None), (None, 20)):
             for dtype in LARGEST_ERROR:
                 inputs = [each.to(dtype) for each in (q, k, v)]
                 there = [each.to(device) for each in inputs]
-                found = attention(*there, mask=None if mask is None else mask.to(device))
+                found = attention(*there, mask=None if mask is None else mask.to(device), window=window)
                 name = f"attention outputs in {dtype}".replace("torch.", "")
-                compare(name, found, attention_reference(*inputs, mask=mask), dtype)
+                compare(name, found, attention_reference(*inputs, mask=mask, window=window), dtype)
 
 
 def check_sampling(device: torch.device) -> None:

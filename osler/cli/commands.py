@@ -210,7 +210,7 @@ COMMANDS: tuple[Command, ...] = (
             option("--to", choices=("hf", "gguf", "onnx", "safetensors"), required=True, help="the form to write"),
             EXPORTED,
             option("--dtype", metavar="TYPE", help="the type of the weights; see below (default: the first, bf16 of bf16)"),
-            option("--max-tokens", type=int, metavar="N", help="the context to write; sparse: top_k at most"),
+            option("--max-tokens", type=int, metavar="N", help="the context to write; at most top_k, or the window"),
         ),
         EXPORT_HELP,
     ),

@@ -2,7 +2,7 @@
 
 A norm without weights gets ones, a factorized embedding becomes one matrix, and padding rows of the vocabulary are left out.
 Fields that changed their name in ``transformers`` 5 are written under both names, because an older release takes a default where
-it does not find the old name. A sparse model can be written only for rows of at most ``top_k`` tokens.
+it does not find the old name. A model whose attention does not see all tokens can be written only for rows in which it does.
 Shapes: V vocabulary, D hidden, R rank of a factorized embedding.
 """
 
@@ -87,10 +87,10 @@ def write(export: Export, folder: Path) -> str:
 
 
 def dense_form(config: ModelConfig, max_tokens: int) -> ModelConfig:
-    """Return the config of the same model for rows of ``max_tokens``, with dense attention.
+    """Return the config of the same model for rows of ``max_tokens``, in which every token attends to all before it.
 
-    Sparse attention is dense in rows of at most ``top_k`` tokens. Raises UserError for longer rows, and for value embeddings
-    and a copy head, which Qwen3 cannot hold.
+    In rows of at most ``top_k`` tokens sparse attention does that, and attention with a window in rows that are no longer. Raises
+    UserError for longer rows, and for value embeddings and a copy head, which Qwen3 cannot hold.
     """
     if config.beyond_qwen3:
         raise UserError(
@@ -99,9 +99,9 @@ def dense_form(config: ModelConfig, max_tokens: int) -> ModelConfig:
         )
     if (tokens := config.qwen3_tokens) < min(max_tokens, config.max_seq_len):
         raise UserError(
-            f"The model has sparse attention, to {tokens} of at most {max_tokens:,} tokens, which Qwen3's form cannot hold. In "
-            f"rows of at most {tokens} tokens it is dense attention: `--max-tokens {tokens}` writes that model, without its "
-            "index. `--to safetensors` writes the model as it is."
+            f"The model attends to {tokens} of at most {max_tokens:,} tokens, which Qwen3's form cannot hold. In rows of at most "
+            f"{tokens} tokens it attends to all of them: `--max-tokens {tokens}` writes that model, an index is left out. "
+            "`--to safetensors` writes the model as it is."
         )
     return replace(config, max_seq_len=max_tokens, attention=DenseAttentionConfig())
 

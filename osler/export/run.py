@@ -45,7 +45,8 @@ FORMS = {
 def run(checkpoint: str, out: str, to: str = "hf", dtype: str | None = None, max_tokens: int | None = None) -> int:
     """Write a checkpoint's model and tokenizer at ``out``, which must be new.
 
-    ``max_tokens`` shortens the context, which a sparse model needs (``dense_form``). Raises UserError for what no form holds.
+    ``max_tokens`` shortens the context, which a model with sparse attention or a window needs (``dense_form``). Raises UserError
+    for what no form holds.
     """
     form = FORMS[to]
     if dtype not in (None, *form.dtypes):

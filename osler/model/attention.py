@@ -34,6 +34,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.window = config.window
         self.q_proj = Linear(config.hidden_size, config.query_size)
         self.k_proj = Linear(config.hidden_size, config.kv_size)
         self.v_proj = Linear(config.hidden_size, config.kv_size)
@@ -53,12 +54,12 @@ class Attention(nn.Module):
     def forward(
         self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], ids_BT: Tensor, *, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend causally, or where ``mask`` (bool, [B, 1, T, T]) is True.
+        """Attend causally, or where ``mask`` (bool, [B, 1, T, T]) is True; with a window to the latest of these keys.
 
         The second result is for attention with an index: what is measured of it and what it learns from, [B, T, measurements].
         """
         q_BNTH, k_BKTH, v_BKTH = (heads.transpose(1, 2) for heads in self.project(x_BTD, rope, ids_BT))
-        return self.output(attention(q_BNTH, k_BKTH, v_BKTH, mask=mask)), None
+        return self.output(attention(q_BNTH, k_BKTH, v_BKTH, mask=mask, window=self.window)), None
 
     def output(self, out_BNTH: Tensor) -> Tensor:
         """Return the output projection of all heads, [B, T, D]."""
@@ -83,6 +84,7 @@ class DecodeAttention:
     def __init__(self, trained: Attention, layer: int, norm: RMSNorm, layout: Layout) -> None:
         self.layer = layer
         self.num_heads, self.num_kv_heads, self.head_dim = trained.num_heads, trained.num_kv_heads, trained.head_dim
+        self._window = trained.window
         self._qkv = DecodeLinear(layout, trained.q_proj.weight, trained.k_proj.weight, trained.v_proj.weight, norm=norm)
         self._o_proj = DecodeLinear(layout, trained.o_proj.weight)
         self._value_embed = None if trained.value_embed is None else trained.value_embed.weight.detach()
@@ -99,7 +101,7 @@ class DecodeAttention:
         ``cache`` has exactly as many slots as the prompts have tokens; if those are more than T, ``mask`` (bool, [1, 1, T, S])
         is needed.
         """
-        out_BNTH = attention(*self._fill(x_BTD, rope, ids_BT, cache), mask=mask)
+        out_BNTH = attention(*self._fill(x_BTD, rope, ids_BT, cache), mask=mask, window=self._window)
         return self._o_proj(out_BNTH.transpose(1, 2).flatten(2))
 
     def _fill(

@@ -17,9 +17,16 @@ VOCAB_MULTIPLE = 64  # matmuls over the vocabulary run at full speed only at mul
 
 @config
 class DenseAttentionConfig:
-    """Every token attends to all tokens before it."""
+    """Every token attends to all tokens before it, or to the latest ones."""
 
     type: Literal["dense"] = "dense"
+    # how many of the latest tokens a token attends to, itself included; null: all. What stands further back reaches it through
+    # other layers, or a copy head. Such a model can be exported for rows that are no longer
+    window: PositiveInt | None = None
+
+    def keys(self, seq_len: int) -> int:
+        """Return the most tokens that a token attends to in rows of this length."""
+        return min(seq_len, self.window or seq_len)
 
 
 @config
@@ -48,13 +55,17 @@ class SparseAttentionConfig:
                 f"first token of a document are always kept; set local_window to {self.top_k - 2} at most, or a larger top_k"
             )
 
+    def keys(self, seq_len: int) -> int:
+        """Return the most tokens that a token attends to in rows of this length."""
+        return min(seq_len, self.top_k)
+
     def parameters(self, hidden_size: int) -> int:
         """Return the number of parameters of a layer's index."""
         return hidden_size * (self.index_heads * self.index_head_dim + self.index_head_dim + self.index_heads)
 
     def flops_per_token(self, seq_len: int) -> int:
         """Return the training FLOPs of a layer's scores: of all keys forward, but only of the chosen ones backward."""
-        return 2 * self.index_heads * self.index_head_dim * (seq_len + 2 * min(self.top_k, seq_len))
+        return 2 * self.index_heads * self.index_head_dim * (seq_len + 2 * self.keys(seq_len))
 
 
 AttentionConfig = Annotated[DenseAttentionConfig | SparseAttentionConfig, TAGGED]
@@ -152,6 +163,11 @@ class ModelConfig:
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     @property
+    def window(self) -> int | None:
+        """How many of the latest tokens a token attends to, itself included; None: all, or those that an index chooses."""
+        return self.attention.window if isinstance(self.attention, DenseAttentionConfig) else None
+
+    @property
     def query_size(self) -> int:
         return self.num_heads * self.head_dim
 
@@ -197,13 +213,13 @@ class ModelConfig:
     def flops_per_token(self, seq_len: int) -> int:
         """Return the training FLOPs per token by the PaLM convention (non-causal).
 
-        6 x (matrices and head) + 12 x num_layers x num_heads x head_dim x keys, where keys are seq_len. For a sparse model,
-        keys are top_k at most, and the scores of its index are added.
+        6 x (matrices and head) + 12 x num_layers x num_heads x head_dim x keys, where keys are seq_len, or at most the window or
+        the top_k of attention. For a sparse model the scores of its index are added.
         """
         head = self._embedding_parameters if self.tie_embeddings else self.vocab_size * self.hidden_size
-        attention, keys = 0, seq_len
+        attention, keys = 0, self.attention.keys(seq_len)
         if isinstance(self.attention, SparseAttentionConfig):
-            attention, keys = self.attention.flops_per_token(seq_len), min(seq_len, self.attention.top_k)
+            attention = self.attention.flops_per_token(seq_len)
         copying = (self.copy_head_dim or 0) * (12 * self.hidden_size + 6 * seq_len)
         return 6 * (self._matrix_parameters + head) + self.num_layers * (attention + 12 * self.query_size * keys) + copying
 
@@ -228,12 +244,8 @@ class ModelConfig:
 
     @property
     def qwen3_tokens(self) -> int:
-        """The longest rows in which Qwen3 can be the same model: those that sparse attention reads whole; 0 if it never can."""
-        if self.beyond_qwen3:
-            return 0
-        if isinstance(self.attention, SparseAttentionConfig):
-            return min(self.max_seq_len, self.attention.top_k)
-        return self.max_seq_len
+        """The longest rows in which Qwen3 can be the same model: those that attention reads whole; 0 if it never can."""
+        return 0 if self.beyond_qwen3 else self.attention.keys(self.max_seq_len)
 
     @property
     def exportable_as(self) -> str:

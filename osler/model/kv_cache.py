@@ -1,8 +1,8 @@
 """Keys and values of past tokens in one allocation for many rows, each at its own position.
 
 ``bias_BKS``, which attention adds to its scores, hides the slots that a row has not filled, so rows can begin and end at any
-step. Attention reads as far as the fullest row. Shapes: L layers, B rows, K key/value heads, C = B * K, S slots, H
-head size, R some of the rows.
+step, and those of tokens that have left the window of attention. Attention reads as far as the fullest row. Shapes: L layers, B
+rows, K key/value heads, C = B * K, S slots, H head size, R some of the rows.
 """
 
 from __future__ import annotations
@@ -56,7 +56,10 @@ class KVCache:
         for own, theirs in zip(self.stored, other.stored, strict=True):
             own[:, row_R, :, :width] = theirs[:, from_R, :, :width].to(own.dtype)
         length_R = other.length_B[from_R]
-        hidden_RS = torch.arange(self.slots, device=length_R.device) >= length_R[:, None]
+        slot_S, length_R1 = torch.arange(self.slots, device=length_R.device), length_R[:, None]
+        hidden_RS = slot_S >= length_R1
+        if (window := self.config.window) is not None:  # of the row's next token
+            hidden_RS |= slot_S <= length_R1 - window
         self.bias_BKS[row_R] = torch.zeros_like(hidden_RS, dtype=self.k.dtype).masked_fill_(hidden_RS, -torch.inf)[:, None]
         self.length_B[row_R] = length_R
         self.filled = max(self.filled, other.filled)
@@ -75,6 +78,11 @@ class KVCache:
         self.filled = min(self.filled + 1, self.slots)
         slot_BK = self._first_BK + self.length_B[:, None]  # indices into [C * S]
         self.bias_BKS.view(-1).index_fill_(0, slot_BK.view(-1), 0.0)
+        if (window := self.config.window) is not None:
+            leaves_BK = (self.length_B >= window)[:, None].expand_as(slot_BK)  # in other rows slot 0, which stays visible
+            hidden_BK = torch.zeros_like(slot_BK, dtype=self.k.dtype).masked_fill_(leaves_BK, -torch.inf)
+            left_BK = self._first_BK + (self.length_B - window).clamp_min(0)[:, None]
+            self.bias_BKS.view(-1).index_put_((left_BK.view(-1),), hidden_BK.view(-1))
         read_k, read_v = (stored[..., : self.filled, :].flatten(1, 2) for stored in (self.k, self.v))
         return CacheStep(
             stored=[stored.flatten(1, 3).unbind(0) for stored in (self.k, self.v)],

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from osler.model.attention import Attention
 from osler.model.transformer import Block, Transformer
+from osler.ops.attention import is_within
 from osler.ops.cross_entropy import default_chunk_tokens
 from osler.ops.labels import IGNORED
 from osler.runtime.sharded import whole
@@ -162,13 +163,13 @@ def activation_stats(model: Transformer, weights: Mapping[str, Tensor], rows: Pr
 
 
 def _add_hooks(block: Block, layer: int, rows: ProbeRows, seen: dict[str, Tensor]) -> None:
-    """Add hooks to a block; they put their measurements into ``seen``. The entropy is of attention to all keys."""
+    """Add hooks to a block; they put their measurements into ``seen``. The entropy is of attention that chooses no keys."""
     places_BT = rows.counts_BT
     mask = None if rows.document_BT is None else Attention.mask_of(rows.document_BT)
 
     def attention_begins(module: Any, args: Any) -> None:
         q_BTNH, k_BSKH, _ = module.project(*args)
-        seen[f"model/attention_entropy/{layer}"] = attention_entropy(q_BTNH, k_BSKH, places_BT, mask=mask)
+        seen[f"model/attention_entropy/{layer}"] = attention_entropy(q_BTNH, k_BSKH, places_BT, mask=mask, window=module.window)
 
     def units(module: Any, args: Any) -> None:
         seen[f"model/dead_units_frac/{layer}"] = dead_share(args[0], places_BT)
@@ -189,7 +190,9 @@ def at_places(x_BTX: Tensor, places_BT: Tensor) -> tuple[Tensor, Tensor]:
     return x_BTX, (x_BTX.square().sum() / (places_BT.sum() * x_BTX.shape[-1])).sqrt()
 
 
-def attention_entropy(q_BTNH: Tensor, k_BSKH: Tensor, places_BT: Tensor, *, mask: Tensor | None = None) -> Tensor:
+def attention_entropy(
+    q_BTNH: Tensor, k_BSKH: Tensor, places_BT: Tensor, *, mask: Tensor | None = None, window: int | None = None
+) -> Tensor:
     """Return the mean entropy, in nats, of the attention of a few queries of every row and head.
 
     The queries are spread evenly over a row: at most ``ENTROPY_QUERIES`` of all rows together, at least the last of each. Queries
@@ -202,6 +205,8 @@ def attention_entropy(q_BTNH: Tensor, k_BSKH: Tensor, places_BT: Tensor, *, mask
     scores_BKGQS = torch.einsum("bqkgh,bskh->bkgqs", q_BQKGH, k_BSKH.float()) * size**-0.5
     is_causal = torch.arange(length, device=q_BTNH.device) <= place_Q[:, None]
     is_visible = is_causal if mask is None else mask[:, :, None, place_Q]
+    if window is not None:
+        is_visible = is_visible & is_within(window, length, length, q_BTNH.device)[place_Q]
     share_BKGQS = scores_BKGQS.masked_fill(~is_visible, float("-inf")).softmax(-1)
     entropy_BQ = torch.special.entr(share_BKGQS).sum(-1).mean((1, 2))
     counts_BQ = places_BT[:, place_Q]

@@ -14,18 +14,41 @@ from osler.ops.pieces import causal_pieces
 from osler.ops.precision import wide
 
 
-def attention_reference(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """Return softmax(q kᵀ / sqrt(H)) v, computed in fp32; causal, or where ``mask`` (bool, [B, 1, T, T]) is True."""
+def is_within(window: int, queries: int, keys: int, device: torch.device) -> Tensor:
+    """Return which keys are among the ``window`` latest ones of each query, itself included, bool [T, S].
+
+    The queries are the last T of S tokens. Later keys are within the window, too.
+    """
+    place_S = torch.arange(keys, dtype=torch.int32, device=device)
+    return place_S > place_S[keys - queries :, None] - window
+
+
+def attention_reference(
+    q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, *, mask: Tensor | None = None, window: int | None = None
+) -> Tensor:
+    """Return softmax(q kᵀ / sqrt(H)) v, computed in fp32; causal, or where ``mask`` (bool, [B, 1, T, T]) is True.
+
+    With ``window`` a query sees that many keys at most: the latest ones, its own included (arXiv 2004.05150).
+    """
     groups = q_BNTH.shape[1] // k_BKTH.shape[1]
     k, v = (x.repeat_interleave(groups, dim=1).float() for x in (k_BKTH, v_BKTH))
     scores = q_BNTH.float() @ k.transpose(-1, -2) / math.sqrt(q_BNTH.shape[-1])
     if mask is None:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if window is not None:
+        mask = mask & is_within(window, scores.shape[-2], scores.shape[-1], scores.device)
     return (scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v).to(q_BNTH.dtype)
 
 
-def attention(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, *, mask: Tensor | None = None) -> Tensor:
+def attention(
+    q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, *, mask: Tensor | None = None, window: int | None = None
+) -> Tensor:
     """Compute :func:`attention_reference` in the form that is fastest on the device; each query must see a key."""
+    keys = k_BKTH.shape[2]
+    if window is not None and keys > window:
+        if mask is None:
+            return _windowed_attention(q_BNTH, k_BKTH, v_BKTH, window)
+        mask = mask & is_within(window, q_BNTH.shape[2], keys, mask.device)
     if q_BNTH.is_cuda:
         groups = q_BNTH.shape[1] // k_BKTH.shape[1]
         if mask is not None and groups > 1:  # the kernel that takes a mask and saves memory has no grouped form
@@ -39,6 +62,31 @@ def attention(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, *, mask: Tensor | 
     # No query of a piece sees a key after the last query, so the scores of those keys are not computed.
     out = [_grouped_attention(q_BNTH[:, :, p], k_BKTH[:, :, : p.stop], v_BKTH[:, :, : p.stop], None) for p in pieces]
     return torch.cat(out, dim=2)
+
+
+def _windowed_attention(q_BNTH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, window: int) -> Tensor:
+    """Attend from blocks of ``window`` queries to their own block and the one before it, so that long rows cost no more.
+
+    Blocks become rows, so one call computes them all. In what follows there are b blocks in a row, and T tokens in a block.
+    """
+    batch, _, length, _ = q_BNTH.shape
+
+    def blocks_of(x: Tensor) -> Tensor:
+        return F.pad(x, (0, 0, 0, -length % window)).unflatten(2, (-1, window))
+
+    def with_those_before(x: Tensor) -> Tensor:
+        blocks_BKbTH = blocks_of(x)
+        return torch.cat([F.pad(blocks_BKbTH, (0, 0, 0, 0, 1, -1)), blocks_BKbTH], dim=3)
+
+    q_BNbTH, k_BKbSH, v_BKbSH = blocks_of(q_BNTH), with_those_before(k_BKTH), with_those_before(v_BKTH)
+    number = q_BNbTH.shape[2]
+    place_S = torch.arange(2 * window, dtype=torch.int32, device=q_BNTH.device)
+    is_seen_TS = (place_S <= place_S[window:, None]) & is_within(window, window, 2 * window, q_BNTH.device)
+    before_first_b11 = torch.arange(number, device=q_BNTH.device)[:, None, None] == 0  # no block is there
+    mask_bTS = is_seen_TS & ((place_S >= window) | ~before_first_b11)
+    rows = [x.transpose(1, 2).flatten(0, 1) for x in (q_BNbTH, k_BKbSH, v_BKbSH)]
+    out = attention(*rows, mask=mask_bTS.expand(batch, -1, -1, -1).flatten(0, 1)[:, None])
+    return out.unflatten(0, (batch, number)).transpose(1, 2).flatten(2, 3)[:, :, :length]
 
 
 def _grouped_attention(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: Tensor | None) -> Tensor:

@@ -98,10 +98,12 @@ def state_bytes(model: ModelConfig, optimizer: str, precision: str) -> tuple[int
     return width * parameters, width * parameters, width * moments
 
 
-def keys_of(seq_len: int, on_cpu: bool) -> float:
+def keys_of(seq_len: int, on_cpu: bool, window: int | None) -> float:
     """Return how many attention weights a head keeps for a token, on average, on a CPU; a GPU's kernel keeps none."""
     if not on_cpu:
         return 0.0
+    if window is not None and seq_len > window:
+        return 2 * window
     return sum((piece.stop - piece.start) * piece.stop for piece in causal_pieces(seq_len)) / seq_len
 
 
@@ -127,7 +129,7 @@ def activation_bytes(one: Pass, mode: Mode) -> tuple[float, float]:
 
     That is one layer; compiled code begins the next one early with `full`, and needs only a part of one with `selective`.
     """
-    heads = 0.0 if chooses(one) else keys_of(one.seq_len, one.on_cpu)
+    heads = 0.0 if chooses(one) else keys_of(one.seq_len, one.on_cpu, one.model.window)
     whole = layer_elements(one.model, "off", compiled=one.compiled, weights_of_head=heads)
     kept = one.model.num_layers * layer_elements(one.model, mode, compiled=one.compiled, weights_of_head=heads)
     again = 0.0 if mode == "off" else COMPILED_AGAIN[mode] if one.compiled else 1.0
@@ -189,7 +191,7 @@ def evaluation_bytes(one: Pass) -> float:
     model, width = one.model, 4 if one.on_cpu else one.width
     tokens = max(EVALUATED_TOKENS, one.seq_len)
     feed_forward = 3 * model.hidden_size + 4 * model.intermediate_size
-    scores = 3 * model.num_heads * keys_of(one.seq_len, one.on_cpu)
+    scores = 3 * model.num_heads * keys_of(one.seq_len, one.on_cpu, model.window)
     attention = 3 * model.hidden_size + 3 * (model.query_size + 2 * model.kv_size) + scores
     logits = LOGIT_COPIES.value * logit_bytes(model, tokens, cached=one.on_cpu)
     copying = 0.0 if model.copy_head_dim is None else COPY_SCORE * tokens * one.seq_len

@@ -6,14 +6,16 @@ import torch
 from osler.eval.likelihood import label_logprobs
 from osler.inference.engine import InferenceEngine
 from osler.inference.recompute import generate_by_recompute
-from osler.model.config import ModelConfig
+from osler.model.config import DenseAttentionConfig, ModelConfig
 from osler.model.transformer import SummedLoss, Transformer
 from osler.monitor.model_stats import ProbeRows, prediction_stats
 from osler.ops.sampling_params import SamplingParams
 
 
-def build() -> Transformer:
-    model = Transformer(ModelConfig(vocab_size=130, copy_head_dim=16, head_init="normal", residual_init="scaled"))
+def build(window: int | None = None) -> Transformer:
+    attention = DenseAttentionConfig(window=window)
+    shape = ModelConfig(vocab_size=130, copy_head_dim=16, attention=attention, head_init="normal", residual_init="scaled")
+    model = Transformer(shape)
     model.init_weights(3)
     with torch.no_grad():
         model.copy_head.k_proj.weight.mul_(4)  # type: ignore[union-attr]  # so that copies weigh as much as words
@@ -50,9 +52,10 @@ def test_documents_do_not_copy_from_each_other() -> None:
     torch.testing.assert_close(both[9:], alone, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("window", [None, 8])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_decoding_equals_recomputation(temperature: float) -> None:
-    model = build()
+def test_decoding_equals_recomputation(temperature: float, window: int | None) -> None:
+    model = build(window)
     prompts = [[5], [7, 8, 9, 7, 8], list(range(20)) * 2, [7, 8, 9, 7, 8, 9]]
     sampling = SamplingParams(max_new_tokens=12, temperature=temperature)
     found = InferenceEngine(model).generate(prompts, sampling, samples_per_prompt=2)

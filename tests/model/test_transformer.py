@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from osler.config.schema import encode
-from osler.export.huggingface import qwen3_config, qwen3_weights
+from osler.export.huggingface import dense_form, qwen3_config, qwen3_weights
 from osler.model import layers
-from osler.model.config import ModelConfig, YarnConfig
+from osler.model.config import DenseAttentionConfig, ModelConfig, YarnConfig
 from osler.model.decoder import Decoder
 from osler.model.layers import Layout, Linear, joint_linear
 from osler.model.transformer import SummedLoss, Transformer
 from osler.ops import cross_entropy, pieces
 from osler.parallel.compile import compile_works
+from osler.runtime.errors import UserError
 from tests.models import tiny_model
 
 pytestmark = pytest.mark.usefixtures("no_compiled_code")
@@ -31,6 +32,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "value_embeddings": {"value_embeddings": "alternate", "head_init": "normal"},
     "value_embeddings_of_all": {"value_embeddings": "all", "num_kv_heads": 1, "head_init": "normal"},
     "yarn": {"rope_scaling": YarnConfig(factor=4, original_max_seq_len=10, beta_fast=1.5, beta_slow=0.1), "head_init": "normal"},
+    "window": {"attention": DenseAttentionConfig(window=7), "head_init": "normal"},
+    "window_of_one": {"attention": DenseAttentionConfig(window=1), "head_init": "normal"},
 }
 
 
@@ -51,9 +54,11 @@ def random_ids(*shape: int, below: int = 130, seed: int = 0) -> torch.Tensor:
 def to_qwen3(model: Transformer) -> Any:
     """The same weights in Hugging Face's class, which this project had no part in; value embeddings join by hooks."""
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**qwen3_config(model.config)))
+    windows = {"use_sliding_window": True, "sliding_window": model.config.window, "max_window_layers": 0}
+    shape = {**qwen3_config(model.config), **(windows if model.config.window else {})}
+    theirs = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**shape))
     weights = {name: weight for name, weight in model.state_dict().items() if "value_embed" not in name}
-    named = qwen3_weights(replace(model.config, value_embeddings="none"), weights)
+    named = qwen3_weights(replace(model.config, value_embeddings="none", attention=DenseAttentionConfig()), weights)
     missing, unexpected = theirs.load_state_dict(named, strict=False)
     assert not unexpected and missing == ["lm_head.weight"] * model.config.tie_embeddings
     read: list[torch.Tensor] = []
@@ -94,9 +99,10 @@ def test_prefill_and_steps_equal_qwen3(shape: str, packs: bool, monkeypatch: pyt
             torch.testing.assert_close(logits, expected[last], atol=1e-4, rtol=0)
 
 
-def test_rows_join_and_leave_in_flight() -> None:
+@pytest.mark.parametrize("shape", ["weighted_norms", "window"])
+def test_rows_join_and_leave_in_flight(shape: str) -> None:
     """Each row is at its own position, whatever shares the cache with it or stood in its place before."""
-    model = build(**SHAPES["weighted_norms"])
+    model = build(**SHAPES[shape])
     ids = random_ids(3, 30, seed=6)
     plain = model.logits(model(ids))
     decoder = Decoder(model, Layout(torch.float32, 2))
@@ -135,8 +141,9 @@ def test_rows_join_and_leave_in_flight() -> None:
         steps(13)
 
 
-def test_document_ids_keep_documents_apart() -> None:
-    model, ids = build(head_init="normal"), random_ids(1, 30, seed=4)
+@pytest.mark.parametrize("window", [None, 7])
+def test_document_ids_keep_documents_apart(window: int | None) -> None:
+    model, ids = build(head_init="normal", attention=DenseAttentionConfig(window=window)), random_ids(1, 30, seed=4)
     documents = torch.tensor([[0] * 12 + [1] * 18])
     with torch.no_grad():
         together = model(ids, document_BT=documents)
@@ -209,6 +216,15 @@ def test_a_copy_head_starts_as_match_what_is_alike() -> None:
 def test_config_counts_what_the_model_has(changes: dict[str, Any]) -> None:
     model = build(**changes, vocab_size=128)  # a multiple of 64: no padding rows
     assert model.config.num_parameters == sum(parameter.numel() for parameter in model.parameters()), encode(model.config)
+
+
+def test_a_window_costs_the_same_in_longer_rows_and_exports_for_rows_that_fit() -> None:
+    config = ModelConfig(max_seq_len=64, attention=DenseAttentionConfig(window=8))
+    assert config.flops_per_token(64) == config.flops_per_token(8) == ModelConfig().flops_per_token(8)
+    assert config.exportable_as == "Qwen3, in rows of at most 8 tokens"
+    assert dense_form(config, 8) == ModelConfig(max_seq_len=8)
+    with pytest.raises(UserError, match=r"attends to 8 of at most 9 tokens.*--max-tokens 8"):
+        dense_form(config, 9)
 
 
 def test_wired_induction_head_looks_one_back_and_then_at_the_same_token() -> None:
@@ -292,8 +308,12 @@ def test_joint_layers_equal_single_ones(kinds: tuple[type[Linear], ...]) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
-def test_compiled_gradients_are_the_plain_ones(dtype: torch.dtype, near: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "near", "window"), [(torch.float32, 1e-4, None), (torch.bfloat16, 3e-2, None), (torch.bfloat16, 3e-2, 24)]
+)
+def test_compiled_gradients_are_the_plain_ones(
+    dtype: torch.dtype, near: float, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In several pieces of the queries, chunks of the tokens and tiles of the vocabulary, of which the last ends in padding."""
     if not compile_works(torch.device("cpu"))[0]:
         pytest.skip("no C++ compiler here")
@@ -301,7 +321,8 @@ def test_compiled_gradients_are_the_plain_ones(dtype: torch.dtype, near: float, 
     monkeypatch.setattr(pieces, "MOST", 16)
     monkeypatch.setattr(cross_entropy, "TILE_WORDS", 64)
     monkeypatch.setattr(cross_entropy, "TILED_CHUNK_TOKENS", 128)
-    model = build(num_layers=2, vocab_size=300, head_init="normal", copy_head_dim=16)
+    attention = DenseAttentionConfig(window=window)
+    model = build(num_layers=2, vocab_size=300, head_init="normal", copy_head_dim=16, attention=attention)
     ids = random_ids(3, 65, below=300, seed=1)
     plain, compiled = SummedLoss(model), torch.compile(SummedLoss(model), fullgraph=True, dynamic=False)
     found = []

@@ -111,6 +111,9 @@ def test_attention_entropy_is_that_of_the_softmax():
     for mask, given in ((causal, None), (inside, inside[:, None])):
         plain = sum(plain_entropy(q[row], k[row], mask[row]) for row in range(2)) / 2
         assert float(attention_entropy(q, k, everywhere(q), mask=given)) == pytest.approx(plain, rel=1e-5)
+        within = mask.triu(-3)
+        plain = sum(plain_entropy(q[row], k[row], within[row]) for row in range(2)) / 2
+        assert float(attention_entropy(q, k, everywhere(q), mask=given, window=4)) == pytest.approx(plain, rel=1e-5)
 
 
 def test_few_queries_of_long_rows_are_enough():
