@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from osler.model.config import ModelConfig
 from osler.model.kv_cache import KVCache
 from osler.model.layers import DecodeLinear, Layout, Linear, RMSNorm, joint_linear
-from osler.ops.copies import NEVER, add_copies_, copy_scores, log_masses
-from osler.ops.precision import wide
+from osler.ops.copies import add_copies_, can_copy, copy_scores, log_masses
 
 
 class CopyHead(nn.Module):
@@ -30,18 +29,19 @@ class CopyHead(nn.Module):
     def forward(self, hidden_BTD: Tensor, ids_BT: Tensor, document_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the token that each place predicts, [B, S], and for each token the scores of all places, [B, T, S] in fp32."""
         q_BTP, k_BSP = joint_linear(hidden_BTD, self.q_proj, self.k_proj)
-        return predicted_ids(ids_BT), copy_scores(q_BTP, k_BSP, document_BT)
+        places_BTS = can_copy(slice(0, ids_BT.shape[1]), document_BT, ids_BT.device)
+        return next_ids(ids_BT), copy_scores(q_BTP, k_BSP, places_BTS)
 
     def log_masses(
         self, hidden_BTD: Tensor, ids_BT: Tensor, labels_BT: Tensor, document_BT: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Return what a loss needs to know of these scores; see ``ops/copies.py``."""
         q_BTP, k_BSP = joint_linear(hidden_BTD, self.q_proj, self.k_proj)
-        return log_masses(q_BTP, k_BSP, predicted_ids(ids_BT), labels_BT, document_BT)
+        return log_masses(q_BTP, k_BSP, next_ids(ids_BT), labels_BT, document_BT)
 
 
-def predicted_ids(ids_BT: Tensor) -> Tensor:
-    """Return the token that each place predicts. That of the last one is not in the row; no token can copy it."""
+def next_ids(ids_BT: Tensor) -> Tensor:
+    """Return the token after each place, which the place predicts; for the last place any, because no token can copy it."""
     return ids_BT.roll(-1, 1)
 
 
@@ -49,7 +49,6 @@ class DecodeCopyHead:
     """The same with the final norm before it, on keys and next tokens in the cache."""
 
     def __init__(self, trained: CopyHead, norm: RMSNorm, layout: Layout) -> None:
-        self.size = trained.size
         self._q = DecodeLinear(layout, trained.q_proj.weight, norm=norm)
         self._k = DecodeLinear(layout, trained.k_proj.weight, norm=norm)
 
@@ -68,8 +67,8 @@ class DecodeCopyHead:
     def add_(self, logits_BTV: Tensor, x_BTD: Tensor, cache: KVCache, place_BT: Tensor, rows: slice) -> None:
         """Add to the logits what the tokens at these places can copy."""
         filled = cache.filled
-        k_BSP, ids_BS = cache.copy_k[0, rows, 0, :filled], cache.next_ids[0, rows, 0, :filled, 0]
-        score_BTS = wide(self._q(x_BTD).to(k_BSP.dtype) @ k_BSP.transpose(1, 2)) * self.size**-0.5
-        is_later_BTS = torch.arange(filled, device=x_BTD.device) >= place_BT[..., None]
-        ids_NS = ids_BS[:, None].expand(-1, x_BTD.shape[1], -1).flatten(0, 1)
-        add_copies_(logits_BTV.view(-1, logits_BTV.shape[-1]), ids_NS, score_BTS.masked_fill_(is_later_BTS, NEVER).flatten(0, 1))
+        k_BSP, next_ids_BS = cache.copy_k[0, rows, 0, :filled], cache.next_ids[0, rows, 0, :filled, 0]
+        earlier_BTS = torch.arange(filled, device=x_BTD.device) < place_BT[..., None]
+        score_BTS = copy_scores(self._q(x_BTD).to(k_BSP.dtype), k_BSP, earlier_BTS)
+        next_ids_NS = next_ids_BS[:, None].expand(-1, x_BTD.shape[1], -1).flatten(0, 1)
+        add_copies_(logits_BTV.view(-1, logits_BTV.shape[-1]), next_ids_NS, score_BTS.flatten(0, 1))

@@ -232,7 +232,7 @@ def prediction_stats(model: Transformer, hidden_BTD: Tensor, rows: ProbeRows) ->
         log_CV = logits_CV.log_softmax(-1)
         top_C, word_C = log_CV.max(-1)
         label_log_C = log_CV.gather(1, label_C.clamp_min(0)[:, None]).squeeze(1)
-        entropy_C = -(log_CV.exp() * log_CV).sum(-1)
+        entropy_C = torch.special.entr(log_CV.exp()).sum(-1)
         counts_C = (label_C != IGNORED).float()
         measured = torch.stack([(word_C == label_C).float(), entropy_C, label_log_C.exp(), top_C.exp(), torch.ones_like(top_C)])
         sums.append((measured * counts_C).sum(1))

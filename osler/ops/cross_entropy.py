@@ -28,7 +28,6 @@ CACHED_LOGITS = {"cpu": 1 << 19}  # logits in fp32 that stay in a core's cache
 TILES = {"cpu": 4}  # parts of the vocabulary that compiled code takes one after another, each at least TILE_WORDS wide
 TILE_WORDS = 12_800
 WHOLE_CHUNK_TOKENS = 1024  # of a vocabulary of one tile: more of its logits stay in the cache between the passes over them
-LEAST_SHARE = 1e-30  # of the softmax that the vocabulary has beside copies
 TILED_CHUNK_TOKENS, TILED_CHUNK_BYTES = 4096, 400 << 20  # larger, because exponentials replace logits tile by tile
 
 # Features [C, R], labels [C], the scale of each label's loss [C], and the log-masses of all copies and of the label's [C].
@@ -142,6 +141,10 @@ def without_padding(logits_CV: Tensor, vocab_size: int) -> Tensor:
     if vocab_size >= logits_CV.shape[1]:
         return logits_CV
     return logits_CV.masked_fill(torch.arange(logits_CV.shape[1], device=logits_CV.device) >= vocab_size, float("-inf"))
+
+
+# Of the softmax that the vocabulary has beside copies: what is divided by it must still fit into bf16 and fp32.
+LEAST_SHARE = 1e-30
 
 
 class WithCopies(NamedTuple):
@@ -361,17 +364,18 @@ class _LinearLogprobs(torch.autograd.Function):
         for start in range(0, features.shape[0], chunk_tokens):
             part = slice(start, start + chunk_tokens)
             logits = without_padding(wide(features[part] @ head.T), vocab_size)
-            copied = None
+            of_chunk = None
             if copies is not None:
                 ids_CS, score_CS = copies.part(start, chunk_tokens)
-                copied = ids_CS, score_CS, *add_copies_(logits, ids_CS, score_CS)
+                of_chunk = ids_CS, score_CS, *add_copies_(logits, ids_CS, score_CS)
             logits = _scaled(logits, None if mask is None else mask[part], temperature)
             one_hot = labels[part, None] == torch.arange(head.shape[0], device=head.device)
             grad_logits = (one_hot.to(logits.dtype) - logits.softmax(-1)) * (grad_logp[part, None] / temperature)
-            if copied is not None:  # a word's gradient goes to its logit and to its places by their shares of its probability
-                ids_CS, score_CS, before_CS, after_CS = copied
+            if of_chunk is not None:  # a word's gradient goes to its logit and to its places by their shares of its probability
+                ids_CS, score_CS, before_CS, after_CS = of_chunk
                 grad_CS = grad_logits.gather(1, ids_CS)
-                grad_scores.append(grad_CS * (score_CS - after_CS).exp())
+                # A share is at most 1, but a word all of whose places are far below the best one has lost them in the sum.
+                grad_scores.append(grad_CS * (score_CS - after_CS).clamp_max(0).exp())
                 grad_logits.scatter_(1, ids_CS, grad_CS * (before_CS - after_CS).exp())
             grad_logits = grad_logits.to(features.dtype)
             grad_chunks.append(grad_logits @ head)
@@ -380,6 +384,6 @@ class _LinearLogprobs(torch.autograd.Function):
         return torch.cat(grad_chunks), grad_weight.to(weight.dtype), None, None, None, None, None, grad_score
 
 
-def _copies(ids_BS: Tensor | None, row_N: Tensor | None, score_NS: Tensor | None) -> Copies | None:
+def _copies(next_ids_BS: Tensor | None, row_N: Tensor | None, score_NS: Tensor | None) -> Copies | None:
     """Put the parts together again that ``apply`` takes one by one, because it only sees gradients of plain tensors."""
-    return None if ids_BS is None or row_N is None or score_NS is None else Copies(ids_BS, row_N, score_NS)
+    return None if next_ids_BS is None or row_N is None or score_NS is None else Copies(next_ids_BS, row_N, score_NS)

@@ -109,7 +109,8 @@ def check_teacher(teacher: store.Loaded, student: ModelConfig, tokenizer: str, s
     for whose, config in ((f"The teacher {teacher.path}", shape), ("The model to train", student)):
         if config.copy_head_dim is not None:
             raise UserError(
-                f"{whose} has a copy head (copy_head_dim), which distillation does not compare: take a model without."
+                f"{whose} has a copy head, which distillation does not compare: it needs a model with "
+                "model.copy_head_dim=null."
             )
     if shape.max_seq_len < seq_len:
         raise UserError(

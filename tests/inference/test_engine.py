@@ -14,7 +14,7 @@ from osler.inference.engine import InferenceEngine
 from osler.inference.recompute import generate_by_recompute
 from osler.inference.rows import Capabilities, Continuation, Request, Rows
 from osler.model import layers
-from osler.model.config import ModelConfig
+from osler.model.config import DenseAttentionConfig, ModelConfig
 from osler.model.decoder import Decoder
 from osler.model.kv_cache import KVCache
 from osler.model.layers import Layout
@@ -32,6 +32,7 @@ CONFIGS = {  # tests/model compares decoding with Qwen3 in more shapes
     "norm-weights": replace(PLAIN, norm_weight=True, qk_norm_weight=True),
     "tied-factorized": replace(PLAIN, tie_embeddings=True, head_init="normal", embed_rank=16),
     "unpadded-vocab": replace(PLAIN, vocab_size=128),
+    "copying-in-a-window": replace(PLAIN, copy_head_dim=8, attention=DenseAttentionConfig(window=6)),
 }
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [3], [1, 2, 3]]
 STOP_IDS = (1, 2, 30)
@@ -111,8 +112,9 @@ def test_a_part_of_a_call_draws_what_the_whole_draws() -> None:
 
 @pytest.mark.parametrize("changes", [{"poll_steps": 1}, {"poll_steps": 7}, {"poll_steps": 1000}, {"max_rows": 5}])
 @pytest.mark.parametrize("name", ["plain", "top-p"])
-def test_polling_compaction_and_waves_change_nothing(changes: dict[str, int], name: str) -> None:
-    model = build(PLAIN)
+@pytest.mark.parametrize("config", ["grouped", "copying-in-a-window"])
+def test_polling_compaction_and_waves_change_nothing(changes: dict[str, int], name: str, config: str) -> None:
+    model = build(CONFIGS[config])
     expected = draw(model, samples=6, **SETTINGS[name])
     lengths = {len(row.ids) for row in expected}
     assert len(lengths) > 5, "rows must end at different steps, or compaction is not exercised"
@@ -183,9 +185,10 @@ def all_of(batch: Batch, steps: int = 3) -> dict[int, Continuation]:
     return found
 
 
-def test_no_row_notices_the_others_whatever_they_ask_for_and_whenever_they_come() -> None:
+@pytest.mark.parametrize("config", ["grouped", "copying-in-a-window"])
+def test_no_row_notices_the_others_whatever_they_ask_for_and_whenever_they_come(config: str) -> None:
     """Requests with different prompts, lengths and parameters join at random steps and wait for few rows."""
-    model, rng = build(PLAIN), random.Random(0)
+    model, rng = build(CONFIGS[config]), random.Random(0)
     requests = []
     for number in range(24):
         sampling = replace(
@@ -206,9 +209,10 @@ def test_no_row_notices_the_others_whatever_they_ask_for_and_whenever_they_come(
         assert_same([found[number] for number in range(24)], [alone(model, request) for request in requests])
 
 
-def test_a_prompt_goes_on_from_what_a_row_has_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("config", ["grouped", "copying-in-a-window"])
+def test_a_prompt_goes_on_from_what_a_row_has_of_it(monkeypatch: pytest.MonkeyPatch, config: str) -> None:
     """A conversation in turns, and several prompts with the same worked examples: only what is new runs through the model."""
-    model, taught = build(PLAIN), tuple(range(3, 33))
+    model, taught = build(CONFIGS[config]), tuple(range(3, 33))
     run: list[int] = []
     prefill = Decoder.prefill
 

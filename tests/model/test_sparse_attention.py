@@ -192,7 +192,10 @@ def test_config_counts_what_the_model_has(kind):
     assert config.num_parameters == sum(parameter.numel() for parameter in model.parameters())
     assert config.kv_cache_bytes(2, 10) == 2 * 3 * 2 * 10 * (2 * 32 + 16)
     cache = Decoder(model, Layout(torch.bfloat16, 2)).new_cache(2, 10)
-    assert sum(stored.numel() for stored in cache.stored) * 2 == config.kv_cache_bytes(2, 10)
+    assert sum(stored.nbytes for stored in cache.stored) == config.kv_cache_bytes(2, 10)
+    copying = build(kind, copy_head_dim=8)
+    cache = Decoder(copying, Layout(torch.bfloat16, 2)).new_cache(2, 10)
+    assert sum(stored.nbytes for stored in cache.stored) == copying.config.kv_cache_bytes(2, 10)
 
 
 def test_sparse_costs_fewer_flops_from_a_length_on():

@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from osler.ops.copies import NEVER, Copies, add_copies_, copied_logits_reference, copy_scores, log_masses, log_masses_reference
+from osler.ops.copies import (
+    NEVER,
+    Copies,
+    add_copies_,
+    can_copy,
+    copied_logits_reference,
+    copy_scores,
+    log_masses,
+    log_masses_reference,
+)
 from osler.ops.cross_entropy import cross_entropy_reference, entropy, linear_cross_entropy, linear_logprobs
 
 ROWS, LENGTH, WORDS, WIDTH = 3, 11, 40, 8
@@ -88,14 +97,51 @@ def test_log_masses_in_pieces_are_those_of_all_scores(monkeypatch, documents: bo
     q, k = (torch.randn(ROWS, LENGTH, WIDTH, generator=draw).double().requires_grad_() for _ in range(2))
     fast = torch.compile(log_masses, fullgraph=True, dynamic=False) if compiled else log_masses
     found = []
-    for of_all, of_label in (
-        fast(q, k, ids, labels, document), log_masses_reference(ids, copy_scores(q, k, document), labels)
-    ):  # fmt: skip
+    scores = copy_scores(q, k, can_copy(slice(0, LENGTH), document, ids.device))
+    for of_all, of_label in (fast(q, k, ids, labels, document), log_masses_reference(ids, scores, labels)):
         shares = of_all.exp(), of_label.exp()  # as the softmax has them, where a place that cannot be copied is 0
         found.append([*shares, *torch.autograd.grad(shares[0].sum() - 3 * shares[1].sum(), (q, k))])
     assert 0 < (found[0][1] == 0).sum() < ROWS * LENGTH
     for ours, expected in zip(*found, strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+@pytest.mark.parametrize("size", [1.0, 12.0])
+def test_log_masses_in_the_dtypes_of_training_are_near_those_in_fp64(dtype: torch.dtype, near: float, size: float) -> None:
+    """With scores of some dozens, too, and a row of one token, which can copy nothing."""
+    draw = torch.Generator().manual_seed(9)
+    for length in (1, LENGTH):
+        ids, labels = (torch.randint(4, (ROWS, length), generator=draw) for _ in range(2))
+        labels[0] = -100
+        rounded = [(torch.randn(ROWS, length, WIDTH, generator=draw) * size**0.5).to(dtype) for _ in range(2)]
+        found = []
+        for own in (dtype, torch.float64):
+            q, k = (each.to(own).requires_grad_() for each in rounded)
+            of_all, of_label = log_masses(q, k, ids, labels)
+            counts = (labels.flatten() >= 0) & (of_label.detach() > NEVER / 2)
+            loss = (torch.where(counts, of_all - of_label, 0)).sum()
+            found.append([torch.where(counts, of_all - of_label, 0), *torch.autograd.grad(loss, (q, k))])
+        for ours, exact in zip(*found, strict=True):
+            assert ours.isfinite().all() and (ours - exact).norm() <= near * exact.norm()
+
+
+def test_scores_far_above_and_below_leave_everything_finite() -> None:
+    features, head, ids, score, labels = case()
+    score = torch.where(score > NEVER, score + 250 - 110.0 * (ids[:, None] == labels[..., None]), NEVER).float()
+    label_N, copied = labels.flatten(), (ids, torch.arange(ROWS).repeat_interleave(LENGTH))
+    learned = [features.float().requires_grad_(), head.float().requires_grad_(), score.flatten(0, 1).requires_grad_()]
+    logits = copied_logits_reference(learned[0] @ learned[1][:WORDS].T, *Copies(*copied, learned[2]).part(0, len(label_N)))
+    exact = copied_logits_reference(
+        learned[0].detach().double() @ head[:WORDS].T, *Copies(*copied, learned[2].detach().double()).part(0, len(label_N))
+    )
+    assert logits.isfinite().all()
+    torch.testing.assert_close(logits.softmax(-1).double(), exact.softmax(-1), atol=1e-5, rtol=1e-4)
+    logp, _ = linear_logprobs(
+        (learned[0], learned[1]), label_N, entropy, vocab_size=WORDS, copies=Copies(*copied, learned[2]), chunk_tokens=5
+    )
+    for result in (logits.log_softmax(-1).gather(1, label_N[:, None]), logp):
+        assert all(grad.isfinite().all() and grad.abs().max() < 1e3 for grad in torch.autograd.grad(result.sum(), learned))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
