@@ -84,7 +84,7 @@ class EvalConfig(ExamSettings):
     text_field: str = "text"  # the column of tables
     source: HubData | None = None  # a text by name, as source.name=wikitext or c4, in its last split unless another is given
     documents: PositiveInt | None = None  # how many of a text, from its start; null: all
-    seq_len: PositiveInt | None = None  # tokens read at once; null: as many as in training
+    seq_len: PositiveInt | None = None  # tokens read at once; null: as many as in training, or with a window max_seq_len
 
     which: Literal["newest", "best"] = "newest"  # checkpoint of a run folder
 

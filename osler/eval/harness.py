@@ -121,7 +121,7 @@ class OslerLM(TemplateLM):
             for window in get_rolling_token_windows(ids, self.prefix_token_id, self.longest, context_len=1):
                 before, scored = make_disjoint_window(window)
                 row = [*before, *scored[:-1]], [*[IGNORED] * (len(before) - 1), *scored]
-                warn_of_untrained(self.model.trained_seq_len, len(row[0]))
+                warn_of_untrained(self.model.usable_seq_len, len(row[0]))
                 total += label_logprobs(self.model, *pad_rows([row]))[1].double().sum().item()
             sums.append(total)
         return sums

@@ -95,7 +95,7 @@ def sum_logprobs(decoder: Decoder, rows: Sequence[list[int]], start: int) -> lis
     share their batch.
     """
     for ids in rows:
-        warn_of_untrained(decoder.trained_seq_len, len(ids) - 1)  # the last token is predicted, but not read
+        warn_of_untrained(decoder.usable_seq_len, len(ids) - 1)  # the last token is predicted, but not read
     past = decoder.read([rows[0][: start - 1]])[0] if start > 1 else None
     cache, hidden_BTD = decoder.read([ids[:-1] for ids in rows], past)
     sums, is_greedy = [], []

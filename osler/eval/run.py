@@ -96,7 +96,7 @@ def run(
         title = "the run's held-out text" if len(held_out) == 1 else title
         texts[title] = text_score(config, ready, shards.documents(), shards.num_documents, shards.num_bytes)
     for title, cost in texts.items():
-        print(describe_text(title, cost, config.seq_len or ready.model.trained_seq_len))
+        print(describe_text(title, cost, config.seq_len or ready.model.usable_seq_len))
     if json_file is not None:
         told = {"checkpoint": str(ready.path), "label": name, "config": encode(config)}
         rows = [{field: getattr(score, field) for field in ExamScore.__dataclass_fields__} for score in scores]
@@ -375,10 +375,10 @@ def measured(name: str, read: Callable[[], Iterable[Document]], config: EvalConf
 def text_score(config: EvalConfig, ready: LoadedModel, documents: Iterator[list[int]], count: int, num_bytes: int) -> TextScore:
     """Measure documents, whose ids end with the end-of-text token, in windows."""
     refuse_missing_bytes(ready.tokenizer)
-    longest, seq_len = ready.model.config.max_seq_len, config.seq_len or ready.model.trained_seq_len
+    longest, seq_len = ready.model.config.max_seq_len, config.seq_len or ready.model.usable_seq_len
     if seq_len > longest:
         raise UserError(f"seq_len {seq_len} is longer than the {longest} tokens (max_seq_len) that the model allows.")
-    warn_of_untrained(ready.model.trained_seq_len, seq_len)
+    warn_of_untrained(ready.model.usable_seq_len, seq_len)
     with Progress(count, "documents", label="text") as progress:
 
         def counted() -> Iterator[list[int]]:

@@ -137,7 +137,7 @@ class Batch:
         found = self._continuations(ended, [0] * len(ended))
         for place, continuation in zip(places, found, strict=True):
             place.tokens, place.request = (*place.tokens, *continuation.ids[:-1]), None  # the last token is in no cache
-            warn_of_untrained(self.decoder.trained_seq_len, len(place.tokens))
+            warn_of_untrained(self.decoder.usable_seq_len, len(place.tokens))
         self._shrink()
         return [(place.number, continuation) for place, continuation in zip(places, found, strict=True)]
 

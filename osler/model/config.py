@@ -167,6 +167,16 @@ class ModelConfig:
         """How many of the latest tokens a token attends to, itself included; None: all, or those that an index chooses."""
         return self.attention.window if isinstance(self.attention, DenseAttentionConfig) else None
 
+    def usable_seq_len(self, trained_seq_len: int) -> int:
+        """Return the longest rows that a model reads as well as those of ``trained_seq_len`` tokens that it was trained on.
+
+        With a window a state depends on so many of the latest tokens at most: of each layer those of the window before. Where
+        rows of training held them all, no state of a longer row is like none that was learned.
+        """
+        if self.window is None or self.num_layers * (self.window - 1) >= trained_seq_len:
+            return trained_seq_len
+        return self.max_seq_len
+
     @property
     def query_size(self) -> int:
         return self.num_heads * self.head_dim

@@ -23,7 +23,7 @@ class Decoder:
 
     @torch.no_grad()
     def __init__(self, model: Transformer, layout: Layout) -> None:
-        self.config, self.trained_seq_len, self.dtype = model.config, model.trained_seq_len, layout.dtype
+        self.config, self.usable_seq_len, self.dtype = model.config, model.usable_seq_len, layout.dtype
         self.device = model.embed_tokens.weight.device
         self._embed = model.embed_tokens.weight.detach()
         self._embed_proj = None if model.embed_proj is None else DecodeLinear(layout, model.embed_proj.weight)

@@ -68,6 +68,11 @@ class Transformer(nn.Module):
         self.copy_head = None if config.copy_head_dim is None else CopyHead(config)
         self.make_tables(torch.get_default_device())
 
+    @property
+    def usable_seq_len(self) -> int:
+        """The longest rows that the model reads as well as those it was trained on; see ``ModelConfig.usable_seq_len``."""
+        return self.config.usable_seq_len(self.trained_seq_len)
+
     def make_tables(self, device: torch.device) -> None:
         """Compute RoPE's tables on a device. The tables are not weights, so a model that began on ``meta`` needs this too."""
         shape = self.config

@@ -189,12 +189,13 @@ def copy_bytes(one: Pass) -> float:
 def evaluation_bytes(one: Pass) -> float:
     """Return the bytes of a forward pass of an evaluation, which is not compiled, and on a CPU in fp32."""
     model, width = one.model, 4 if one.on_cpu else one.width
-    tokens = max(EVALUATED_TOKENS, one.seq_len)
+    seq_len = model.usable_seq_len(one.seq_len)
+    tokens = max(EVALUATED_TOKENS, seq_len)
     feed_forward = 3 * model.hidden_size + 4 * model.intermediate_size
-    scores = 3 * model.num_heads * keys_of(one.seq_len, one.on_cpu, model.window)
+    scores = 3 * model.num_heads * keys_of(seq_len, one.on_cpu, model.window)
     attention = 3 * model.hidden_size + 3 * (model.query_size + 2 * model.kv_size) + scores
     logits = LOGIT_COPIES.value * logit_bytes(model, tokens, cached=one.on_cpu)
-    copying = 0.0 if model.copy_head_dim is None else COPY_SCORE * tokens * one.seq_len
+    copying = 0.0 if model.copy_head_dim is None else COPY_SCORE * tokens * seq_len
     return max(tokens * max(feed_forward, attention) * width, logits + copying)
 
 

@@ -39,9 +39,12 @@ def held_out_scores(
     sets = wait_together(lambda: heads(config, prepared.validation_sets), world, "The evaluation", tend)
     if not sets:
         return {}
-    model, how = plain_model(), {"as_examples": config.kind == "sft", "drop_torn": config.drops_torn}
+    model, is_sft = plain_model(), config.kind == "sft"
+    seq_len = config.seq_len if is_sft else model.config.usable_seq_len(config.seq_len)
     return {
-        name: measure(model, held_out_batches(shards, config.seq_len, **how), shards.num_bytes, world)
+        name: measure(
+            model, held_out_batches(shards, seq_len, as_examples=is_sft, drop_torn=config.drops_torn), shards.num_bytes, world
+        )
         for name, shards in sets.items()
     }
 

@@ -117,7 +117,7 @@ def check_teacher(teacher: store.Loaded, student: ModelConfig, tokenizer: str, s
             f"The teacher {teacher.path} reads {shape.max_seq_len:,} tokens (max_seq_len), and a row has seq_len {seq_len:,}: "
             "set a smaller seq_len."
         )
-    if (trained := trained_seq_len_of(teacher)) < seq_len:
+    if (trained := shape.usable_seq_len(trained_seq_len_of(teacher))) < seq_len:
         logger.warning(
             f"The teacher {teacher.path} was trained on rows of at most {trained:,} tokens, and a row has seq_len {seq_len:,}: "
             "beyond that it teaches what it never learned. Set a smaller seq_len, or train the teacher on longer rows first."

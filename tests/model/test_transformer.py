@@ -227,6 +227,16 @@ def test_a_window_costs_the_same_in_longer_rows_and_exports_for_rows_that_fit() 
         dense_form(config, 9)
 
 
+def test_with_a_window_longer_rows_hold_no_state_that_shorter_ones_do_not() -> None:
+    """Three layers of a window of 5: a state depends on the latest 13 tokens."""
+    model, ids = build(attention=DenseAttentionConfig(window=5), max_seq_len=64, head_init="normal"), random_ids(1, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids)[0, -1], model(ids[:, -13:])[0, -1], atol=1e-5, rtol=0)
+        assert (model(ids)[0, -1] - model(ids[:, -12:])[0, -1]).abs().max() > 1e-4
+    assert [model.config.usable_seq_len(trained) for trained in (12, 13, 64)] == [12, 64, 64]
+    assert build(max_seq_len=64).config.usable_seq_len(13) == 13
+
+
 def test_wired_induction_head_looks_one_back_and_then_at_the_same_token() -> None:
     """Untrained: layer 0's first head attends to the previous position, layer 1's to what followed an equal token."""
     sharper = {"norm_weight": True, "qk_norm_weight": True, "qk_norm_init": 1.4}

@@ -74,6 +74,19 @@ def test_each_set_is_measured_and_all_together_choose_the_best_checkpoint(run):
         assert re.findall(f'data-label="{name}">([^<]*)<', page) == told
 
 
+def test_with_a_window_whole_contexts_are_read_in_training_and_alone(tiny, words, tmp_path, capsys, caplog):
+    run, window = tmp_path / "run", "model.attention={type: dense, window: 8}"
+    assert main(["pretrain", str(tiny.pretrain), *words, window, "--run", str(run)]) == 0
+    last = [line for line in logged(run) if "eval/loss" in line][-1]
+    [medicine, _] = json.loads(words[-1].removeprefix("validation="))
+    found = []
+    for given in ([], ["seq_len=64"]):
+        assert main(["eval", str(run), f"text={medicine['path']}", *given, "--json", str(tmp_path / "scores.json")]) == 0
+        found += [score["bits_per_byte"] for score in json.loads((tmp_path / "scores.json").read_text())["texts"].values()]
+    assert found[0] == pytest.approx(last["eval/medicine/bits_per_byte"], rel=1e-6) != found[1]
+    assert "256 tokens at a time" in capsys.readouterr().out and "trained on rows of at most" not in caplog.text
+
+
 def test_nothing_is_held_out_of_the_data_but_copies_of_validation_texts(run):
     manifest = json.loads((run / "data" / "manifest.json").read_text())
     [source] = manifest["sources"].values()
