@@ -48,6 +48,7 @@ def train(run: Path, *overrides: str) -> float:
     fixed = [
         "max_minutes=null",
         "model.copy_head_dim=null",
+        "model.attention.window=null",
         f"batch_tokens={BATCH_TOKENS}",
         "checkpoint.every_tokens=100000000",
         "eval_every_tokens=100000000",

@@ -11,9 +11,10 @@ behind it, and a setup of the peer is fields of ``Setup`` in ``learn_nanochat.py
 with ``--seeds 1``.
 
 Bits per byte are of whole documents: the nats of all tokens, and of the end of each document, over the bytes of the text. Windows
-do not overlap and begin without context; each contestant reads as many tokens at once as it was trained on, or as it was given
-(``--context``, and ``context`` of the peer's setup). Other texts are measured after the clock has stopped, up to
-``--other-bytes`` of documents that a hash draws.
+do not overlap and begin without context. Each contestant reads as many tokens at once as it was trained on, a model of Osler
+whose attention has a window as many as ``max_seq_len``, or as many as it was given (``--context``, and ``context`` of the peer's
+setup). The peer is also measured with twice the tokens that it learned at once (``twice_the_context``), for the gain may be the
+reading's. Other texts are measured after the clock has stopped, up to ``--other-bytes`` of documents that a hash draws.
 
 A finished run stays in --runs, so nights add up. It is repeated when its code has changed: Osler's checkout, or for the peer its
 own and ``learn_nanochat.py``. A run that was interrupted begins again. Prints one JSON object; ``ahead`` says by how many percent
@@ -55,7 +56,7 @@ from osler.train.config import TrainConfig
 PEER = ROOT / "benchmarks" / "learn_nanochat.py"
 HELD_OUT = "held-out"
 HELD_OUT_SHARE = 0.05
-RESERVED_MINUTES = 0.25  # less than the minutes of a run are given to Osler as max_minutes, for its start and last evaluation
+RESERVED_MINUTES = 0.15  # less than the minutes of a run are given to Osler as max_minutes, for its start and last evaluation
 LATE = 1.01  # a run that took more than this times its minutes is called late
 
 

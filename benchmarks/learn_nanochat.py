@@ -189,10 +189,10 @@ class Learner:
                 group["momentum"] = momentum
                 group["weight_decay"] = setup.weight_decay * 0.5 * (1 + math.cos(math.pi * done))
 
-    def batches_of(self, texts: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
+    def batches_of(self, texts: Sequence[str], context: int = 0) -> list[tuple[Tensor, Tensor]]:
         """Return texts in windows by Osler's own rule: every token is a label once, and so is the end of each document."""
         documents = ([*ids[1:], self.start_id] for ids in self.encode(texts))
-        cut = windows(documents, seq_len=self.setup.context or self.setup.seq_len, start_id=self.start_id)
+        cut = windows(documents, seq_len=context or self.setup.context or self.setup.seq_len, start_id=self.start_id)
         return list(batches(cut, batch_tokens=EVALUATED_TOKENS))
 
     @torch.no_grad()
@@ -227,10 +227,13 @@ def main() -> None:
     bits = {"held-out": learner.bits_per_byte(held_out, cut)}
     seconds = learner.seconds
     bits |= {name: learner.bits_per_byte(read_texts(path)) for name, path in spec.others.items()}
+    doubled = {}  # what it would score if it read twice as many tokens at once as it learned
+    for name, path in {"held-out": spec.held_out, **spec.others}.items():
+        doubled[name] = learner.bits_per_byte(texts := read_texts(path), learner.batches_of(texts, 2 * learner.setup.seq_len))
     parameters = sum(parameter.numel() for parameter in learner.model.parameters())
     setup = {**asdict(learner.setup), "rates": learner.setup.scale}
     about = {"preparation_seconds": prepared, "parameters": parameters, "dtype": learner.dtype, "setup": setup}
-    print(json.dumps({"bits_per_byte": bits, "seconds": seconds, **told, **about}))
+    print(json.dumps({"bits_per_byte": bits, "twice_the_context": doubled, "seconds": seconds, **told, **about}))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pytest
 
 from osler.config.recipe import load_recipe
 from osler.config.schema import decode
-from osler.model.config import ModelConfig, SparseAttentionConfig
+from osler.model.config import DenseAttentionConfig, ModelConfig, SparseAttentionConfig
 from osler.plan import memory
 from osler.plan.estimate import exact, total
 from osler.plan.memory import MODES, MOST_ROWS, Pass, mask_bytes, memory_of, most_rows, parameters_of, state_bytes
@@ -97,7 +97,7 @@ def test_shards_share_the_state_and_a_checkpoint_copies_it() -> None:
 
 def test_an_evaluation_on_a_cpu_comes_on_top_of_a_step() -> None:
     as_it_was = {"num_heads": 4, "intermediate_size": 704, "value_embeddings": "none", "copy_head_dim": None}
-    measured = replace(model_of("text-10min"), **as_it_was)
+    measured = replace(model_of("text-10min"), attention=DenseAttentionConfig(), **as_it_was)
     one = Pass(measured, 16, 256, COMPILED, on_cpu=True)
     training, evaluating = (memory_of(each, "off") for each in (one, replace(one, evaluates=True)))
     grown = total(evaluating.values()).value - total(training.values()).value
