@@ -125,7 +125,8 @@ def test_overrides_change_what_is_shown():
 
 @pytest.mark.parametrize(("recipe", "change", "words"), [
     ("text-10min", "model={value_embeddings: none, copy_head_dim: null, attention: {window: null}}", "Qwen3"),
-    ("text-10min", "model={value_embeddings: none, copy_head_dim: null}", "Qwen3, in rows of at most 128 tokens"),
+    ("text-10min", "model={value_embeddings: none, copy_head_dim: null}", "Qwen3 with a sliding window, and without it in rows "
+     "of at most 128 tokens"),
     ("text-10min", "model.copy_head_dim=null", "safetensors alone, because of its value embeddings"),
     ("text-10min", "seq_len=512", "safetensors alone, because of its value embeddings and its copy head"),
     ("osler-400m", "model.attention.type=sparse", "Qwen3, in rows of at most 256 tokens"),

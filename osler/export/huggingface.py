@@ -2,7 +2,7 @@
 
 A norm without weights gets ones, a factorized embedding becomes one matrix, and padding rows of the vocabulary are left out.
 Fields that changed their name in ``transformers`` 5 are written under both names, because an older release takes a default where
-it does not find the old name. A model whose attention does not see all tokens can be written only for rows in which it does.
+it does not find the old name. Sparse attention can be written only for rows in which it sees all tokens; a window is a field.
 Shapes: V vocabulary, D hidden, R rank of a factorized embedding.
 """
 
@@ -29,6 +29,7 @@ from osler.tokenizer.bpe import ANSWER, EOS, QUESTION, THINKING
 
 WEIGHTS_FILE = "model.safetensors"
 ABOUT = "osler"  # the name of the section ``About``
+FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of a layer in config.json
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CHAT_TEMPLATE = (
     "{% macro text(message) %}"
@@ -86,10 +87,11 @@ def write(export: Export, folder: Path) -> str:
     return "Qwen3ForCausalLM"
 
 
-def dense_form(config: ModelConfig, max_tokens: int) -> ModelConfig:
+def standard_form(config: ModelConfig, max_tokens: int, *, windows: bool = False) -> ModelConfig:
     """Return the config of the same model for rows of ``max_tokens``, in which every token attends to all before it.
 
-    In rows of at most ``top_k`` tokens sparse attention does that, and attention with a window in rows that are no longer. Raises
+    In rows of at most ``top_k`` tokens sparse attention does that, and attention with a window in rows that are no longer. A form
+    with ``windows`` holds a window in longer rows, too: ``transformers`` has them, llama.cpp and ONNX's operator do not. Raises
     UserError for longer rows, and for value embeddings and a copy head, which Qwen3 cannot hold.
     """
     if config.beyond_qwen3:
@@ -97,11 +99,13 @@ def dense_form(config: ModelConfig, max_tokens: int) -> ModelConfig:
             f"The model has {' and '.join(config.beyond_qwen3)}, which Qwen3's form cannot hold. Train a model with "
             f"{' '.join(config.beyond_qwen3.values())} to export it; `--to safetensors` writes this one as it is."
         )
-    if (tokens := config.qwen3_tokens) < min(max_tokens, config.max_seq_len):
+    if (tokens := config.attention.keys(config.max_seq_len)) < min(max_tokens, config.max_seq_len):
+        if windows and config.window is not None:
+            return replace(config, max_seq_len=max_tokens)
         raise UserError(
-            f"The model attends to {tokens} of at most {max_tokens:,} tokens, which Qwen3's form cannot hold. In rows of at most "
+            f"The model attends to {tokens} of at most {max_tokens:,} tokens, which this form cannot hold. In rows of at most "
             f"{tokens} tokens it attends to all of them: `--max-tokens {tokens}` writes that model, an index is left out. "
-            "`--to safetensors` writes the model as it is."
+            f"`--to {'safetensors' if config.window is None else 'hf'}` writes the model as it is."
         )
     return replace(config, max_seq_len=max_tokens, attention=DenseAttentionConfig())
 
@@ -135,14 +139,16 @@ def qwen3_config(config: ModelConfig, dtype: torch.dtype = torch.float32) -> dic
         "tie_word_embeddings": config.tie_embeddings,
         "attention_bias": False,
         "hidden_act": "silu",
-        "use_sliding_window": False,
+        "use_sliding_window": config.window is not None,
+        **({} if config.window is None else {"sliding_window": config.window, "max_window_layers": 0}),
+        "layer_types": [FULL if config.window is None else SLIDING] * config.num_layers,
         **dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch.")),
     }
 
 
 def qwen3_weights(config: ModelConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a model's state dict under Qwen3's names, on its device; raises UserError as ``dense_form`` does."""
-    config = dense_form(config, config.max_seq_len)
+    """Return a model's state dict under Qwen3's names, on its device; raises UserError as ``standard_form`` does."""
+    config = standard_form(config, config.max_seq_len, windows=True)
     named = {name: weight for name, weight in weights.items() if not is_of_indexer(name)}
     embed_VD = named["embed_tokens.weight"]
     if config.embed_rank is not None:

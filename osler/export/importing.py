@@ -20,7 +20,7 @@ from osler.checkpoint.folders import CONFIG_JSON, is_checkpoint
 from osler.checkpoint.store import read_tensors
 from osler.config.schema import decode
 from osler.export.folder import check_finite, write_run
-from osler.export.huggingface import ABOUT, WEIGHTS_FILE, About
+from osler.export.huggingface import ABOUT, FULL, SLIDING, WEIGHTS_FILE, About
 from osler.inference.load import MADE_BY, REASONS, TOKENIZER_FILE, LoadedModel, device_to_use
 from osler.model.config import ModelConfig
 from osler.model.transformer import Transformer
@@ -35,7 +35,6 @@ TAKEN = {  # fields of config.json that decide what a model computes, each with 
     "model_type": ("qwen3",),
     "attention_bias": (False, None),
     "hidden_act": ("silu",),
-    "use_sliding_window": (False, None),
     "quantization_config": (None,),
     "partial_rotary_factor": (1.0, None),
 }
@@ -140,23 +139,37 @@ def why_no_folder(path: Path) -> str:
     )
 
 
+def window_of(described: Mapping[str, Any], source: str) -> Any:
+    """Return the window of all layers, or None; raises UserError where only some layers have one."""
+    has_window = bool(described.get("use_sliding_window"))
+    kind, layers = SLIDING if has_window else FULL, described.get("layer_types") or []
+    if not isinstance(layers, list) or any(given != kind for given in layers):
+        raise UserError(f"{source}: layer_types has more than {kind}; in Osler's model all layers or none have a window.")
+    if not has_window:
+        return None
+    if not layers and described.get("max_window_layers") != 0:
+        raise UserError(f"{source}: max_window_layers is not 0, so some layers have no window; Osler's model has it in all.")
+    if described.get("sliding_window") is None:
+        raise UserError(f"{source} lacks sliding_window, which use_sliding_window needs.")
+    return described["sliding_window"]
+
+
 def model_config(described: Mapping[str, Any], source: str) -> ModelConfig:
     """Return the shape of the model that a ``config.json`` describes; raises UserError that names the field."""
     for name, values in TAKEN.items():
         if (given := described.get(name)) not in values:
             raise UserError(
                 f"{source}: {name} is {given!r}, and Osler's model has {values[0]!r}. It imports models of the class Qwen3 "
-                "(Qwen3-0.6B to 32B and what is fine-tuned from them), not quantised and without sliding windows."
+                "(Qwen3-0.6B to 32B and what is fine-tuned from them), and not quantised."
             )
-    layers = described.get("layer_types") or []
-    if not isinstance(layers, list) or any(kind != "full_attention" for kind in layers):
-        raise UserError(f"{source}: layer_types has more than full_attention, which Osler's model does not compute.")
+    window = window_of(described, source)
     missing = [name for name in SIZES.values() if described.get(name) is None]
     if missing:
         raise UserError(f"{source} lacks {', '.join(missing)}: save the model again with transformers, which writes every field.")
     rope = rope_of(described, source)
     fields = {ours: described[theirs] for ours, theirs in SIZES.items()} | rope
     fields |= {"norm_weight": True, "qk_norm_weight": True, "tie_embeddings": bool(described.get("tie_word_embeddings"))}
+    fields["attention"] = {"window": window}
     return decode(ModelConfig, fields | {"head_init": "normal", "residual_init": "scaled"}, source=source)
 
 

@@ -11,7 +11,7 @@ from osler.checkpoint.store import write_tensors
 from osler.config.schema import encode
 from osler.export import gguf, huggingface, onnx
 from osler.export.folder import check_finite
-from osler.export.huggingface import Export, dense_form
+from osler.export.huggingface import Export, standard_form
 from osler.inference.load import MADE_BY, LoadedModel, load_model
 from osler.runtime.errors import UserError
 from osler.runtime.files import appearing
@@ -23,6 +23,7 @@ class Form(NamedTuple):
 
     write: Callable[[Export, Path], str]
     dtypes: tuple[str, ...]
+    windows: bool = False  # whether it holds attention with a window
 
 
 def write_safetensors(export: Export, path: Path) -> str:
@@ -35,7 +36,7 @@ def write_safetensors(export: Export, path: Path) -> str:
 
 
 FORMS = {
-    "hf": Form(huggingface.write, ("fp32", "bf16")),
+    "hf": Form(huggingface.write, ("fp32", "bf16"), windows=True),
     "gguf": Form(gguf.write, gguf.DTYPES),
     "onnx": Form(onnx.write, onnx.DTYPES),
     "safetensors": Form(write_safetensors, ("fp32", "bf16")),
@@ -45,8 +46,8 @@ FORMS = {
 def run(checkpoint: str, out: str, to: str = "hf", dtype: str | None = None, max_tokens: int | None = None) -> int:
     """Write a checkpoint's model and tokenizer at ``out``, which must be new.
 
-    ``max_tokens`` shortens the context, which a model with sparse attention or a window needs (``dense_form``). Raises UserError
-    for what no form holds.
+    ``max_tokens`` shortens the context, which a model with sparse attention or a window may need (``standard_form``). Raises
+    UserError for what no form holds.
     """
     form = FORMS[to]
     if dtype not in (None, *form.dtypes):
@@ -60,7 +61,7 @@ def run(checkpoint: str, out: str, to: str = "hf", dtype: str | None = None, max
             longest = f"{config.max_seq_len}, the context of {loaded.path} (max_seq_len)"
             raise UserError(f"--max-tokens {max_tokens} is not from 2 to {longest}.")
         if to != "safetensors":
-            config = dense_form(config, max_tokens or config.max_seq_len)
+            config = standard_form(config, max_tokens or config.max_seq_len, windows=form.windows)
         elif max_tokens is not None:
             raise UserError("--to safetensors writes a model as it is, so there is no --max-tokens for it.")
         what = form.write(Export(loaded, config, dtype), place)

@@ -21,7 +21,7 @@ class DenseAttentionConfig:
 
     type: Literal["dense"] = "dense"
     # how many of the latest tokens a token attends to, itself included; null: all. What stands further back reaches it through
-    # other layers, or a copy head. Such a model can be exported for rows that are no longer
+    # other layers, or a copy head
     window: PositiveInt | None = None
 
     def keys(self, seq_len: int) -> int:
@@ -253,16 +253,14 @@ class ModelConfig:
         }
 
     @property
-    def qwen3_tokens(self) -> int:
-        """The longest rows in which Qwen3 can be the same model: those that attention reads whole; 0 if it never can."""
-        return 0 if self.beyond_qwen3 else self.attention.keys(self.max_seq_len)
-
-    @property
     def exportable_as(self) -> str:
         """Return in words which form a model of this shape can take in other programs."""
-        if self.qwen3_tokens == 0:
+        if self.beyond_qwen3:
             return f"safetensors alone, because of its {' and its '.join(self.beyond_qwen3)}"
-        return "Qwen3" if self.qwen3_tokens == self.max_seq_len else f"Qwen3, in rows of at most {self.qwen3_tokens:,} tokens"
+        in_rows = f"in rows of at most {self.attention.keys(self.max_seq_len):,} tokens"
+        if self.attention.keys(self.max_seq_len) == self.max_seq_len:
+            return "Qwen3"
+        return f"Qwen3, {in_rows}" if self.window is None else f"Qwen3 with a sliding window, and without it {in_rows}"
 
     def consequences(self) -> dict[str, str]:
         """Return as entries of a recipe's numbers when sparse attention pays, and what the model can be exported as."""

@@ -33,7 +33,7 @@ from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
 from osler.checkpoint.store import write_tensors
-from osler.export.huggingface import WEIGHTS_FILE, dense_form, qwen3_weights
+from osler.export.huggingface import WEIGHTS_FILE, qwen3_weights, standard_form
 from osler.inference.engine import InferenceEngine
 from osler.inference.rows import Continuation
 from osler.ops.sampling_params import SamplingParams
@@ -73,7 +73,7 @@ class RolloutServers:
     def __init__(self, config: ServerRollout, engine: InferenceEngine, folder: Path, world: World) -> None:
         self.config, self.engine, self.world = config, engine, world
         try:
-            dense_form(engine.model.config, engine.model.config.max_seq_len)
+            standard_form(engine.model.config, engine.model.config.max_seq_len)
         except UserError as error:
             raise UserError(f"rollout.type=server: {error} rollout.type=engine samples from every model.") from error
         self.servers = [_Server(url) for url in config.urls]

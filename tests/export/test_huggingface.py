@@ -45,10 +45,11 @@ def superwords() -> Tokenizer:
     return superbpe.train([TEXT], 330, 300)
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, "superbpe"])
+@pytest.mark.parametrize("shape", [*SHAPES, "window", "superbpe"])
 def test_transformers_computes_and_writes_the_same(shape, checkpoint, superwords, tmp_path):
     transformers = pytest.importorskip("transformers")
-    run = checkpoint(superwords) if shape == "superbpe" else checkpoint(**SHAPES[shape])
+    shapes = {**SHAPES, "superbpe": {}, "window": {"attention": DenseAttentionConfig(window=9)}}
+    run = checkpoint(superwords if shape == "superbpe" else None, **shapes[shape])
     assert main(["export", str(run), "--to", "hf", "--out", str(tmp_path / "hf")]) == 0
     ours = load_model(run)
     theirs, tokenizer = (
@@ -63,6 +64,8 @@ def test_transformers_computes_and_writes_the_same(shape, checkpoint, superwords
     assert theirs.generate(ids, max_new_tokens=12, do_sample=False)[0, len(prompt) :].tolist() == list(written.ids)
     plain = [re.sub(r"<\|\w+\|>", "", text) for text in fuzzed(300)]
     assert tokenizer(plain)["input_ids"] == ours.tokenizer.encode_batch(plain)
+    assert main(["import", str(tmp_path / "hf"), "--run", str(tmp_path / "back")]) == 0
+    assert load_model(tmp_path / "back").model.config.attention == ours.model.config.attention
 
 
 def test_chat_template_is_the_form_of_training_and_its_markers_stay_readable(runs, tmp_path):

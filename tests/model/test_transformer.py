@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from osler.config.schema import encode
-from osler.export.huggingface import dense_form, qwen3_config, qwen3_weights
+from osler.export.huggingface import qwen3_config, qwen3_weights, standard_form
 from osler.model import layers
 from osler.model.config import DenseAttentionConfig, ModelConfig, YarnConfig
 from osler.model.decoder import Decoder
@@ -54,11 +54,9 @@ def random_ids(*shape: int, below: int = 130, seed: int = 0) -> torch.Tensor:
 def to_qwen3(model: Transformer) -> Any:
     """The same weights in Hugging Face's class, which this project had no part in; value embeddings join by hooks."""
     transformers = pytest.importorskip("transformers")
-    windows = {"use_sliding_window": True, "sliding_window": model.config.window, "max_window_layers": 0}
-    shape = {**qwen3_config(model.config), **(windows if model.config.window else {})}
-    theirs = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**shape))
+    theirs = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**qwen3_config(model.config)))
     weights = {name: weight for name, weight in model.state_dict().items() if "value_embed" not in name}
-    named = qwen3_weights(replace(model.config, value_embeddings="none", attention=DenseAttentionConfig()), weights)
+    named = qwen3_weights(replace(model.config, value_embeddings="none"), weights)
     missing, unexpected = theirs.load_state_dict(named, strict=False)
     assert not unexpected and missing == ["lm_head.weight"] * model.config.tie_embeddings
     read: list[torch.Tensor] = []
@@ -221,10 +219,12 @@ def test_config_counts_what_the_model_has(changes: dict[str, Any]) -> None:
 def test_a_window_costs_the_same_in_longer_rows_and_exports_for_rows_that_fit() -> None:
     config = ModelConfig(max_seq_len=64, attention=DenseAttentionConfig(window=8))
     assert config.flops_per_token(64) == config.flops_per_token(8) == ModelConfig().flops_per_token(8)
-    assert config.exportable_as == "Qwen3, in rows of at most 8 tokens"
-    assert dense_form(config, 8) == ModelConfig(max_seq_len=8)
-    with pytest.raises(UserError, match=r"attends to 8 of at most 9 tokens.*--max-tokens 8"):
-        dense_form(config, 9)
+    assert config.exportable_as == "Qwen3 with a sliding window, and without it in rows of at most 8 tokens"
+    for windows in (False, True):
+        assert standard_form(config, 8, windows=windows) == ModelConfig(max_seq_len=8)
+    assert standard_form(config, 9, windows=True) == replace(config, max_seq_len=9)
+    with pytest.raises(UserError, match=r"attends to 8 of at most 9 tokens.*--max-tokens 8.*--to hf"):
+        standard_form(config, 9)
 
 
 def test_with_a_window_longer_rows_hold_no_state_that_shorter_ones_do_not() -> None:
