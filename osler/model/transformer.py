@@ -22,6 +22,7 @@ from osler.model.sparse_attention import SparseAttention
 from osler.ops.copies import Copies, copied_logits_reference
 from osler.ops.cross_entropy import linear_cross_entropy
 from osler.ops.labels import IGNORED
+from osler.ops.precision import wide
 from osler.runtime.faults import poisoned
 
 ATTENTIONS = {DenseAttentionConfig: Attention, SparseAttentionConfig: SparseAttention}
@@ -150,7 +151,7 @@ class Transformer(nn.Module):
         if self.copy_head is not None and copies is None:
             raise ValueError("a model with a copy head needs copies: model.logits(hidden, model.copies(hidden, ids))")
         features, weight = self.head(hidden)
-        logits = (features @ weight.to(features.dtype).T)[:, : self.config.vocab_size].float()
+        logits = wide(features @ weight.to(features.dtype).T)[:, : self.config.vocab_size]
         if copies is not None:
             logits = copied_logits_reference(logits, *copies.part(0, len(logits)))
         return logits.view(*hidden.shape[:-1], -1)
